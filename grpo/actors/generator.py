@@ -1,0 +1,64 @@
+"""Samples completions with an engine. One replica of the generator service."""
+
+from __future__ import annotations
+
+import asyncio
+
+import torch
+
+from grpo.config import RunConfig
+from grpo.engines.base import Engine
+from grpo.engines.simulated import SimulatedEngine
+from grpo.engines.torch_engine import TorchEngine
+from grpo.imports import check_arguments
+from grpo.models.loading import load_model, load_tokenizer, stop_token_ids
+from grpo.services import returns_payload
+from grpo.types import Completion, GenerationReport, GeneratorStats, Prompt, SamplingParams
+from grpo.weights import Weights
+
+
+class Generator:
+    """Answers `generate` calls side by side; `update_weights` does not wait behind them."""
+
+    def __init__(self, config: RunConfig, *, device: str = "cpu", threads: int = 0) -> None:
+        self._config, self._device, self._threads = config, device, threads
+
+    async def setup(self) -> None:
+        self._engine = await make_engine(self._config, self._device, self._threads)
+
+    @returns_payload
+    async def generate(self, prompt: Prompt, params: SamplingParams) -> tuple[list[Completion], GenerationReport]:
+        """The group of `params.n` completions of one prompt."""
+        completions = await self._engine.generate(prompt.token_ids, params)
+        return completions, GenerationReport(
+            oldest_version=min(version for completion in completions for version, _ in completion.versions),
+            completion_count=len(completions),
+            token_count=sum(len(completion.token_ids) for completion in completions),
+            truncated_count=sum(completion.finish_reason == "length" for completion in completions),
+        )
+
+    async def update_weights(self, weights: Weights) -> GeneratorStats:
+        """Returns once every further token is sampled under `weights`; the answer carries the counters so far."""
+        await self._engine.update_weights(weights)
+        return self._engine.stats()
+
+    async def close(self) -> None:
+        await self._engine.close()
+
+
+async def make_engine(config: RunConfig, device: str, threads: int) -> Engine:
+    """The engine that `generator.engine` names."""
+    if config.generator.engine == "simulated":
+        check_arguments(SimulatedEngine, config.generator.args, key="generator.args")
+        return SimulatedEngine(**config.generator.args)
+    model = await asyncio.to_thread(load_model, config.model, getattr(torch, config.model.dtype), device)
+    return TorchEngine(
+        model,
+        stop_token_ids=stop_token_ids(model, load_tokenizer(config.model)),
+        max_rows=config.generator.max_sequences,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        max_completion_tokens=config.rollout.max_completion_tokens,
+        weight_update=config.generator.weight_update,  # type: ignore[arg-type]  # validated by the config
+        threads=threads,
+        **config.generator.args,
+    )

@@ -1,0 +1,51 @@
+"""Log-probabilities under the frozen reference model. One replica of the reference service."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from grpo.compute import ComputeThread
+from grpo.config import RunConfig
+from grpo.learner.collate import Sample, collate, make_sample, plan
+from grpo.learner.logprobs import token_logprobs
+from grpo.models.loading import load_model
+from grpo.services import returns_payload
+from grpo.types import Completion, Floats, Prompt
+
+
+class Reference:
+    """The model as it was before training."""
+
+    def __init__(self, config: RunConfig, *, device: str = "cpu", threads: int = 0) -> None:
+        self._config, self._device = config, device
+        self._thread = ComputeThread("reference", threads)
+
+    async def setup(self) -> None:
+        self._model = await asyncio.to_thread(
+            load_model, self._config.model, getattr(torch, self._config.model.dtype), self._device
+        )
+
+    @returns_payload
+    async def logprobs(self, prompt: Prompt, completions: Sequence[Completion]) -> tuple[list[Floats], None]:
+        """float32 [T] for each completion of a group."""
+        samples = [make_sample(prompt.token_ids, completion) for completion in completions]
+        return await self._thread.run(self._logprobs, samples), None
+
+    async def close(self) -> None:
+        self._thread.close()
+
+    @torch.inference_mode()
+    def _logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
+        results: list[Floats] = [np.empty(0, np.float32)] * len(samples)
+        temperature = self._config.rollout.temperature or 1.0
+        lengths = [len(sample) for sample in samples]
+        for part in plan(lengths, self._config.reference.micro_batch_tokens):
+            micro = collate([samples[i] for i in part], self._model.device)
+            logprobs_BK = token_logprobs(self._model, micro, temperature)
+            for i, logprobs_K, mask_K in zip(part, logprobs_BK, micro.mask_BK, strict=True):
+                results[i] = logprobs_K[mask_K].cpu().numpy()
+        return results

@@ -1,0 +1,89 @@
+"""Holds finished groups until a batch of them is complete."""
+
+from __future__ import annotations
+
+import asyncio
+
+from grpo.services import returns_payload
+from grpo.types import Batch, BatchReport, Group, Ticket
+
+
+class ReplayBuffer:
+    """Groups leave in the order of their tickets; within a window of W places a finished one may overtake.
+
+    With W = 1 a batch waits for its slowest group. The pacer bounds how many groups can lie here, and how old they
+    can be; eviction by age is only the backstop.
+    """
+
+    def __init__(self, window: int, age_bound: int) -> None:
+        self._window, self._age_bound = window, age_bound
+        self._groups: dict[Ticket, Group] = {}
+        self._passed: set[int] = set()  # serials above `_head` that nobody need wait for any more
+        self._head = 0  # the oldest ticket that is neither trained on nor dropped
+        self._changed = asyncio.Condition()
+
+    async def setup(self) -> None:
+        """Nothing to load."""
+
+    async def add(self, ticket: Ticket, group: Group) -> None:
+        async with self._changed:
+            self._groups[ticket] = group
+            self._changed.notify_all()
+
+    async def skip(self, ticket: Ticket) -> None:
+        """This ticket's group was dropped: nobody need wait for it."""
+        async with self._changed:
+            self._pass(ticket)
+            self._changed.notify_all()
+
+    @returns_payload
+    async def sample(self, count: int, trainer_version: int) -> tuple[Batch, BatchReport]:
+        """Take `count` groups; parks until they are there. Woken by `add` and `skip`."""
+        async with self._changed:
+            evicted = self._evict(trainer_version)
+            await self._changed.wait_for(lambda: len(self._available(count)) == count)
+            tickets = self._available(count)
+            groups = [self._groups.pop(ticket) for ticket in tickets]
+            for ticket in tickets:
+                self._pass(ticket)
+        return Batch(groups), BatchReport(
+            tickets=tuple(tickets),
+            rewards=tuple(group.rewards for group in groups),
+            evicted=evicted,
+            groups_waiting=len(self._groups),
+        )
+
+    async def close(self) -> None:
+        """Nothing to end."""
+
+    def _available(self, count: int) -> list[Ticket]:
+        """Up to `count` groups that may be taken now, the longest admitted first.
+
+        The window holds the W tickets from the oldest open one on; taking that one moves it.
+        """
+        chosen: list[Ticket] = []
+        passed, head = set(self._passed), self._head
+        while len(chosen) < count:
+            window = map(Ticket, range(head, head + self._window))
+            ready = next((t for t in window if t in self._groups and t.serial not in passed), None)
+            if ready is None:
+                break
+            chosen.append(ready)
+            passed.add(ready.serial)
+            while head in passed:
+                head += 1
+        return chosen
+
+    def _evict(self, trainer_version: int) -> tuple[Ticket, ...]:
+        """Throw out groups older than the bound: there are none while the pacer does its work."""
+        old = [t for t, group in self._groups.items() if trainer_version - group.oldest_version > self._age_bound]
+        for ticket in old:
+            del self._groups[ticket]
+            self._pass(ticket)
+        return tuple(old)
+
+    def _pass(self, ticket: Ticket) -> None:
+        self._passed.add(ticket.serial)
+        while self._head in self._passed:
+            self._passed.remove(self._head)
+            self._head += 1

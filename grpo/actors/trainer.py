@@ -1,0 +1,46 @@
+"""Trains the policy and publishes its weights."""
+
+from __future__ import annotations
+
+import asyncio
+
+import torch
+
+from grpo.compute import ComputeThread
+from grpo.config import RunConfig
+from grpo.learner.learner import Learner
+from grpo.models.loading import load_model
+from grpo.services import returns_payload
+from grpo.types import Batch
+from grpo.weights import Weights
+
+
+class Trainer:
+    """One train step at a time, in a thread of its own."""
+
+    def __init__(self, config: RunConfig, *, device: str = "cpu", threads: int = 0) -> None:
+        self._config, self._device = config, device
+        self._thread = ComputeThread("trainer", threads)
+
+    async def setup(self) -> None:
+        config = self._config
+        self._learner = Learner(
+            await asyncio.to_thread(load_model, config.model, torch.float32, self._device),
+            config.trainer,
+            config.loss,
+            temperature=config.rollout.temperature or 1.0,
+            age_bound=config.age_bound,
+            compute_dtype=getattr(torch, config.model.dtype),
+        )
+
+    async def train_step(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step; metrics by name."""
+        return await self._thread.run(self._learner.train_step, batch)
+
+    @returns_payload
+    async def push_weights(self) -> tuple[Weights, int]:
+        """The present weights, and their version."""
+        return await self._thread.run(self._learner.weights), self._learner.version
+
+    async def close(self) -> None:
+        self._thread.close()

@@ -1,0 +1,1 @@
+"""From plain classes to processes. The only place that imports `ray`."""

@@ -1,0 +1,76 @@
+"""Which actors a run needs and what they ask of the cluster. Pure arithmetic: shared by launch, checks and dry run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from grpo.actors.dataloader import Dataloader
+from grpo.actors.generator import Generator
+from grpo.actors.reference import Reference
+from grpo.actors.replay_buffer import ReplayBuffer
+from grpo.actors.reward import Reward
+from grpo.actors.trainer import Trainer
+from grpo.config import GeneratorConfig, ReferenceConfig, RunConfig, TrainerConfig
+from grpo.types import LaunchError
+
+
+@dataclass(frozen=True)
+class ActorSpec:
+    """One noun: its class, how it is built, how many of it, and what each one needs."""
+
+    name: str
+    cls: Callable[..., Any]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    replicas: int = 1
+    num_cpus: float = 0.0
+    num_gpus: float = 0.0
+
+
+def actor_specs(config: RunConfig) -> list[ActorSpec]:
+    """The actors of a run, in the order of the dataflow. The reference is there only when the loss uses it."""
+    common = {"config": config}
+    specs = [
+        ActorSpec("dataloader", Dataloader, common),
+        _compute("generator", Generator, config, config.generator, config.generator.replicas),
+        ActorSpec("reward", Reward, common, config.reward.replicas, config.reward.num_cpus),
+    ]
+    if config.uses_reference:
+        specs.append(_compute("reference", Reference, config, config.reference, config.reference.replicas))
+    window = {"window": config.buffer.window, "age_bound": config.age_bound}
+    return [
+        *specs,
+        ActorSpec("replay_buffer", ReplayBuffer, window),
+        _compute("trainer", Trainer, config, config.trainer, 1),
+    ]
+
+
+def _compute(
+    name: str,
+    cls: type,
+    config: RunConfig,
+    resources: GeneratorConfig | ReferenceConfig | TrainerConfig,
+    replicas: int,
+) -> ActorSpec:
+    """An actor that runs a model: on the GPU it was given, or with as many threads as it has CPUs."""
+    kwargs = {
+        "config": config,
+        "device": "cuda" if resources.num_gpus > 0 else "cpu",
+        "threads": resources.threads or max(1, int(resources.num_cpus)),
+    }
+    return ActorSpec(name, cls, kwargs, replicas, resources.num_cpus, resources.num_gpus)
+
+
+def check_capacity(specs: Sequence[ActorSpec], cpus: float, gpus: float, where: str) -> None:
+    """Raise LaunchError when the actors ask for more than there is: Ray would wait for it for ever."""
+    for resource, key, there in (("CPUs", "num_cpus", cpus), ("GPUs", "num_gpus", gpus)):
+        asking = {spec.name: spec.replicas * getattr(spec, key) for spec in specs}
+        wanted = sum(asking.values())
+        if wanted > there:
+            shares = ", ".join(f"{name} {share:g}" for name, share in asking.items() if share)
+            most = max(asking, key=lambda name: asking[name])
+            raise LaunchError(
+                f"{most}.{key}: the actors ask for {wanted:g} {resource} ({shares}) but {where} has {there:g}; "
+                f"lower {most}.{key} or {most}.replicas"
+            )

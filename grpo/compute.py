@@ -1,0 +1,40 @@
+"""Heavy arithmetic off the event loop: one thread per model, so an actor answers while it computes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class ComputeThread:
+    """Runs one piece of work at a time, in order, and adds up how long it was busy.
+
+    `torch_threads` is how many cores torch may use inside; 0 leaves torch's own choice.
+    """
+
+    def __init__(self, name: str, torch_threads: int = 0) -> None:
+        self.busy_s = 0.0
+        setup = (lambda: torch.set_num_threads(torch_threads)) if torch_threads > 0 else (lambda: None)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=setup)
+
+    async def run(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        def timed() -> R:
+            started = time.perf_counter()
+            try:
+                return work(*args, **kwargs)
+            finally:
+                self.busy_s += time.perf_counter() - started
+
+        return await asyncio.get_running_loop().run_in_executor(self._executor, timed)
+
+    def close(self) -> None:
+        """Wait for the work at hand and end the thread."""
+        self._executor.shutdown()

@@ -1,0 +1,93 @@
+"""The KV cache of the embedded engine: one row per sequence, one column per token, columns shared by all rows.
+
+Every running sequence ends at the same column, and they begin where their lengths put them:
+
+    column      0 1 2 3 4 5 6 7 8
+    row 0           [ p p p c c c      p prompt, c completion; all rows decode into column 8 next
+    row 1         [ p p p p p c c
+    row 2             [ p p p p c
+
+That is left padding, which any Hugging Face causal LM understands through a two-dimensional attention mask, sliding
+windows included. A step writes one column, a finished row is filled by the last one, and when the columns run out the
+used ones move back to the left edge.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+
+
+class _Layer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values of one attention layer, [rows, heads, columns, head size]."""
+
+    is_sliding = False
+
+    def __init__(self, grid: KVGrid, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self._grid = grid
+        self.keys, self.values = keys, values
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise AssertionError("the grid allocates its layers itself")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        rows, first, end = self._grid.rows, self._grid.first, self._grid.end
+        self.keys[:rows, :, end : end + 1] = key_states
+        self.values[:rows, :, end : end + 1] = value_states
+        return self.keys[:rows, :, first : end + 1], self.values[:rows, :, first : end + 1]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self._grid.end - self._grid.first
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class KVGrid:
+    """Rows [0, rows) are running; their tokens fill columns [first, end)."""
+
+    def __init__(self, max_rows: int, max_columns: int) -> None:
+        self.max_rows, self.max_columns = max_rows, max_columns
+        self.rows = self.first = self.end = 0
+        self._layers: list[_Layer] = []
+
+    def cache(self) -> Cache:
+        """The running rows as a Hugging Face cache that takes exactly one more column."""
+        return Cache(layers=self._layers)
+
+    def store(self, prefix: DynamicCache, sources: Tensor, rows: Tensor) -> None:
+        """Copy sequences `sources` of a freshly computed prefix that ends at column `end` into `rows`, [n] each."""
+        if not self._layers:
+            self._allocate(prefix)
+        for layer, computed in zip(self._layers, prefix.layers, strict=True):
+            begin = self.end - computed.keys.shape[2]
+            layer.keys[rows, :, begin : self.end] = computed.keys[sources]
+            layer.values[rows, :, begin : self.end] = computed.values[sources]
+
+    def move_rows(self, sources: Tensor, rows: Tensor) -> None:
+        for buffer in self._buffers():
+            buffer[rows, :, self.first : self.end] = buffer[sources, :, self.first : self.end]
+
+    def shift_left(self, columns: int) -> None:
+        for buffer in self._buffers():
+            kept = buffer[: self.rows, :, self.first : self.end].clone()  # source and target overlap
+            buffer[: self.rows, :, self.first - columns : self.end - columns] = kept
+
+    def _buffers(self) -> list[Tensor]:
+        return [buffer for layer in self._layers for buffer in (layer.keys, layer.values)]
+
+    def _allocate(self, prefix: DynamicCache) -> None:
+        def empty(like: Tensor) -> Tensor:
+            _, heads, _, size = like.shape
+            # Zeros, because a masked place still enters the attention as 0 * value, and 0 * NaN is NaN.
+            return torch.zeros(self.max_rows, heads, self.max_columns, size, dtype=like.dtype, device=like.device)
+
+        self._layers = [_Layer(self, empty(layer.keys), empty(layer.values)) for layer in prefix.layers]

@@ -1,0 +1,74 @@
+"""An engine without a model: latencies, lengths and failures as configured, for tests and for planning."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import numpy as np
+
+from grpo.types import Completion, GeneratorStats, Ints, SamplingParams
+from grpo.weights import Weights
+
+
+class SimulatedEngine:
+    """A group takes `latency_s`, times a lognormal factor of median 1 and shape `latency_sigma`.
+
+    Lengths are geometric with mean `mean_tokens`, cut at the request's limit; `mean_tokens` None always fills it.
+    A call fails with RuntimeError with probability `failure_rate`. Everything random follows from the request's seed.
+    """
+
+    def __init__(
+        self,
+        latency_s: float = 0.0,
+        latency_sigma: float = 0.0,
+        mean_tokens: float | None = None,
+        failure_rate: float = 0.0,
+        load_s: float = 0.0,
+        vocabulary: int = 32,
+    ) -> None:
+        self.version = 0
+        self._latency_s, self._latency_sigma, self._load_s = latency_s, latency_sigma, load_s
+        self._mean_tokens, self._failure_rate, self._vocabulary = mean_tokens, failure_rate, vocabulary
+        self._running, self._busy_s, self._tokens, self._since = 0, 0.0, 0, time.perf_counter()
+
+    async def generate(self, prompt_ids: Ints, params: SamplingParams) -> list[Completion]:
+        rng = np.random.default_rng(params.seed)
+        version = self.version
+        self._count(+1)
+        try:
+            await asyncio.sleep(self._latency_s * float(rng.lognormal(0.0, self._latency_sigma)))
+        finally:
+            self._count(-1)
+        if rng.random() < self._failure_rate:
+            raise RuntimeError("a simulated failure of the engine")
+        completions = [self._completion(rng, version, params.max_tokens) for _ in range(params.n)]
+        self._tokens += sum(len(completion.token_ids) for completion in completions)
+        return completions
+
+    async def update_weights(self, weights: Weights) -> None:
+        await asyncio.sleep(self._load_s)
+        self.version = weights.version
+
+    def stats(self) -> GeneratorStats:
+        self._count(0)
+        return GeneratorStats(busy_s=self._busy_s, tokens=self._tokens)
+
+    async def close(self) -> None:
+        """Nothing to end."""
+
+    def _completion(self, rng: np.random.Generator, version: int, max_tokens: int) -> Completion:
+        length = max_tokens if self._mean_tokens is None else int(rng.geometric(1 / self._mean_tokens))
+        cut = min(length, max_tokens)
+        return Completion(
+            token_ids=rng.integers(self._vocabulary, size=cut),
+            logprobs=np.full(cut, -np.log(self._vocabulary), dtype=np.float32),
+            versions=((version, cut),),
+            finish_reason="length" if length > max_tokens else "stop",
+        )
+
+    def _count(self, change: int) -> None:
+        """Busy is the time in which at least one group is under way."""
+        now = time.perf_counter()
+        self._busy_s += (now - self._since) * (self._running > 0)
+        self._since, self._running = now, self._running + change

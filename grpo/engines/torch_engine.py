@@ -1,0 +1,167 @@
+"""The embedded engine: continuous batching over any Hugging Face causal LM with full or sliding attention.
+
+Requests wait in arrival order. One task runs the batch step by step in a thread of its own; between two steps groups
+join whole, finished rows leave, cancelled requests are dropped and new weights are swapped in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from typing import Literal
+
+from transformers import PreTrainedModel
+
+from grpo.compute import ComputeThread
+from grpo.engines.decode_batch import DecodeBatch, Request
+from grpo.types import Completion, GeneratorStats, Ints, SamplingParams
+from grpo.weights import Weights, load_weights
+
+WeightUpdate = Literal["in_flight", "in_flight_recompute", "drain"]
+
+
+class TorchEngine:
+    """Build it inside a running event loop; `close` it when done.
+
+    `weight_update` says what a swap means for completions under way: `in_flight` goes on with the keys and values of
+    the old weights, `in_flight_recompute` recomputes them under the new ones, `drain` finishes the running groups
+    under the old weights first, while new groups wait.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        stop_token_ids: Sequence[int],
+        max_rows: int,
+        max_prompt_tokens: int,
+        max_completion_tokens: int,
+        weight_update: WeightUpdate = "in_flight",
+        threads: int = 0,
+    ) -> None:
+        self._batch = DecodeBatch(
+            model,
+            stop_token_ids=stop_token_ids,
+            max_rows=max_rows,
+            max_prompt_tokens=max_prompt_tokens,
+            max_completion_tokens=max_completion_tokens,
+        )
+        self._weight_update = weight_update
+        self._waiting: deque[Request] = deque()
+        self._futures: dict[Request, asyncio.Future[list[Completion]]] = {}
+        self._aborted: list[Request] = []
+        self._updates: deque[tuple[Weights, asyncio.Future[None]]] = deque()
+        self._work = asyncio.Event()
+        self._tokens = 0
+        self._thread = ComputeThread("engine", threads)
+        self._task = asyncio.create_task(self._run())
+        self._task.add_done_callback(self._fail_pending)
+
+    @property
+    def version(self) -> int:
+        return self._batch.version
+
+    async def generate(self, prompt_ids: Ints, params: SamplingParams) -> list[Completion]:
+        """Sample `params.n` completions of one prompt [prompt length]; raises ValueError when they can't fit."""
+        self._check(prompt_ids, params)
+        request = Request(prompt_ids, params)
+        self._waiting.append(request)
+        self._futures[request] = asyncio.get_running_loop().create_future()
+        self._work.set()
+        try:
+            return await self._futures[request]
+        except asyncio.CancelledError:
+            self._aborted.append(request)
+            self._work.set()
+            raise
+        finally:
+            del self._futures[request]
+
+    async def update_weights(self, weights: Weights) -> None:
+        """Swap weights between two decode steps; returns once they are in use."""
+        loaded = asyncio.get_running_loop().create_future()
+        self._updates.append((weights, loaded))
+        self._work.set()
+        self._raise_if_stopped()
+        await loaded
+
+    def stats(self) -> GeneratorStats:
+        return GeneratorStats(busy_s=self._thread.busy_s, tokens=self._tokens)
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        self._thread.close()
+
+    async def _run(self) -> None:
+        while True:
+            await self._work.wait()
+            self._work.clear()
+            while self._waiting or self._batch.running or self._updates or self._aborted:
+                await self._drop_aborted()
+                await self._swap_weights()
+                finished, tokens = await self._thread.run(self._batch.step, self._admit())
+                self._tokens += tokens
+                for request in finished:
+                    if request in self._futures and not self._futures[request].done():
+                        self._futures[request].set_result(request.result())
+
+    def _admit(self) -> list[Request]:
+        """The waiting groups that fit now, in order; none while a drain is pending."""
+        joining: list[Request] = []
+        rows = self._batch.free_rows
+        while self._waiting and not self._updates and self._waiting[0].params.n <= rows:
+            joining.append(self._waiting.popleft())
+            rows -= joining[-1].params.n
+        return joining
+
+    async def _swap_weights(self) -> None:
+        if not self._updates or (self._weight_update == "drain" and self._batch.running):
+            return
+        weights, loaded = self._updates.popleft()
+        try:
+            await self._thread.run(self._load, weights)
+        except Exception as error:
+            loaded.set_exception(error)  # the caller decides; the old weights stay in use
+        else:
+            loaded.set_result(None)
+
+    def _load(self, weights: Weights) -> None:
+        load_weights(self._batch.model, weights)
+        self._batch.version = weights.version
+        if self._weight_update == "in_flight_recompute":
+            self._batch.recompute()
+
+    async def _drop_aborted(self) -> None:
+        for request in self._aborted:
+            if request in self._waiting:
+                self._waiting.remove(request)
+            else:
+                await self._thread.run(self._batch.abort, request)
+        self._aborted.clear()
+
+    def _check(self, prompt_ids: Ints, params: SamplingParams) -> None:
+        self._raise_if_stopped()
+        batch = self._batch
+        if not 0 < len(prompt_ids) <= batch.max_prompt_tokens:
+            raise ValueError(f"a prompt of {len(prompt_ids)} tokens; the engine takes 1 to {batch.max_prompt_tokens}")
+        if not 0 < params.max_tokens <= batch.max_completion_tokens:
+            raise ValueError(f"max_tokens={params.max_tokens}; the engine takes 1 to {batch.max_completion_tokens}")
+        if not 0 < params.n <= batch.free_rows + batch.running:
+            raise ValueError(f"n={params.n} completions; the engine holds {batch.free_rows + batch.running}")
+
+    def _raise_if_stopped(self) -> None:
+        if self._task.done():
+            raise RuntimeError("the engine has stopped") from _failure(self._task)
+
+    def _fail_pending(self, task: asyncio.Task[None]) -> None:
+        """When the stepping task ends, nobody may go on waiting for it."""
+        error = _failure(task) or RuntimeError("the engine was closed")
+        for future in [*self._futures.values(), *(loaded for _, loaded in self._updates)]:
+            if not future.done():
+                future.set_exception(error)
+
+
+def _failure(task: asyncio.Task[None]) -> BaseException | None:
+    return None if task.cancelled() else task.exception()

@@ -1,0 +1,109 @@
+"""The driver: one thread, one event loop, N rollout coroutines and one training coroutine.
+
+    dataloader --prompt--> generator --completions--> reward  --.
+        ^                     ^  \------------------> reference --+--> advantages --group--> replay buffer --batch--> trainer
+        |                     |                                                                                       |
+     N x continuous_rollouts  '------------------- weights, version v + 1 -------------- 1 x continuous_training -----'
+
+All heavy work happens in the actors behind `services`; the driver only awaits. A ticket from the pacer goes with
+every group: at most (S + 1) * P are out, which bounds how old a group can be when it is trained on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from grpo.config import RunConfig
+from grpo.observe.recorder import Recorder
+from grpo.pacing import Pacer
+from grpo.rollout import PromptQueue, rollout, sampling_params
+from grpo.services import Services
+from grpo.structured import Interrupted, first_error, unless, watchdog
+from grpo.types import GeneratorStats, RewardError
+
+
+async def run(
+    services: Services, pacer: Pacer, config: RunConfig, recorder: Recorder, shutdown: asyncio.Event
+) -> None:
+    """Train for `trainer.max_steps` steps, or until `shutdown` is set.
+
+    Every task belongs to one task group: the first error ends them all and is raised as it is.
+    """
+    prompts = PromptQueue(services.dataloader, bulk=config.trainer.groups_per_step)
+    await publish_weights(services)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            background = [tasks.create_task(recorder.loop_lag.watch(), name="loop-lag")]
+            for i in range(config.rollout.concurrency):
+                rollouts = continuous_rollouts(services, pacer, prompts, config, recorder, shutdown)
+                background.append(tasks.create_task(rollouts, name=f"rollouts-{i}"))
+            await continuous_training(services, pacer, config, recorder, shutdown)
+            for task in background:
+                task.cancel()
+    except BaseExceptionGroup as group:
+        raise first_error(group) from None
+
+
+async def continuous_rollouts(
+    services: Services,
+    pacer: Pacer,
+    prompts: PromptQueue,
+    config: RunConfig,
+    recorder: Recorder,
+    shutdown: asyncio.Event,
+) -> None:
+    """Make groups, one after another, until `shutdown` is set or the training ends and cancels it.
+
+    Consumes tickets and prompts, leaves groups in the replay buffer. Waits for a ticket (woken when a step has been
+    trained and published), then for the generator, the reward and the reference.
+    """
+    while not shutdown.is_set():
+        ticket = await pacer.admit()
+        prompt = await prompts.next()
+        params = sampling_params(config.rollout, config.seed, prompt)
+        try:
+            group, scores, report = await rollout(prompt, params, services, config.loss)
+        except RewardError as error:
+            if config.reward.on_error == "fail":
+                raise
+            recorder.group_dropped(error)
+            await services.replay_buffer.skip.call_one(ticket)
+            pacer.drop(ticket, "reward_error")
+            continue
+        recorder.group_finished(group, scores, report)
+        await services.replay_buffer.add.call_one(ticket, group)
+
+
+async def continuous_training(
+    services: Services, pacer: Pacer, config: RunConfig, recorder: Recorder, shutdown: asyncio.Event
+) -> None:
+    """Train on batch after batch, publish the weights, hand the tickets back.
+
+    Consumes batches of P groups. Waits for the replay buffer (woken when the P-th group is there), for the trainer,
+    and for every generator to acknowledge the new weights: only then are tickets released, so new work is born fresh.
+    A shutdown ends the wait for a batch, but lets a step that has begun finish.
+    """
+    version = 0
+    for step in range(1, config.trainer.max_steps + 1):
+        async with watchdog(config.watchdog.seconds, f"step {step}"):
+            times = recorder.stopwatch()
+            sample = services.replay_buffer.sample.call_one(config.trainer.groups_per_step, version)
+            try:
+                with times("time/trainer_wait_s"):
+                    batch, taken = await unless(shutdown, sample)
+            except Interrupted:
+                return
+            with times("time/train_step_s"):
+                metrics, *_ = await services.trainer.train_step.call(batch)
+            with times("time/weight_sync_s"):
+                version, stats = await publish_weights(services)
+        pacer.release(taken.tickets)
+        for ticket in taken.evicted:
+            pacer.drop(ticket, "too_old")
+        recorder.step_finished(step, metrics, taken, stats, times)
+
+
+async def publish_weights(services: Services) -> tuple[int, list[GeneratorStats]]:
+    """Bring the trainer's weights into every generator; the version counts once all of them have acknowledged it."""
+    (weights, version), *_ = await services.trainer.push_weights.call()
+    return version, await services.generator.update_weights.fanout(weights)

@@ -1,0 +1,142 @@
+"""A Llama of about a million parameters and a character tokenizer, made on the spot and cached.
+
+A short supervised warm start teaches it the format of a task from the task's own demonstrations. What comes out is an
+ordinary Hugging Face folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import string
+import tempfile
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_scheduler
+
+from grpo.tasks.base import Task
+from grpo.types import Problem
+
+_CHARACTERS = string.ascii_letters + string.digits + " +-*/=<>?:.,()#"
+_SPECIAL = ("<pad>", "<eos>", "<unk>")
+
+
+class DemonstratedTask(Task, Protocol):
+    """A task that can show how an answer may look."""
+
+    def demonstration(self, problem: Problem, rng: np.random.Generator) -> str: ...
+
+
+def prepare(task: DemonstratedTask, *, steps: int = 400, batch_size: int = 64, lr: float = 2e-3) -> Path:
+    """The folder of the warm-started model; made on the first call, found in the cache afterwards.
+
+    The cache key covers the task's prompts, the settings and this file, so a stale model is never served. The same
+    inputs give the same weights on the same machine.
+    """
+    settings = {"steps": steps, "batch_size": batch_size, "lr": lr}
+    questions = [problem.question for problem in task.problems("train")]
+    source = inspect.getsource(inspect.getmodule(prepare)) + inspect.getsource(type(task))  # type: ignore[arg-type]
+    key = hashlib.sha256(json.dumps([settings, questions, source]).encode()).hexdigest()[:16]
+    folder = cache_folder() / f"tiny-{type(task).__name__.lower()}-{key}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".tiny-", dir=folder.parent) as temporary:
+            unfinished = Path(temporary, "model")
+            tokenizer, model = character_tokenizer(), tiny_llama()
+            _warm_start(model, tokenizer, task, steps=steps, batch_size=batch_size, lr=lr)
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            _publish(unfinished, folder)
+    return folder
+
+
+def cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "grpo"
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {token: i for i, token in enumerate([*_SPECIAL, *_CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern="", behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def tiny_llama(*, width: int = 128, layers: int = 4, heads: int = 4, seed: int = 0) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(_SPECIAL) + len(_CHARACTERS),
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def _warm_start(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    task: DemonstratedTask,
+    *,
+    steps: int,
+    batch_size: int,
+    lr: float,
+) -> None:
+    rng = np.random.default_rng(0)
+    problems = task.problems("train")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
+    model.train()
+    with Progress(transient=True) as progress:
+        for _ in progress.track(range(steps), description="warm start: teaching a tiny model the format"):
+            chosen = [problems[i] for i in rng.integers(len(problems), size=batch_size)]
+            tokens_BT, labels_BT = _examples(chosen, tokenizer, task, rng)
+            logits_BTV = model(tokens_BT, attention_mask=(tokens_BT != 0).long()).logits
+            loss = functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    model.eval()
+
+
+def _examples(
+    problems: list[Problem], tokenizer: PreTrainedTokenizerFast, task: DemonstratedTask, rng: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [B, T] padded on the right, and labels [B, T] that are -100 on prompts and padding."""
+    rows = []
+    for problem in problems:
+        prompt = tokenizer.encode(problem.question)
+        answer = [*tokenizer.encode(task.demonstration(problem, rng)), tokenizer.eos_token_id]
+        rows.append((torch.tensor(prompt + answer), torch.tensor([-100] * len(prompt) + answer)))
+    tokens_BT = torch.nn.utils.rnn.pad_sequence([tokens for tokens, _ in rows], batch_first=True)
+    labels_BT = torch.nn.utils.rnn.pad_sequence([labels for _, labels in rows], True, padding_value=-100)
+    return tokens_BT, labels_BT
+
+
+def _publish(unfinished: Path, folder: Path) -> None:
+    """Rename into place; of two processes that warm-start at once, the first wins."""
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise

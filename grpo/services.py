@@ -1,0 +1,57 @@
+"""What the loop sees of the actors: four verbs on every method, and the six nouns to call.
+
+    await services.trainer.train_step.call(batch)              every rank of a multi-process actor, results by rank
+    await services.dataloader.sample.call_one(16)              the one actor
+    await services.generator.generate.route(prompt, params)    one replica of a service, the least loaded
+    await services.generator.update_weights.fanout(weights)    every replica, results by replica
+
+An exception in the actor is raised at the await, with its type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Method(Protocol):
+    """One method of an actor, callable in four ways."""
+
+    async def call_one(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    async def call(self, *args: Any, **kwargs: Any) -> list[Any]: ...
+
+    async def route(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    async def fanout(self, *args: Any, **kwargs: Any) -> list[Any]: ...
+
+
+class Handle(Protocol):
+    """An actor or a service: its methods by name."""
+
+    def __getattr__(self, method: str) -> Method: ...
+
+
+@dataclass(frozen=True)
+class Services:
+    """The nouns of the picture. The reference exists only when the loss has a KL term."""
+
+    dataloader: Handle
+    generator: Handle
+    reward: Handle
+    reference: Handle | None
+    replay_buffer: Handle
+    trainer: Handle
+
+
+def returns_payload(method: F) -> F:
+    """Mark an actor method whose result is a pair (payload, report).
+
+    The payload (tokens, weights) stays on the node that made it: the caller awaits a reference to it and the report,
+    and passes the reference on, by itself or as a field of a dataclass. The actor that receives it sees the value.
+    """
+    method.returns_payload = True  # type: ignore[attr-defined]
+    return method

@@ -1,0 +1,54 @@
+"""Three helpers that asyncio lacks: racing a shutdown, a deadline with a name, and the one error of a task group."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from grpo.types import StalledError
+
+R = TypeVar("R")
+
+
+class Interrupted(Exception):
+    """The shutdown came first."""
+
+
+async def unless(shutdown: asyncio.Event, work: Coroutine[Any, Any, R]) -> R:
+    """Await `work`, or cancel it and raise Interrupted as soon as `shutdown` is set."""
+    task = asyncio.ensure_future(work)
+    stop = asyncio.ensure_future(shutdown.wait())
+    try:
+        await asyncio.wait((task, stop), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Interrupted
+        return task.result()
+    finally:
+        task.cancel()
+        stop.cancel()
+        await asyncio.gather(task, stop, return_exceptions=True)
+
+
+@asynccontextmanager
+async def watchdog(seconds: float, what: str) -> AsyncIterator[None]:
+    """Raise StalledError when the block takes longer than `watchdog.seconds`."""
+    deadline = asyncio.timeout(seconds)
+    try:
+        async with deadline:
+            yield
+    except TimeoutError as error:
+        if not deadline.expired():
+            raise
+        raise StalledError(f"{what} was not finished within watchdog.seconds={seconds:g}") from error
+
+
+def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first error of a failed task group; the others are mostly its consequences, and are kept as a note."""
+    first: BaseException = group
+    while isinstance(first, BaseExceptionGroup):
+        first, *others = first.exceptions
+        for other in others:
+            first.add_note(f"at the same time: {type(other).__name__}: {other}")
+    return first

@@ -1,0 +1,1 @@
+"""A task = prompts and how to score an answer; one small file each, chosen by `task.target`."""

@@ -1,0 +1,55 @@
+"""From problems to prompt tokens: the one place that knows templates and the length limit."""
+
+from __future__ import annotations
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from grpo.config import TaskConfig
+from grpo.imports import check_arguments, import_target
+from grpo.tasks.base import Task
+from grpo.types import ConfigError, Ints, Problem, TaskError
+
+
+def make_task(config: TaskConfig) -> Task:
+    """The task that the config names. Raises ConfigError for an unknown target or argument."""
+    target = import_target(config.target, key="task.target")
+    check_arguments(target, config.args, key="task.args")
+    task: Task = target(**config.args)
+    return task
+
+
+class PromptEncoder:
+    """Encodes problems with a tokenizer, plain or through its chat template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: TaskConfig, max_tokens: int) -> None:
+        if config.template == "chat" and tokenizer.chat_template is None:
+            raise ConfigError("the model's tokenizer has no chat template; use plain", key="task.template")
+        self._tokenizer, self._config, self._max_tokens = tokenizer, config, max_tokens
+
+    def encode(self, problem: Problem) -> Ints | None:
+        """Token ids [prompt length], or None when there are none or more than the limit."""
+        ids = np.array(self._token_ids(problem.question), dtype=np.int64)
+        return ids if 0 < len(ids) <= self._max_tokens else None
+
+    def check_usable(self, task: Task) -> None:
+        """Raise TaskError unless at least one training problem fits."""
+        problems = task.problems("train")
+        if len(problems) == 0:
+            raise TaskError(f"task.target: {self._config.target} has no training problems; check task.args")
+        if not any(self.encode(problems[i]) is not None for i in range(len(problems))):
+            raise TaskError(
+                f"rollout.max_prompt_tokens: none of the {len(problems)} prompts of {self._config.target} "
+                f"fits into {self._max_tokens} tokens; raise it"
+            )
+
+    def _token_ids(self, question: str) -> list[int]:
+        if self._config.template == "plain":
+            ids: list[int] = self._tokenizer.encode(question)
+            return ids
+        system = self._config.system_prompt
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": question})
+        text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids

@@ -1,0 +1,46 @@
+"""Sort a few letters: `dbca>` wants `abcd`. The task of the default experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from grpo.tasks.base import Split
+from grpo.types import Problem
+
+ALPHABET = "abcdefghijkl"
+
+
+class Sorting:
+    """Distinct random strings of `min_letters` to `max_letters` letters; the reward is 1 for the sorted string."""
+
+    def __init__(
+        self,
+        min_letters: int = 3,
+        max_letters: int = 6,
+        train_size: int = 4000,
+        held_out_size: int = 256,
+        seed: int = 0,
+    ) -> None:
+        rng = np.random.default_rng(seed)
+        questions: dict[str, None] = {}  # a set that keeps its order
+        while len(questions) < train_size + held_out_size:
+            length = int(rng.integers(min_letters, max_letters + 1))
+            questions["".join(rng.choice(list(ALPHABET), size=length)) + ">"] = None
+        problems = [Problem(question, answer="".join(sorted(question[:-1]))) for question in questions]
+        self._splits = {"held_out": problems[:held_out_size], "train": problems[held_out_size:]}
+
+    def problems(self, split: Split) -> Sequence[Problem]:
+        return self._splits[split]
+
+    def score(self, problem: Problem, completion: str) -> float:
+        return float(completion == problem.answer)
+
+    def demonstration(self, problem: Problem, rng: np.random.Generator) -> str:
+        """One of three ways to answer, only the first of them right.
+
+        A model taught with these can sort, but does so a third of the time: room for the reward to climb.
+        """
+        answers = (problem.answer, problem.answer[::-1], problem.question[:-1])
+        return answers[int(rng.integers(len(answers)))]

@@ -1,0 +1,145 @@
+"""A whole run, from a composed config to the summary."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from grpo import preflight
+from grpo.cluster.launch import launch, ray_cluster
+from grpo.cluster.plan import actor_specs
+from grpo.config import RunConfig, to_yaml, warnings
+from grpo.evaluation import evaluate
+from grpo.loop import run
+from grpo.observe.display import Display, make_display
+from grpo.observe.output import chatter_to
+from grpo.observe.recorder import Recorder
+from grpo.observe.run_dir import RunDirectory
+from grpo.pacing import Pacer
+from grpo.structured import Interrupted, unless
+
+log = logging.getLogger(__name__)
+
+EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
+
+
+def train(config: RunConfig, folder: Path) -> int:
+    """Run to the end and return the exit code.
+
+    Raises GRPOError for what is wrong before the cluster is started; what goes wrong later is shown, stands in
+    `summary.json`, and gives exit code 1. An interrupted run gives 130.
+    """
+    console = Console(soft_wrap=True)
+    for warning in warnings(config):
+        console.print(f"warning: {warning}", style="yellow", markup=False)
+    task = preflight.check_names(config)
+    preflight.check_resources(config)
+    if config.dry_run:
+        print_plan(config, console)
+        return EXIT_OK
+    run_dir = RunDirectory(folder)
+    config = preflight.prepare_model(config, task)
+    preflight.check_model(config, task)
+    run_dir.write("config.yaml", to_yaml(config))
+    try:
+        summary = _train(config, run_dir)
+    finally:
+        run_dir.close()
+    _print_outcome(summary, run_dir.path)
+    return {"completed": EXIT_OK, "interrupted": EXIT_INTERRUPTED}.get(summary["status"], EXIT_FAILED)
+
+
+def _train(config: RunConfig, run_dir: RunDirectory) -> dict[str, Any]:
+    """Run on the cluster; whatever ends it, the summary says so."""
+    pacer = Pacer(config.ticket_capacity)
+    with chatter_to(run_dir.path / "run.log") as console:
+        console.print("starting Ray and the actors ...", style="dim")
+        display = make_display(console, config.trainer.max_steps, config.observe.log_every)
+        recorder = Recorder(run_dir, display, pacer, config.observe.rollouts_every)
+        try:
+            with ray_cluster(config.cluster):
+                status = asyncio.run(_drive(config, pacer, recorder, display))
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            return recorder.write_summary("interrupted")
+        except Exception as error:  # the seam at which a run fails: shown once, kept whole in the log
+            log.exception("the run failed")
+            return recorder.write_summary("failed", error)
+        return recorder.write_summary(status)
+
+
+async def _drive(config: RunConfig, pacer: Pacer, recorder: Recorder, display: Display) -> str:
+    shutdown = asyncio.Event()
+    async with AsyncExitStack() as stack:
+        stack.enter_context(_signals(shutdown, display))
+        try:
+            services = await unless(shutdown, stack.enter_async_context(launch(config)))
+            recorder.eval_first = await unless(shutdown, evaluate(services, config))
+            with display:
+                await run(services, pacer, config, recorder, shutdown)
+            recorder.eval_last = await unless(shutdown, evaluate(services, config))
+        except Interrupted:
+            return "interrupted"
+        recorder.prompts = await services.dataloader.stats.call_one()
+    return "completed"
+
+
+@contextmanager
+def _signals(shutdown: asyncio.Event, display: Display) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM ends the run in order, the second at once."""
+    loop, main = asyncio.get_running_loop(), asyncio.current_task()
+    assert main is not None
+
+    def stop() -> None:
+        if shutdown.is_set():
+            main.cancel()
+        else:
+            display.warn("stopping after this step; press Ctrl-C again to stop at once")
+            shutdown.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+def print_plan(config: RunConfig, console: Console) -> None:
+    """What the run would start and how far its rollouts may run ahead."""
+    table = Table("actor", "processes", "CPUs each", "GPUs each", title="plan", title_justify="left")
+    for spec in actor_specs(config):
+        table.add_row(spec.name, str(spec.replicas), f"{spec.num_cpus:g}", f"{spec.num_gpus:g}")
+    console.print(table)
+    running = min(config.rollout.concurrency, config.ticket_capacity)
+    batch = config.trainer.groups_per_step
+    console.print(
+        f"rollouts        {config.rollout.concurrency} coroutines, {running} of them can run at once\n"
+        f"tickets         {config.ticket_capacity} = (max_policy_age {config.buffer.max_policy_age} + 1) x "
+        f"{batch} groups per step\n"
+        f"staleness       at most {config.age_bound} versions\n"
+        f"train step      {batch} groups x {config.rollout.group_size} completions\n"
+        f"steps           {config.trainer.max_steps}",
+        highlight=False,
+    )
+
+
+def _print_outcome(summary: dict[str, Any], folder: Path) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    if summary["error"]:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {summary['error']}", markup=False)
+    console.print(f"{summary['status']} after {summary['steps']} steps in {summary['wall_s']:.0f} s", markup=False)
+    for name in ("reward", "eval"):
+        first, last = summary[f"{name}_first"], summary[f"{name}_last"]
+        if first is not None and last is not None:
+            label = {"reward": "reward (first and last tenth)", "eval": "held-out reward"}[name]
+            console.print(f"{label}: {first:.3f} -> {last:.3f}", markup=False)
+    console.print(f"run folder: {folder}", markup=False)

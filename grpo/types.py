@@ -1,0 +1,199 @@
+"""Every noun of the system, and every error it raises.
+
+Shape suffixes used throughout the package:
+
+    B sequences of a batch   T tokens   G completions of one group   V vocabulary   P groups per train step
+
+A worked example, one group with G = 2:
+
+    problem = Problem(question="sort: dbca", answer="abcd")
+    prompt = Prompt(serial=7, problem=problem, token_ids=np.array([5, 3, 2, 0, 4]))     # the 8th prompt handed out
+    right = Completion(token_ids=np.array([0, 2, 3, 5, 1]),                             # "abcd" and the eos token
+                       logprobs=np.array([-0.4, -0.1, 0.0, 0.0, 0.0]),                  # under the weights that sampled
+                       versions=((3, 2), (4, 3)),                                       # 2 tokens by v3, 3 tokens by v4
+                       finish_reason="stop")
+    wrong = Completion(...)
+    group = Group(prompt, [right, wrong], reference_logprobs=None, rewards=(1.0, 0.0),
+                  advantages=(0.707, -0.707), oldest_version=3)
+
+Trained on by a trainer at version 4, this group has age 4 - 3 = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a task asks, and what is needed to score an answer."""
+
+    question: str
+    answer: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem as tokens. `serial` counts the prompts handed out in this run and seeds the sampling."""
+
+    serial: int
+    problem: Problem
+    token_ids: Ints
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How completions are drawn. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 switch those filters off.
+
+    `stop_token_ids` end a completion in addition to the model's own end-of-sequence tokens.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 512
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer.
+
+    `token_ids` and `logprobs` have shape [T]; the stop token, where there is one, is included. `logprobs` are natural
+    logarithms under the distribution sampled from (temperature and filters applied). `versions` is the run-length
+    encoding of the policy version behind each token: ((version, count), ...), counts summing to T.
+    """
+
+    token_ids: Ints
+    logprobs: Floats
+    versions: tuple[tuple[int, int], ...]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class GenerationReport:
+    """The few numbers of a generated group that the driver needs; the tokens stay where they are."""
+
+    oldest_version: int
+    completion_count: int
+    token_count: int
+    truncated_count: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of one group: the weighted sum per completion, its parts by reward function, and the decoded text."""
+
+    rewards: tuple[float, ...]
+    parts: Mapping[str, tuple[float, ...]]
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The completions of one prompt with rewards and advantages: never split, in the buffer or in a batch.
+
+    In the driver `completions` and `reference_logprobs` are references to payloads; inside an actor they are values.
+    """
+
+    prompt: Prompt
+    completions: Sequence[Completion]
+    reference_logprobs: Sequence[Floats] | None
+    rewards: tuple[float, ...]
+    advantages: tuple[float, ...]
+    oldest_version: int
+
+
+@dataclass(frozen=True, order=True)
+class Ticket:
+    """The right to have one group begun and not yet trained-and-published. `serial` is the order of admission."""
+
+    serial: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The P groups of one train step."""
+
+    groups: Sequence[Group]
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """What the driver needs to know of a batch whose groups travel from the buffer to the trainer.
+
+    `evicted` are tickets of groups that were thrown away because they had grown older than the bound.
+    """
+
+    tickets: tuple[Ticket, ...]
+    rewards: tuple[tuple[float, ...], ...]
+    evicted: tuple[Ticket, ...]
+    groups_waiting: int
+
+
+@dataclass(frozen=True)
+class GeneratorStats:
+    """Counters since the generator started: seconds of decoding work and tokens sampled."""
+
+    busy_s: float
+    tokens: int
+
+
+class GRPOError(Exception):
+    """Root of the errors that this package raises on purpose. The message is one line that says what to do."""
+
+
+class ConfigError(GRPOError):
+    """A setting that can't work: found before anything heavy starts."""
+
+    def __init__(self, message: str, *, key: str | None = None) -> None:
+        super().__init__(message if key is None else f"{key}: {message}")
+
+
+class DataError(GRPOError):
+    """Bad prompts or rewards: the user's side of the run."""
+
+
+class TaskError(DataError):
+    """A task that has no usable prompt."""
+
+
+class RewardError(DataError):
+    """A reward function that raised, or returned NaN or a wrong number of scores."""
+
+
+class InfrastructureError(GRPOError):
+    """A process or a node failed, or could not be had."""
+
+
+class LaunchError(InfrastructureError):
+    """The cluster can't hold the actors, or they did not come up in time."""
+
+
+class ActorDied(InfrastructureError):
+    """The process behind a handle is gone."""
+
+
+class StalledError(InfrastructureError):
+    """Nothing was trained for `watchdog.seconds`."""
+
+
+class StalenessError(GRPOError):
+    """A batch holds a group older than the bound: a bug in pacing, never a thing to tolerate."""
+
+
+class WeightsError(GRPOError):
+    """Weights that are not finite, or that don't fit the model they are loaded into."""
