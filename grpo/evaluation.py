@@ -26,6 +26,8 @@ async def evaluate(services: Services, config: RunConfig) -> float | None:
 
 
 async def _score(services: Services, config: RunConfig, prompt: Prompt) -> float:
-    completions, _ = await services.generator.generate.route(prompt, sampling_params(config.rollout, _SEED, prompt, n=1))
+    completions, _ = await services.generator.generate.route(
+        prompt, sampling_params(config.rollout, _SEED, prompt, n=1)
+    )
     scores = await services.reward.score.route(prompt, completions)
     return fmean(scores.rewards)

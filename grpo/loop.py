@@ -1,9 +1,9 @@
 """The driver: one thread, one event loop, N rollout coroutines and one training coroutine.
 
-    dataloader --prompt--> generator --completions--> reward  --.
-        ^                     ^  \------------------> reference --+--> advantages --group--> replay buffer --batch--> trainer
-        |                     |                                                                                       |
-     N x continuous_rollouts  '------------------- weights, version v + 1 -------------- 1 x continuous_training -----'
+    dataloader --prompt--> generator --completions--> reward ----.
+        ^                     ^  `-------------------> reference --+--> group --> replay buffer --batch--> trainer
+        |                     |                                                                               |
+    N x continuous_rollouts   `-------- weights, version v + 1 -------- 1 x continuous_training --------------'
 
 All heavy work happens in the actors behind `services`; the driver only awaits. A ticket from the pacer goes with
 every group: at most (S + 1) * P are out, which bounds how old a group can be when it is trained on.
@@ -22,9 +22,7 @@ from grpo.structured import Interrupted, first_error, unless, watchdog
 from grpo.types import GeneratorStats, RewardError
 
 
-async def run(
-    services: Services, pacer: Pacer, config: RunConfig, recorder: Recorder, shutdown: asyncio.Event
-) -> None:
+async def run(services: Services, pacer: Pacer, config: RunConfig, recorder: Recorder, shutdown: asyncio.Event) -> None:
     """Train for `trainer.max_steps` steps, or until `shutdown` is set.
 
     Every task belongs to one task group: the first error ends them all and is raised as it is.

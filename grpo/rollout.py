@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from typing import Any
 
 import torch
 
@@ -69,7 +70,7 @@ async def rollout(
     return group, scores, report
 
 
-async def _reference_logprobs(services: Services, prompt: Prompt, completions: object) -> object:
+async def _reference_logprobs(services: Services, prompt: Prompt, completions: Any) -> Any:
     if services.reference is None:
         return None
     logprobs, _ = await services.reference.logprobs.route(prompt, completions)

@@ -42,9 +42,9 @@ class Services:
     dataloader: Handle
     generator: Handle
     reward: Handle
-    reference: Handle | None
     replay_buffer: Handle
     trainer: Handle
+    reference: Handle | None = None
 
 
 def returns_payload(method: F) -> F:

@@ -45,8 +45,8 @@ class Weights:
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Views into the buffer by name. Read-only: the buffer may be shared by every process of the node."""
         with warnings.catch_warnings():  # torch warns that it can't enforce what we only read
-            warnings.filterwarnings("ignore", "The given buffer is not writable")
-            flat = torch.frombuffer(memoryview(self.buffer), dtype=torch.uint8)
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            flat = torch.from_numpy(self.buffer)
         for spec in self.specs:
             part = flat[spec.offset : spec.offset + spec.nbytes]
             yield spec.name, part.view(spec.dtype).view(spec.shape)

@@ -38,7 +38,9 @@ class Reward:
         texts = self._tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
         parts = {name: evaluate(name, function, problem, texts) for name, (_, function) in self._functions.items()}
         weights = [weight for weight, _ in self._functions.values()]
-        rewards = tuple(sum(map(math.prod, zip(weights, scores, strict=True))) for scores in zip(*parts.values()))
+        rewards = tuple(
+            sum(map(math.prod, zip(weights, scores, strict=True))) for scores in zip(*parts.values(), strict=True)
+        )
         return Scores(rewards, parts, tuple(texts))
 
 

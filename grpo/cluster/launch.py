@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
+import signal
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from itertools import chain
+from typing import Any
 
 import ray
 
@@ -25,21 +28,45 @@ _CALLS_PER_ACTOR = 10_000  # concurrent calls: more than tickets, so none queues
 
 @contextmanager
 def ray_cluster(config: ClusterConfig) -> Iterator[None]:
-    """Join the cluster at `cluster.address`, or start one on this machine that ends with the run."""
+    """Join the cluster at `cluster.address`, or start one on this machine that ends with the run.
+
+    Raises LaunchError when there is no cluster at that address.
+    """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the behaviour that Ray announces
     try:
-        ray.init(
-            address=config.address or "local",
-            include_dashboard=None if config.address else False,
-            log_to_driver=True,
-            logging_level=logging.WARNING,
-        )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise LaunchError(f"cluster.address: can't reach Ray at {config.address or 'local'}: {error}") from error
-    try:
+        with _signals_held_back():
+            _connect(config.address)
         yield
     finally:
         ray.shutdown()
+
+
+def _connect(address: str | None) -> None:
+    try:
+        ray.init(
+            address=address or "local",
+            include_dashboard=None if address else False,
+            log_to_driver=True,  # into the run's log: the driver's own stdout leads there
+            logging_level=logging.WARNING,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise LaunchError(f"cluster.address: can't reach Ray at {address or 'local'}: {first_line}") from error
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait: interrupted half-way, `ray.init` leaves processes behind."""
+    held: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, frame: held.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if held:
+        raise KeyboardInterrupt
 
 
 @asynccontextmanager
@@ -51,25 +78,33 @@ async def launch(config: RunConfig) -> AsyncIterator[Services]:
     specs = actor_specs(config)
     there = ray.cluster_resources()
     check_capacity(specs, there.get("CPU", 0.0), there.get("GPU", 0.0), "the Ray cluster")
-    handles = {spec.name: _start(spec) for spec in specs}
+    actors = {spec.name: _start(spec) for spec in specs}
+    handles = {name: ActorHandle(name, endpoints) for name, endpoints in actors.items()}
+    patience_s = _CLOSE_TIMEOUT_S
     try:
-        await _set_up(list(handles.values()), config.cluster.start_timeout_s)
-        yield Services(**{"reference": None, **handles})
+        await _set_up(handles, config.cluster.start_timeout_s)
+        yield Services(**handles)
+    except asyncio.CancelledError:
+        patience_s = 0.0  # somebody pressed Ctrl-C twice
+        raise
     finally:
-        await _take_down(list(handles.values()))
+        try:
+            await _close(handles, patience_s)
+        finally:
+            for endpoint in chain.from_iterable(actors.values()):
+                ray.kill(endpoint.actor)
 
 
-def _start(spec: ActorSpec) -> ActorHandle:
+def _start(spec: ActorSpec) -> list[RayEndpoint]:
     names = [spec.name] if spec.replicas == 1 else [f"{spec.name}-{i}" for i in range(spec.replicas)]
     remote = ray.remote(host_class(spec.cls)).options(
         num_cpus=spec.num_cpus, num_gpus=spec.num_gpus, max_concurrency=_CALLS_PER_ACTOR
     )
-    endpoints = [RayEndpoint(name, spec.cls, remote.remote(spec.cls, dict(spec.kwargs))) for name in names]
-    return ActorHandle(spec.name, endpoints)
+    return [RayEndpoint(name, spec.cls, remote.remote(spec.cls, dict(spec.kwargs))) for name in names]
 
 
-async def _set_up(handles: Sequence[ActorHandle], timeout_s: float) -> None:
-    starting = {asyncio.ensure_future(handle.setup.fanout()): handle.name for handle in handles}
+async def _set_up(handles: Mapping[str, ActorHandle], timeout_s: float) -> None:
+    starting = {asyncio.ensure_future(handle.setup.fanout()): name for name, handle in handles.items()}
     try:
         done, pending = await asyncio.wait(starting, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
         for task in done:
@@ -82,22 +117,24 @@ async def _set_up(handles: Sequence[ActorHandle], timeout_s: float) -> None:
                 f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free, another job may hold the rest"
             )
     finally:
-        for task in starting:
-            task.cancel()
-        await asyncio.gather(*starting, return_exceptions=True)
+        await _cancel(starting)
 
 
-async def _take_down(handles: Sequence[ActorHandle]) -> None:
-    """Ask every actor to close, then end its process whether it did or not."""
-    closing = [asyncio.ensure_future(handle.close.fanout()) for handle in handles]
-    await asyncio.wait(closing, timeout=_CLOSE_TIMEOUT_S)
-    for handle, task in zip(handles, closing, strict=True):
-        if not task.done():
-            log.warning("%s did not close within %g s", handle.name, _CLOSE_TIMEOUT_S)
-        elif not task.cancelled() and (error := task.exception()):
-            log.warning("%s did not close: %s", handle.name, error)
+async def _close(handles: Mapping[str, ActorHandle], patience_s: float) -> None:
+    """Ask every actor to close; one that does not is logged, its process is ended anyway."""
+    closing = {asyncio.ensure_future(handle.close.fanout()): name for name, handle in handles.items()}
+    try:
+        await asyncio.wait(closing, timeout=patience_s)
+        for task, name in closing.items():
+            if not task.done():
+                log.warning("%s did not close within %g s", name, patience_s)
+            elif error := task.exception():
+                log.warning("%s did not close: %s", name, error)
+    finally:
+        await _cancel(closing)
+
+
+async def _cancel(tasks: Iterable[asyncio.Future[Any]]) -> None:
+    for task in tasks:
         task.cancel()
-    await asyncio.gather(*closing, return_exceptions=True)
-    for handle in handles:
-        for endpoint in handle.endpoints:
-            ray.kill(endpoint.actor)
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ class ActorSpec:
     """One noun: its class, how it is built, how many of it, and what each one needs."""
 
     name: str
-    cls: Callable[..., Any]
+    cls: type
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     replicas: int = 1
     num_cpus: float = 0.0

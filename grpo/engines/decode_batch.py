@@ -151,7 +151,7 @@ class DecodeBatch:
         return self._sample(logits_BV[sources], rows_N, sampler)
 
     def _prefill(self, tokens_BT: Tensor, starts_B: Tensor, targets: list[list[int]]) -> Tensor:
-        """Run prefixes that end before column `end`, keep their keys and values in the target rows; last logits [B, V]."""
+        """Run prefixes that end before column `end` and keep their keys and values; returns the last logits [B, V]."""
         width = tokens_BT.shape[1]
         columns_T = torch.arange(self._kv.end - width, self._kv.end, device=self.device)
         logits, chunk = [], max(1, _PREFILL_TOKENS // width)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
@@ -158,7 +158,8 @@ class TorchEngine:
     def _fail_pending(self, task: asyncio.Task[None]) -> None:
         """When the stepping task ends, nobody may go on waiting for it."""
         error = _failure(task) or RuntimeError("the engine was closed")
-        for future in [*self._futures.values(), *(loaded for _, loaded in self._updates)]:
+        pending: list[asyncio.Future[Any]] = [*self._futures.values(), *(loaded for _, loaded in self._updates)]
+        for future in pending:
             if not future.done():
                 future.set_exception(error)
 

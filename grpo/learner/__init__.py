@@ -1,1 +1,1 @@
-"""From a batch to new weights. The learner knows no algorithm: advantages, masks and log-probabilities arrive with it."""
+"""From a batch to new weights. The learner knows no algorithm: advantages and masks arrive with the batch."""

@@ -43,8 +43,9 @@ class Learner:
         self._loss = make_loss(loss)
         self._trains_zero_advantage = loss.beta > 0  # the KL term pulls on those too
         self._writer = WeightsWriter(model, compute_dtype)
+        beta1, beta2 = config.betas
         self._optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay
+            model.parameters(), lr=config.lr, betas=(beta1, beta2), weight_decay=config.weight_decay
         )
         self._schedule = get_scheduler(config.lr_schedule, self._optimizer, config.warmup_steps, config.max_steps)
 
@@ -58,7 +59,9 @@ class Learner:
         """
         ages = [self.version - group.oldest_version for group in batch.groups]
         if max(ages) > self._age_bound:
-            raise StalenessError(f"a group of age {max(ages)} at version {self.version}; the bound is {self._age_bound}")
+            raise StalenessError(
+                f"a group of age {max(ages)} at version {self.version}; the bound is {self._age_bound}"
+            )
         samples = [sample for group in batch.groups for sample in samples_of(group)]
         trained = samples if self._trains_zero_advantage else [sample for sample in samples if sample.advantage != 0]
         token_count = sum(len(sample.behavior_logprobs) for sample in samples)
@@ -101,7 +104,10 @@ class Learner:
             )
             output.loss.backward()
             loss += float(output.loss.detach())
-            for name, value in [*output.metrics.items(), *self._agreement(logprobs_BK.detach(), micro).items()]:
+            for name, value in [
+                *output.metrics.items(),
+                *self._agreement(logprobs_BK.detach(), micro).items(),
+            ]:
                 sums[name] += float(value)
         return loss, sums
 
@@ -125,9 +131,7 @@ class Learner:
 
 
 def make_loss(config: LossConfig) -> Callable[..., LossOutput]:
-    return partial(
-        LOSSES[config.name], clip_low=config.clip_low, clip_high=config.clip_high, beta=config.beta
-    )
+    return partial(LOSSES[config.name], clip_low=config.clip_low, clip_high=config.clip_high, beta=config.beta)
 
 
 def _means(sums: Mapping[str, float]) -> dict[str, float]:

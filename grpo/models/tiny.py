@@ -68,9 +68,7 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern="", behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
 def tiny_llama(*, width: int = 128, layers: int = 4, heads: int = 4, seed: int = 0) -> LlamaForCausalLM:
@@ -120,7 +118,10 @@ def _warm_start(
 
 
 def _examples(
-    problems: list[Problem], tokenizer: PreTrainedTokenizerFast, task: DemonstratedTask, rng: np.random.Generator
+    problems: list[Problem],
+    tokenizer: PreTrainedTokenizerFast,
+    task: DemonstratedTask,
+    rng: np.random.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [B, T] padded on the right, and labels [B, T] that are -100 on prompts and padding."""
     rows = []

@@ -9,7 +9,14 @@ from typing import Protocol, Self
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -78,11 +85,12 @@ class LiveDisplay:
             console=console,
             expand=True,
         )
-        self._task = self._progress.add_task("train", total=max_steps)
+        self._task = self._progress.add_task("train", total=max_steps, start=False)
         self._rewards: list[float] = []
         self._live = Live(self._progress, console=console, refresh_per_second=8)
 
     def __enter__(self) -> Self:
+        self._progress.start_task(self._task)
         self._live.start()
         return self
 

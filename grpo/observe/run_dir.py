@@ -25,7 +25,9 @@ class RunDirectory:
             (path / ".writable").touch()
             (path / ".writable").unlink()
         except OSError as error:
-            raise ConfigError(f"can't write to {path}: {error.strerror}; name another folder", key="hydra.run.dir") from error
+            raise ConfigError(
+                f"can't write to {path}: {error.strerror}; name another folder", key="hydra.run.dir"
+            ) from error
         if (path / "metrics.jsonl").exists():
             raise ConfigError(f"{path} already holds a run; name another folder", key="hydra.run.dir")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="run-dir")

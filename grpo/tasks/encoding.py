@@ -45,11 +45,9 @@ class PromptEncoder:
 
     def _token_ids(self, question: str) -> list[int]:
         if self._config.template == "plain":
-            ids: list[int] = self._tokenizer.encode(question)
-            return ids
+            return list(self._tokenizer.encode(question))
         system = self._config.system_prompt
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": question})
         text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids = self._tokenizer.encode(text, add_special_tokens=False)
-        return ids
+        return list(self._tokenizer.encode(text, add_special_tokens=False))

@@ -27,7 +27,7 @@ class Sorting:
         questions: dict[str, None] = {}  # a set that keeps its order
         while len(questions) < train_size + held_out_size:
             length = int(rng.integers(min_letters, max_letters + 1))
-            questions["".join(rng.choice(list(ALPHABET), size=length)) + ">"] = None
+            questions["".join(rng.choice(list(ALPHABET), size=length, replace=False)) + ">"] = None
         problems = [Problem(question, answer="".join(sorted(question[:-1]))) for question in questions]
         self._splits = {"held_out": problems[:held_out_size], "train": problems[held_out_size:]}
 
