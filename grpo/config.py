@@ -228,6 +228,8 @@ def explain(error: Exception) -> str:
 
 
 def _unknown(key: str) -> str:
+    if _declared(key):
+        return f"{key}: is not there yet; add it with a plus sign, +{key}=..."
     known = [name for name in _keys(OmegaConf.to_container(OmegaConf.structured(RunConfig))) if name]
     alike = difflib.get_close_matches(key, [*known, *(f.name for f in fields(RunConfig))], n=1)
     return f"{key}: no such key; " + (f"did you mean {alike[0]}?" if alike else "grpo/config.py lists them all")
@@ -311,6 +313,8 @@ def validate(config: RunConfig) -> None:
             raise ConfigError(f"is {_value(config, key)}, must be greater than 0", key=key)
     if not 0 < config.rollout.top_p <= 1:
         raise ConfigError(f"is {config.rollout.top_p}, must be in (0, 1]; 1 switches it off", key="rollout.top_p")
+    if len(config.trainer.betas) != 2:
+        raise ConfigError(f"is {config.trainer.betas}, must be two numbers", key="trainer.betas")
     if config.generator.max_sequences < config.rollout.group_size:
         raise ConfigError(
             f"is {config.generator.max_sequences}, but a group of rollout.group_size={config.rollout.group_size} is "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -17,12 +17,14 @@ class Interrupted(Exception):
 
 
 async def unless(shutdown: asyncio.Event, work: Coroutine[Any, Any, R]) -> R:
-    """Await `work`, or cancel it and raise Interrupted as soon as `shutdown` is set."""
+    """Await `work`, or cancel it and raise Interrupted as soon as `shutdown` is set; errors of `work` come first."""
     task = asyncio.ensure_future(work)
     stop = asyncio.ensure_future(shutdown.wait())
     try:
         await asyncio.wait((task, stop), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
+        if task.done() and (error := task.exception()):
+            raise error
+        if shutdown.is_set():
             raise Interrupted
         return task.result()
     finally:
@@ -45,10 +47,16 @@ async def watchdog(seconds: float, what: str) -> AsyncIterator[None]:
 
 
 def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first error of a failed task group; the others are mostly its consequences, and are kept as a note."""
-    first: BaseException = group
-    while isinstance(first, BaseExceptionGroup):
-        first, *others = first.exceptions
-        for other in others:
-            first.add_note(f"at the same time: {type(other).__name__}: {other}")
+    """The first error of a failed task group; the others are mostly its consequences, and are kept as notes."""
+    first, *others = _leaves(group)
+    for other in others:
+        first.add_note(f"at the same time: {type(other).__name__}: {other}")
     return first
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error

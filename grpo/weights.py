@@ -69,13 +69,15 @@ class WeightsWriter:
     def write(self, version: int) -> Weights:
         """Snapshot the parameters. The next call overwrites the buffer, so its receivers must have loaded by then.
 
-        Raises WeightsError when a parameter is not finite: such weights are never published.
+        Raises WeightsError when a parameter is not finite, or not in the published dtype: such weights are never
+        published.
         """
         weights = Weights(version, self._specs, self._buffer)
         for (name, target), parameter in zip(weights.tensors(), self._model.parameters(), strict=True):
-            if not torch.isfinite(parameter).all():
+            converted = parameter.to(target.dtype)
+            if not torch.isfinite(converted).all():
                 raise WeightsError(f"{name} holds NaN or infinity at version {version}: not published")
-            target.copy_(parameter)
+            target.copy_(converted)
         return weights
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from grpo.config import RunConfig
-from grpo.models.loading import load_tokenizer
+from grpo.models.tokenizer import load_tokenizer
 from grpo.tasks.encoding import PromptEncoder, make_task
 from grpo.types import Problem, Prompt
 

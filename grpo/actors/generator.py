@@ -11,7 +11,8 @@ from grpo.engines.base import Engine
 from grpo.engines.simulated import SimulatedEngine
 from grpo.engines.torch_engine import TorchEngine
 from grpo.imports import check_arguments
-from grpo.models.loading import load_model, load_tokenizer, stop_token_ids
+from grpo.models.loading import load_model, stop_token_ids
+from grpo.models.tokenizer import load_tokenizer
 from grpo.services import returns_payload
 from grpo.types import Completion, GenerationReport, GeneratorStats, Prompt, SamplingParams
 from grpo.weights import Weights

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from grpo.config import RunConfig
 from grpo.imports import import_target
-from grpo.models.loading import load_tokenizer
+from grpo.models.tokenizer import load_tokenizer
 from grpo.rewards import REWARDS, RewardFunction
 from grpo.tasks.base import Task
 from grpo.tasks.encoding import make_task

@@ -63,6 +63,7 @@ class DecodeBatch:
     ) -> None:
         self.model = model
         self.version = 0
+        self.max_rows = max_rows
         self.max_prompt_tokens, self.max_completion_tokens = max_prompt_tokens, max_completion_tokens
         self.device = next(model.parameters()).device
         self._stop_token_ids = tuple(stop_token_ids)
@@ -77,7 +78,7 @@ class DecodeBatch:
 
     @property
     def free_rows(self) -> int:
-        return self._kv.max_rows - len(self._rows)
+        return self.max_rows - len(self._rows)
 
     @property
     def running(self) -> int:

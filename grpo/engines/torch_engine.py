@@ -119,13 +119,17 @@ class TorchEngine:
     async def _swap_weights(self) -> None:
         if not self._updates or (self._weight_update == "drain" and self._batch.running):
             return
-        weights, loaded = self._updates.popleft()
+        weights, loaded = self._updates[0]  # stays listed while it loads: closing has to reach its caller
         try:
-            await self._thread.run(self._load, weights)
+            if not loaded.cancelled():
+                await self._thread.run(self._load, weights)
         except Exception as error:
-            loaded.set_exception(error)  # the caller decides; the old weights stay in use
+            if not loaded.cancelled():
+                loaded.set_exception(error)  # the caller decides; the old weights stay in use
         else:
-            loaded.set_result(None)
+            if not loaded.cancelled():
+                loaded.set_result(None)
+        self._updates.popleft()
 
     def _load(self, weights: Weights) -> None:
         load_weights(self._batch.model, weights)
@@ -148,8 +152,8 @@ class TorchEngine:
             raise ValueError(f"a prompt of {len(prompt_ids)} tokens; the engine takes 1 to {batch.max_prompt_tokens}")
         if not 0 < params.max_tokens <= batch.max_completion_tokens:
             raise ValueError(f"max_tokens={params.max_tokens}; the engine takes 1 to {batch.max_completion_tokens}")
-        if not 0 < params.n <= batch.free_rows + batch.running:
-            raise ValueError(f"n={params.n} completions; the engine holds {batch.free_rows + batch.running}")
+        if not 0 < params.n <= batch.max_rows:
+            raise ValueError(f"n={params.n} completions; the engine holds {batch.max_rows}")
 
     def _raise_if_stopped(self) -> None:
         if self._task.done():

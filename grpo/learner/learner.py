@@ -34,7 +34,8 @@ class Learner:
     ) -> None:
         self.model = model.train()
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            renamed = hasattr(model, "activation_checkpointing_enable")  # in transformers, after 5.20
+            (model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable)()
         self.version = 0
         self.nonfinite_steps = 0
         self._config, self._temperature, self._age_bound = config, temperature, age_bound
@@ -47,7 +48,8 @@ class Learner:
         self._optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.lr, betas=(beta1, beta2), weight_decay=config.weight_decay
         )
-        self._schedule = get_scheduler(config.lr_schedule, self._optimizer, config.warmup_steps, config.max_steps)
+        schedule = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
+        self._schedule = get_scheduler(schedule, self._optimizer, config.warmup_steps, config.max_steps)
 
     def train_step(self, batch: Batch) -> dict[str, float]:
         """Take one optimizer step; returns metrics by name.
@@ -68,8 +70,7 @@ class Learner:
         loss, sums = self._backward(trained, token_count)
         grad_norm = float(clip_grad_norm_(self.model.parameters(), self._config.max_grad_norm))
         lr = self._schedule.get_last_lr()[0]
-        if trained:
-            self._update(finite=math.isfinite(loss) and math.isfinite(grad_norm))
+        self._update(finite=math.isfinite(loss) and math.isfinite(grad_norm))
         self._schedule.step()
         self.version += 1
         return {
@@ -123,10 +124,10 @@ class Learner:
         }
 
     def _update(self, *, finite: bool) -> None:
-        if finite:
-            self._optimizer.step()
-        else:
+        if not finite:
             self.nonfinite_steps += 1
+            self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.step()  # without gradients it changes nothing, but the schedule warns when it is left out
         self._optimizer.zero_grad(set_to_none=True)
 
 

@@ -1,4 +1,4 @@
-"""Loading ordinary Hugging Face models and tokenizers, the one way for every actor."""
+"""Loading ordinary Hugging Face models, the one way for every actor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -15,10 +14,6 @@ from transformers.utils import logging as transformers_logging
 from grpo.config import ModelConfig
 
 transformers_logging.disable_progress_bar()
-
-
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
 
 
 def load_model(config: ModelConfig, dtype: torch.dtype, device: str) -> PreTrainedModel:

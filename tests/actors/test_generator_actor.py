@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from grpo.actors.generator import Generator
+from grpo.config import GeneratorConfig
+from grpo.models.loading import load_model
+from grpo.types import ConfigError, SamplingParams
+from grpo.weights import WeightsWriter
+
+SIMULATED = GeneratorConfig(engine="simulated", args={"mean_tokens": 3.0})
+
+
+@pytest.fixture
+async def make_generator(config):
+    opened = []
+
+    async def make(generator=None):
+        actor = Generator(replace(config, generator=generator or config.generator))
+        await actor.setup()
+        opened.append(actor)
+        return actor
+
+    yield make
+    for actor in opened:
+        await actor.close()
+
+
+@pytest.fixture
+def weights(config):
+    return WeightsWriter(load_model(config.model, torch.float32, "cpu"), torch.float32).write(version=3)
+
+
+@pytest.mark.parametrize("settings", [None, SIMULATED], ids=["torch", "simulated"])
+async def test_the_report_adds_up(make_generator, prompt, settings):
+    generator = await make_generator(settings)
+    completions, report = await generator.generate(prompt, SamplingParams(n=4, max_tokens=5, seed=11))
+    lengths = [len(completion.token_ids) for completion in completions]
+    assert report.completion_count == len(completions) == 4
+    assert report.token_count == sum(lengths)
+    assert max(lengths) <= 5
+    assert report.truncated_count == sum(completion.finish_reason == "length" for completion in completions)
+    assert report.oldest_version == 0
+    for completion, length in zip(completions, lengths, strict=True):
+        assert len(completion.logprobs) == length == sum(count for _, count in completion.versions)
+
+
+@pytest.mark.parametrize("settings", [None, SIMULATED], ids=["torch", "simulated"])
+async def test_new_weights_move_the_version_and_answer_with_the_counters(make_generator, prompt, weights, settings):
+    generator = await make_generator(settings)
+    _, before = await generator.generate(prompt, SamplingParams(n=2, max_tokens=4))
+    stats = await generator.update_weights(weights)
+    assert stats.tokens == before.token_count
+    assert stats.busy_s >= 0
+    completions, report = await generator.generate(prompt, SamplingParams(n=2, max_tokens=4))
+    assert report.oldest_version == 3
+    assert all(completion.versions == ((3, len(completion.token_ids)),) for completion in completions)
+    assert (await generator.update_weights(weights)).tokens == before.token_count + report.token_count
+
+
+@pytest.mark.parametrize("settings", [None, SIMULATED], ids=["torch", "simulated"])
+async def test_what_is_sampled_follows_from_the_seed_alone(make_generator, prompt, settings):
+    generator = await make_generator(settings)
+    groups = await asyncio.gather(
+        *(generator.generate(prompt, SamplingParams(n=2, max_tokens=6, seed=seed)) for seed in (1, 2, 1))
+    )
+    (first, _), (other, _), (again, _) = groups
+
+    def tokens(completions):
+        return [completion.token_ids.tolist() for completion in completions]
+
+    assert tokens(first) == tokens(again) != tokens(other)
+
+
+async def test_the_models_own_eos_ends_a_completion(make_generator, config, prompt):
+    """Weights that always say eos: tokens other than it get a large negative logit through the norm's sign."""
+    generator = await make_generator()
+    model = load_model(config.model, torch.float32, "cpu")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:] = -1.0
+        model.model.embed_tokens.weight[1] = 1.0
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.norm.weight[:] = -1.0
+    await generator.update_weights(WeightsWriter(model, torch.float32).write(version=1))
+    completions, report = await generator.generate(prompt, SamplingParams(n=2, max_tokens=6))
+    assert [completion.token_ids.tolist() for completion in completions] == [[1], [1]]
+    assert report.truncated_count == 0
+    np.testing.assert_allclose(completions[0].logprobs, [0.0], atol=1e-5)
+
+
+async def test_unknown_engine_arguments_are_refused(make_generator):
+    with pytest.raises(ConfigError, match=r"generator\.args.*'latency'.*latency_s"):
+        await make_generator(GeneratorConfig(engine="simulated", args={"latency": 1.0}))

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from grpo.actors.trainer import Trainer
+from grpo.config import ModelConfig
+from grpo.models.loading import load_model
+from grpo.models.tiny import tiny_llama
+from grpo.types import Batch, StalenessError, WeightsError
+
+
+@pytest.fixture
+def make_trainer(config):
+    opened = []
+
+    async def make(**changes):
+        trainer = Trainer(replace(config, **changes))
+        await trainer.setup()
+        opened.append(trainer)
+        return trainer
+
+    yield make
+    for trainer in opened:
+        trainer._thread.close()
+
+
+def initial_weights(config):
+    return dict(load_model(config.model, torch.float32, "cpu").named_parameters())
+
+
+async def test_the_first_weights_are_version_0_as_loaded(make_trainer, config):
+    weights, version = await (await make_trainer()).push_weights()
+    assert version == weights.version == 0
+    initial = initial_weights(config)
+    assert {name for name, _ in weights.tensors()} == set(initial)
+    assert all(torch.equal(tensor, initial[name]) for name, tensor in weights.tensors())
+
+
+async def test_a_step_makes_version_1_with_other_weights(make_trainer, config, make_group):
+    trainer = await make_trainer()
+    metrics = await trainer.train_step(Batch([make_group()]))
+    weights, version = await trainer.push_weights()
+    assert version == weights.version == 1
+    assert metrics["trainer/grad_norm"] > 0
+    assert metrics["trainer/lr"] == config.trainer.lr
+    initial = initial_weights(config)
+    assert not any(torch.equal(tensor, initial[name]) for name, tensor in weights.tensors())
+
+
+async def test_the_published_dtype_is_the_models(make_trainer, config):
+    trainer = await make_trainer(model=replace(config.model, dtype="bfloat16"))
+    weights, _ = await trainer.push_weights()
+    assert {tensor.dtype for _, tensor in weights.tensors()} == {torch.bfloat16}
+
+
+async def test_weights_that_are_not_finite_are_never_published(make_trainer, tmp_path):
+    model = tiny_llama(width=32, layers=2, heads=2)
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    model.save_pretrained(tmp_path)
+    trainer = await make_trainer(model=ModelConfig(path=str(tmp_path)))
+    with pytest.raises(WeightsError, match=r"model\.norm\.weight"):
+        await trainer.push_weights()
+
+
+async def test_the_age_bound_follows_from_the_buffer(make_trainer, make_group):
+    trainer = await make_trainer()
+    for _ in range(2):
+        await trainer.train_step(Batch([make_group(advantages=(0.0, 0.0), version=0)]))
+    with pytest.raises(StalenessError):
+        await trainer.train_step(Batch([make_group(version=0)]))

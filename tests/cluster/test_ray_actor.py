@@ -1,0 +1,60 @@
+"""Real Ray, with an actor that shows what arrives."""
+
+import asyncio
+
+import numpy as np
+import pytest
+import ray
+
+from grpo.cluster.handles import ActorHandle
+from grpo.cluster.ray_actor import RayEndpoint, host_class
+from grpo.types import ActorDied, RewardError
+from tests.fakes import Parcel, Worker
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+@pytest.fixture
+def worker():
+    handle = make(1)
+    yield handle
+    ray.kill(handle.endpoints[0].actor)
+
+
+def make(replicas):
+    remote = ray.remote(host_class(Worker)).options(num_cpus=0)
+    return ActorHandle("worker", [RayEndpoint("worker", Worker, remote.remote(Worker, {})) for _ in range(replicas)])
+
+
+async def test_a_payload_stays_behind_and_is_resolved_where_it_is_used(worker):
+    payload, report = await worker.make.call_one(1000)
+    assert isinstance(payload, ray.ObjectRef)
+    assert report == {"size": 1000}
+    assert await worker.total.call_one(payload) == 499500
+    assert await worker.total.call_one(array=payload, times=2) == 999000
+
+
+async def test_a_payload_in_a_field_of_a_dataclass_is_resolved_too(worker):
+    payload, _ = await worker.make.call_one(10)
+    assert await worker.open.call_one(Parcel("box", payload)) == ("box", "ndarray", 45)
+
+
+async def test_an_exception_arrives_with_its_type(worker):
+    with pytest.raises(RewardError, match="reward 'x' failed") as caught:
+        await worker.fail.call_one()
+    assert type(caught.value) is RewardError
+
+
+async def test_a_dead_process_is_an_error_of_its_own(worker):
+    with pytest.raises(ActorDied, match="worker"):
+        await worker.die.call_one()
+    with pytest.raises(ActorDied):
+        await worker.total.call_one(np.ones(1))
+
+
+async def test_replicas_are_processes_of_their_own():
+    handle = make(2)
+    assert len(set(await handle.process.fanout())) == 2
+    assert len(await asyncio.gather(*(handle.process.route() for _ in range(4)))) == 4
+    for endpoint in handle.endpoints:
+        ray.kill(endpoint.actor)

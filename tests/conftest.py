@@ -1,0 +1,59 @@
+"""A tiny random model on disk, a config to go with it, and a recorder without a screen."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from grpo.config import RunConfig
+from grpo.models.tiny import character_tokenizer, tiny_llama
+from grpo.observe.display import PlainDisplay
+from grpo.observe.recorder import Recorder
+from grpo.observe.run_dir import RunDirectory
+from grpo.pacing import Pacer
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama(width=32, layers=2, heads=2).save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def tiny_config(tiny_model_path) -> RunConfig:
+    """Three steps of two groups of four on the sorting task, with a random model."""
+    config = RunConfig()
+    config.model.path = tiny_model_path
+    config.task.target = "grpo.tasks.sorting:Sorting"
+    config.task.args = {"train_size": 50, "held_out_size": 8}
+    config.rollout.concurrency = 4
+    config.rollout.group_size = 4
+    config.rollout.max_prompt_tokens = 16
+    config.rollout.max_completion_tokens = 8
+    config.trainer.max_steps = 3
+    config.trainer.groups_per_step = 2
+    config.trainer.lr = 1e-2
+    config.reward.functions = {"tests.fakes:vowel_share": 1.0}
+    config.observe.rollouts_every = 1
+    config.watchdog.seconds = 60.0
+    return config
+
+
+@pytest.fixture
+def make_recorder(tmp_path):
+    """Build a (pacer, recorder) pair for a config; run directories are closed at the end of the test."""
+    opened = []
+
+    def make(config: RunConfig, folder: Path | None = None) -> tuple[Pacer, Recorder]:
+        run_dir = RunDirectory(folder or tmp_path / f"run-{len(opened)}")
+        opened.append(run_dir)
+        pacer = Pacer(config.ticket_capacity)
+        display = PlainDisplay(Console(file=io.StringIO()), config.trainer.max_steps, log_every=1)
+        return pacer, Recorder(run_dir, display, pacer, config.observe.rollouts_every)
+
+    yield make
+    for run_dir in opened:
+        run_dir.close()

@@ -1,0 +1,57 @@
+"""The generator's log-probabilities against the trainer's, on the same weights and tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from grpo.engines.torch_engine import TorchEngine
+from grpo.learner.collate import collate, samples_of
+from grpo.learner.logprobs import token_logprobs
+from grpo.types import Batch, Group, Problem, Prompt, SamplingParams
+
+
+async def sample_groups(model, temperature):
+    engine = TorchEngine(
+        copy.deepcopy(model), stop_token_ids=(1, 2), max_rows=9, max_prompt_tokens=9, max_completion_tokens=12
+    )
+    rng = np.random.default_rng(0)
+    prompts = [
+        Prompt(i, Problem("?", "!"), rng.integers(3, 60, size=length)) for i, length in enumerate([2, 9, 1, 5, 5])
+    ]
+
+    async def group(prompt):
+        params = SamplingParams(n=3, temperature=temperature, max_tokens=12, seed=prompt.serial)
+        completions = await engine.generate(prompt.token_ids, params)
+        return Group(prompt, completions, None, (1.0, 0.5, 0.0), (1.0, 0.1, -1.0), oldest_version=0)
+
+    try:
+        return await asyncio.gather(*map(group, prompts))
+    finally:
+        await engine.close()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+async def test_trainer_and_generator_agree_token_by_token(model, make_learner, temperature):
+    groups = await sample_groups(model, temperature)
+    micro = collate([sample for group in groups for sample in samples_of(group)], torch.device("cpu"))
+    with torch.no_grad():
+        trainer_BK = token_logprobs(model, micro, temperature)
+    gap_N = (trainer_BK - micro.behavior_logprobs_BK)[micro.mask_BK].abs()
+    assert len(gap_N) > 50
+    assert float(gap_N.max()) < 1e-4
+
+    metrics = make_learner(temperature=temperature, micro_batch_tokens=64).train_step(Batch(groups))
+    assert metrics["mismatch/same_version_abs"] < 1e-4
+    assert metrics["mismatch/behavior_abs"] < 1e-4
+    assert metrics["trainer/ratio_mean"] == pytest.approx(1, abs=1e-4)
+    assert metrics["trainer/clip_fraction"] == 0
+
+
+async def test_a_wrong_temperature_shows_in_the_mismatch(model, make_learner):
+    groups = await sample_groups(model, temperature=0.7)
+    assert make_learner(temperature=1.0).train_step(Batch(groups))["mismatch/same_version_abs"] > 0.01

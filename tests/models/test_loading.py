@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import BioGptConfig, BioGptForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from grpo.config import ModelConfig
+from grpo.models.loading import load_model, load_tokenizer, stop_token_ids
+from grpo.models.tiny import character_tokenizer, tiny_llama
+
+TOKENS = torch.tensor([[5, 6, 7, 8, 9]])
+
+
+def gpt2():
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=40,
+            n_positions=16,
+            n_embd=16,
+            n_layer=1,
+            n_head=2,
+            resid_pdrop=0.5,
+            embd_pdrop=0.5,
+            attn_pdrop=0.5,
+        )
+    )
+
+
+def biogpt():
+    return BioGptForCausalLM(
+        BioGptConfig(
+            vocab_size=40,
+            max_position_embeddings=16,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            hidden_dropout_prob=0.5,
+            attention_probs_dropout_prob=0.5,
+        )
+    )
+
+
+@pytest.mark.parametrize("make", [gpt2, biogpt])
+def test_a_loaded_model_has_no_dropout_in_training_mode_either(tmp_path, make):
+    made = make().train()
+    with torch.no_grad():
+        assert not torch.equal(made(TOKENS).logits, made(TOKENS).logits)
+    made.save_pretrained(tmp_path)
+    loaded = load_model(ModelConfig(path=str(tmp_path)), torch.float32, "cpu")
+    with torch.no_grad():
+        expected = made.eval()(TOKENS).logits
+        torch.testing.assert_close(loaded.eval()(TOKENS).logits, expected)
+        torch.testing.assert_close(loaded.train()(TOKENS).logits, expected)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_llama(width=32, layers=2, heads=2).save_pretrained(tmp_path)
+    character_tokenizer().save_pretrained(tmp_path)
+    return ModelConfig(path=str(tmp_path))
+
+
+def test_a_saved_tiny_model_loads_as_it_was(folder):
+    model, saved = load_model(folder, torch.float32, "cpu"), tiny_llama(width=32, layers=2, heads=2)
+    assert not model.training
+    assert {name for name, _ in model.named_parameters()} == {name for name, _ in saved.named_parameters()}
+    for (name, a), b in zip(model.named_parameters(), saved.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert load_tokenizer(folder).get_vocab() == character_tokenizer().get_vocab()
+
+
+def test_the_dtype_is_the_one_asked_for(folder):
+    assert {p.dtype for p in load_model(folder, torch.bfloat16, "cpu").parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("generation_eos", "tokenizer_eos", "expected"),
+    [
+        (1, "<eos>", (1,)),
+        ([7, 1], "<eos>", (1, 7)),
+        (2, "<eos>", (1, 2)),
+        (None, "<eos>", (1,)),
+        ([7, 2], None, (2, 7)),
+    ],
+)
+def test_every_end_of_sequence_token_is_found(generation_eos, tokenizer_eos, expected):
+    model, tokenizer = tiny_llama(width=32, layers=1, heads=2), character_tokenizer()
+    model.generation_config.eos_token_id = generation_eos
+    tokenizer.eos_token = tokenizer_eos
+    assert stop_token_ids(model, tokenizer) == expected
+
+
+def test_end_of_sequence_tokens_survive_the_folder(folder):
+    assert stop_token_ids(load_model(folder, torch.float32, "cpu"), load_tokenizer(folder)) == (1,)

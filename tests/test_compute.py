@@ -1,0 +1,103 @@
+import asyncio
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from grpo import compute
+from grpo.compute import ComputeThread
+
+
+@pytest.fixture
+def thread():
+    thread = ComputeThread("test")
+    yield thread
+    thread.close()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The thread's clock; it stands still unless the work moves it."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(compute, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+async def test_work_runs_in_order_and_one_at_a_time(thread):
+    events = []
+
+    def work(i):
+        events.append(("begin", i))
+        events.append(("end", i))
+        return i
+
+    assert await asyncio.gather(*(thread.run(work, i) for i in range(20))) == list(range(20))
+    assert events == [(what, i) for i in range(20) for what in ("begin", "end")]
+
+
+async def test_all_work_shares_one_thread_that_is_not_the_loops(thread):
+    threads = await asyncio.gather(*(thread.run(threading.current_thread) for _ in range(3)))
+    assert len(set(threads)) == 1
+    assert threads[0] is not threading.current_thread()
+    assert threads[0].name.startswith("test")
+
+
+async def test_the_loop_goes_on_while_work_runs(thread):
+    gate = threading.Event()
+    running = asyncio.create_task(thread.run(gate.wait, 30))
+    await asyncio.sleep(0)
+    gate.set()  # reached only because the loop is free
+    assert await running
+
+
+async def test_arguments_reach_the_work(thread):
+    assert await thread.run(sorted, [3, 1, 2], reverse=True) == [3, 2, 1]
+
+
+async def test_busy_time_adds_up_also_over_failures(thread, clock):
+    def work(seconds, *, fail=False):
+        clock.now += seconds
+        if fail:
+            raise ValueError("failed")
+
+    await thread.run(work, 2.0)
+    clock.now += 100.0  # idle
+    with pytest.raises(ValueError, match="failed"):
+        await thread.run(work, 3.0, fail=True)
+    await asyncio.gather(thread.run(work, 1.0), thread.run(work, 4.0))
+    assert thread.busy_s == 10.0
+
+
+async def test_an_exception_is_raised_at_the_await_and_the_thread_goes_on(thread):
+    def fail():
+        raise KeyError("inside the work")
+
+    failing, following = await asyncio.gather(thread.run(fail), thread.run(lambda: "fine"), return_exceptions=True)
+    assert isinstance(failing, KeyError)
+    assert following == "fine"
+
+
+async def test_torch_uses_as_many_threads_as_asked_for():
+    thread = ComputeThread("test", torch_threads=1)
+    try:
+        assert await thread.run(torch.get_num_threads) == 1
+    finally:
+        thread.close()
+
+
+async def test_close_waits_for_the_work_at_hand():
+    thread, gate, done = ComputeThread("test"), threading.Event(), []
+
+    def work():
+        gate.wait(30)
+        done.append(True)
+
+    running = asyncio.create_task(thread.run(work))
+    await asyncio.sleep(0)
+    asyncio.get_running_loop().call_soon(gate.set)
+    await asyncio.to_thread(thread.close)
+    assert done == [True]
+    await running
+    with pytest.raises(RuntimeError):
+        await thread.run(work)

@@ -1,0 +1,104 @@
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from grpo.config import RunConfig, explain, from_hydra, register, to_yaml, validate, warnings
+from grpo.types import ConfigError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def composed(*overrides) -> RunConfig:
+    """As `python scripts/train.py *overrides` would see it; raises ConfigError as the script would print it."""
+    register()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        try:
+            return from_hydra(compose("config", overrides=list(overrides)))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(explain(error)) from error
+
+
+def test_the_default_is_the_design():
+    config = composed()
+    assert (config.rollout.concurrency, config.rollout.group_size, config.buffer.max_policy_age) == (32, 8, 1)
+    assert config.ticket_capacity == 32
+    assert warnings(config) == []
+
+
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml")))
+def test_every_experiment_composes(experiment):
+    composed(f"+experiment={experiment}")
+
+
+@pytest.mark.parametrize(
+    ("group", "choice"),
+    sorted(
+        (path.parent.name, path.stem) for group in ("model", "task", "loss") for path in (CONFIGS / group).glob("*")
+    ),
+)
+def test_every_choice_of_a_group_composes(group, choice):
+    composed(f"{group}={choice}", *(["model.path=x"] if (group, choice) == ("model", "hf") else []))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.stepz=3", r"trainer\.stepz: no such key; did you mean trainer\.\w+\?"),
+        ("+trainer.stepz=3", r"trainer\.stepz: no such key"),
+        ("++extra=3", r"extra: no such key"),
+        ("rolout.concurrency=3", r"rolout: no such key; did you mean rollout\?"),
+        ("trainer.max_steps=many", r"trainer\.max_steps: Value 'many' .* Integer"),
+        ("task=chess", r"Could not find 'task/chess' Available options in 'task': .*sorting"),
+        ("+experiment=chess", r"Could not find 'experiment/chess' Available options"),
+        ("model=hf", r"model\.path: set either"),
+        ("rollout.group_size=1", r"rollout\.group_size: is 1, must be at least 2"),
+        ("buffer.max_policy_age=-1", r"buffer\.max_policy_age: is -1, must be at least 0"),
+        ("rollout.concurrency=0", r"rollout\.concurrency: is 0, must be at least 1"),
+        ("trainer.max_steps=0", r"trainer\.max_steps: is 0, must be at least 1"),
+        ("trainer.max_steps=-5", r"trainer\.max_steps: is -5, must be at least 1"),
+        ("trainer.max_grad_norm=0", r"trainer\.max_grad_norm: is 0\.0, must be greater than 0"),
+        ("trainer.lr=nan", r"trainer\.lr: is nan"),
+        ("rollout.top_p=0", r"rollout\.top_p: is 0\.0, must be in \(0, 1\]"),
+        ("generator.engine=magic", r"generator\.engine: 'magic' is not one of torch, simulated"),
+        ("reward.on_error=ignore", r"reward\.on_error: 'ignore' is not one of fail, drop"),
+        ("generator.max_sequences=4", r"generator\.max_sequences: is 4, but a group of rollout\.group_size=8"),
+        ("model.path=x", r"model\.path: set either"),
+        ("trainer.betas=[0.9]", r"trainer\.betas: is \[0\.9\], must be two numbers"),
+        (
+            "task.args.letters=4",
+            r"task\.args\.letters: is not there yet; add it with a plus sign, \+task\.args\.letters=",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_key(override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        composed(override)
+    assert "\n" not in str(caught.value)
+
+
+def test_more_rollouts_than_tickets_is_a_warning_that_says_how_many_can_run():
+    (warning,) = warnings(composed("buffer.max_policy_age=0"))
+    assert "only 16 rollouts can ever run" in warning
+
+
+def test_filters_and_greedy_sampling_are_warned_about():
+    found = warnings(composed("rollout.top_k=5", "rollout.temperature=0"))
+    assert len(found) == 2
+
+
+def test_yaml_round_trip():
+    config = composed("task.args.max_letters=4", "trainer.lr=1e-5")
+    from omegaconf import OmegaConf
+
+    again = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(to_yaml(config))))
+    assert again == config
+
+
+def test_a_config_in_code_is_checked_like_a_composed_one():
+    config = composed()
+    config.trainer.groups_per_step = 0
+    with pytest.raises(ConfigError, match=r"trainer\.groups_per_step"):
+        validate(config)

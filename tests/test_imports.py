@@ -1,0 +1,79 @@
+"""Imports point down, and each outside library is used where the design says."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# What each place may import of the package. A place is a module or a folder of grpo/.
+MAY_IMPORT = {
+    "types": set(),
+    "services": set(),
+    "pacing": {"types"},
+    "weights": {"types"},
+    "compute": set(),
+    "structured": {"types"},
+    "imports": {"types"},
+    "config": {"types", "pacing"},
+    "algorithms": {"types"},
+    "rewards": {"types"},
+    "tasks": {"types", "config", "imports"},
+    "models": {"types", "config", "tasks"},
+    "engines": {"types", "weights", "compute"},
+    "learner": {"types", "config", "weights", "algorithms"},
+    "observe": {"types", "pacing"},
+    "actors": {
+        "types", "services", "config", "imports", "weights", "compute",
+        "rewards", "tasks", "models", "engines", "learner",
+    },
+    "cluster": {"types", "services", "config", "actors"},
+    "rollout": {"types", "services", "config", "algorithms"},
+    "evaluation": {"types", "services", "config", "rollout"},
+    "loop": {"types", "services", "config", "pacing", "structured", "rollout", "observe"},
+}  # fmt: skip
+
+# Outside libraries that only some places may touch.
+ONLY_IN = {
+    "ray": {"cluster"},
+    "hydra": {"config"},
+    "omegaconf": {"config"},
+    "transformers": {"engines", "learner", "models", "tasks", "preflight"},
+    "rich": {"observe", "train", "models"},
+    "reasoning_gym": {"tasks"},
+}
+
+
+def places():
+    for path in sorted((ROOT / "grpo").rglob("*.py")):
+        inner = path.relative_to(ROOT / "grpo")
+        if inner.name != "__init__.py" or len(inner.parts) > 1:
+            yield inner.parts[0].removesuffix(".py"), path
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from ([f"{node.module}.{a.name}" for a in node.names] if node.module == "grpo" else [node.module])
+
+
+@pytest.mark.parametrize(("place", "path"), list(places()), ids=lambda value: str(getattr(value, "name", value)))
+def test_imports_point_down(place, path):
+    for module in imported(path):
+        root, *rest = module.split(".")
+        if root == "grpo" and place in MAY_IMPORT:
+            assert rest[0] in MAY_IMPORT[place] | {place}, f"{place} must not import {module}"
+        if root in ONLY_IN:
+            assert place in ONLY_IN[root], f"{place} must not import {root}"
+
+
+def test_every_place_has_its_line():
+    assert {place for place, _ in places()} == set(MAY_IMPORT) | {"preflight", "train"}  # these two see everything
+
+
+def test_the_loop_is_about_a_page():
+    assert len((ROOT / "grpo/loop.py").read_text().splitlines()) <= 130

@@ -1,0 +1,231 @@
+"""The real loop with the actors in this process: tiny torch models, simulated engines, or fakes."""
+
+import asyncio
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from grpo.actors.generator import Generator
+from grpo.algorithms.advantages import ADVANTAGES
+from grpo.cluster.handles import ActorHandle, LocalEndpoint
+from grpo.cluster.local import launch_local
+from grpo.cluster.plan import actor_specs
+from grpo.loop import run
+from grpo.rollout import sampling_params
+from grpo.types import Batch, Group, StalledError, WeightsError
+from tests.fakes import CountingTrainer, GatedGenerator
+
+
+async def run_loop(config, make_recorder, fakes=None, shutdown=None):
+    """Run to the end; returns (pacer, recorder, path of the run folder, final weights)."""
+    pacer, recorder = make_recorder(config)
+    async with launch_local(config, fakes) as services:
+        await run(services, pacer, config, recorder, shutdown or asyncio.Event())
+        weights, _ = await services.trainer.push_weights.call_one()
+    recorder._run_dir.close()
+    return pacer, recorder, recorder._run_dir.path, weights
+
+
+def lines(path, name):
+    return [json.loads(line) for line in (path / name).read_text().splitlines()]
+
+
+async def sequential(config):
+    """GRPO as a textbook writes it: no tasks, no tickets, no buffer. Returns (losses, final weights)."""
+    specs = {spec.name: spec for spec in actor_specs(config)}
+    actors = {name: spec.cls(**spec.kwargs) for name, spec in specs.items()}
+    for actor in actors.values():
+        await actor.setup()
+    dataloader, generator, trainer = actors["dataloader"], actors["generator"], actors["trainer"]
+    losses = []
+    weights, _ = await trainer.push_weights()
+    for _ in range(config.trainer.max_steps):
+        await generator.update_weights(weights)
+        groups = []
+        for prompt in await dataloader.sample(config.trainer.groups_per_step):
+            params = sampling_params(config.rollout, config.seed, prompt)
+            completions, report = await generator.generate(prompt, params)
+            rewards = (await actors["reward"].score(prompt, completions)).rewards
+            advantages = tuple(ADVANTAGES[config.loss.advantages](torch.tensor(rewards)).tolist())
+            groups.append(Group(prompt, completions, None, rewards, advantages, report.oldest_version))
+        losses.append((await trainer.train_step(Batch(groups)))["loss"])
+        weights, _ = await trainer.push_weights()
+    for actor in actors.values():
+        await actor.close()
+    return losses, weights
+
+
+async def test_synchronous_with_one_rollout_equals_a_sequential_loop_bit_for_bit(tiny_config, make_recorder):
+    tiny_config.buffer.max_policy_age = 0
+    tiny_config.rollout.concurrency = 1
+    losses, weights = await sequential(tiny_config)
+    _, _, path, loop_weights = await run_loop(tiny_config, make_recorder)
+    assert [step["loss"] for step in lines(path, "metrics.jsonl")] == losses
+    assert any(losses)
+    np.testing.assert_array_equal(loop_weights.buffer, weights.buffer)
+
+
+async def test_synchronous_with_many_rollouts_samples_the_same_tokens(tiny_config, make_recorder):
+    tiny_config.buffer.max_policy_age = 0
+    tiny_config.trainer.groups_per_step = 8
+    tiny_config.trainer.max_steps = 1
+    samples = []
+    for concurrency in (1, 32):
+        tiny_config.rollout.concurrency = concurrency
+        _, _, path, _ = await run_loop(tiny_config, make_recorder)
+        groups = [g for g in lines(path, "rollouts.jsonl") if g["prompt_serial"] < 8]
+        samples.append({g["prompt_serial"]: g["completions"] for g in groups})
+    assert len(samples[0]) == 8
+    assert samples[0] == samples[1]
+
+
+@pytest.fixture
+def simulated(tiny_config):
+    tiny_config.generator.engine = "simulated"
+    tiny_config.generator.args = {"latency_s": 0.002, "latency_sigma": 1.5, "mean_tokens": 4}
+    tiny_config.rollout.concurrency = 64
+    tiny_config.trainer.groups_per_step = 4
+    tiny_config.trainer.max_steps = 25
+    return tiny_config
+
+
+@pytest.mark.parametrize("max_policy_age", [0, 1, 3])
+async def test_age_stays_within_the_bound_and_reaches_it(simulated, make_recorder, max_policy_age):
+    simulated.buffer.max_policy_age = max_policy_age
+    trainer = CountingTrainer()
+    pacer, *_ = await run_loop(simulated, make_recorder, {"trainer": trainer})
+    assert max(trainer.ages) == max_policy_age
+    assert pacer.trained == 100
+    assert pacer.admitted == pacer.trained + pacer.outstanding
+    assert pacer.outstanding <= pacer.capacity
+
+
+async def test_a_window_keeps_the_age_within_the_larger_bound(simulated, make_recorder):
+    simulated.buffer.window = 5
+    trainer = CountingTrainer()
+    await run_loop(simulated, make_recorder, {"trainer": trainer})
+    assert max(trainer.ages) <= simulated.age_bound == 2
+
+
+async def test_every_prompt_is_trained_on_once(simulated, make_recorder):
+    trainer = CountingTrainer()
+    await run_loop(simulated, make_recorder, {"trainer": trainer})
+    serials = sorted(group.prompt.serial for batch in trainer.batches for group in batch.groups)
+    assert serials == sorted(set(serials))
+    assert len(serials) == 100
+
+
+async def test_groups_are_trained_on_in_the_order_of_admission(simulated, make_recorder):
+    trainer = CountingTrainer()
+    await run_loop(simulated, make_recorder, {"trainer": trainer})
+    # Tickets and prompts are handed out in the same order here, so serials tell the order of admission.
+    firsts = [min(group.prompt.serial for group in batch.groups) for batch in trainer.batches]
+    assert firsts == sorted(firsts)
+
+
+async def test_tickets_return_only_after_every_generator_has_the_new_weights(simulated, make_recorder):
+    gate = asyncio.Event()
+    generators = [Generator(simulated), Generator(simulated)]
+    for generator in generators:
+        await generator.setup()
+    slow = GatedGenerator(generators[1], gate)
+    pacer, recorder = make_recorder(simulated)
+    async with launch_local(simulated, {"trainer": CountingTrainer()}) as services:
+        services.generator.endpoints = (LocalEndpoint(generators[0]), LocalEndpoint(slow))
+        services.generator.in_flight = [0, 0]
+        task = asyncio.ensure_future(run(services, pacer, simulated, recorder, asyncio.Event()))
+        await slow.asked.wait()
+        await asyncio.sleep(0.01)
+        assert (pacer.trained, pacer.admitted) == (0, pacer.capacity)
+        gate.set()
+        await task
+    assert pacer.trained == 100
+
+
+async def test_an_error_in_a_rollout_ends_the_run_with_that_error(simulated, make_recorder):
+    simulated.generator.args["failure_rate"] = 0.05
+    with pytest.raises(RuntimeError, match="a simulated failure"):
+        await run_loop(simulated, make_recorder, {"trainer": CountingTrainer()})
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_an_error_in_the_trainer_ends_the_run_with_that_error(simulated, make_recorder):
+    class Failing(CountingTrainer):
+        async def train_step(self, batch):
+            raise ZeroDivisionError("no step")
+
+    with pytest.raises(ZeroDivisionError, match="no step"):
+        await run_loop(simulated, make_recorder, {"trainer": Failing()})
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_a_failed_weight_update_ends_the_run_instead_of_serving_stale_weights(tiny_config, make_recorder):
+    with pytest.raises(WeightsError, match="does not fit the model"):
+        await run_loop(tiny_config, make_recorder, {"trainer": CountingTrainer()})
+
+
+async def test_reward_errors_end_the_run_or_drop_the_group(simulated, make_recorder):
+    simulated.reward.functions = {"tests.fakes:sometimes_raising": 1.0}
+    with pytest.raises(Exception, match=r"sometimes_raising' on prompt .* raised ValueError: an odd question"):
+        await run_loop(simulated, make_recorder, {"trainer": CountingTrainer()})
+
+    simulated.reward.on_error = "drop"
+    pacer, *_ = await run_loop(simulated, make_recorder, {"trainer": CountingTrainer()})
+    assert pacer.trained == 100
+    assert pacer.dropped["reward_error"] > 0
+    assert pacer.admitted == pacer.trained + pacer.dropped.total() + pacer.outstanding
+
+
+async def test_a_shutdown_finishes_the_step_and_returns(simulated, make_recorder):
+    shutdown = asyncio.Event()
+
+    class Stopping(CountingTrainer):
+        async def train_step(self, batch):
+            if self.version == 4:
+                shutdown.set()
+                await asyncio.sleep(0.01)
+            return await super().train_step(batch)
+
+    trainer = Stopping()
+    pacer, *_ = await run_loop(simulated, make_recorder, {"trainer": trainer}, shutdown)
+    assert trainer.version == 5
+    assert pacer.trained == 20
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_a_shutdown_ends_the_wait_for_a_batch(simulated, make_recorder):
+    simulated.generator.args = {"latency_s": 3600.0}
+    shutdown = asyncio.Event()
+    asyncio.get_running_loop().call_later(0.05, shutdown.set)
+    pacer, *_ = await run_loop(simulated, make_recorder, {"trainer": CountingTrainer()}, shutdown)
+    assert pacer.trained == 0
+
+
+async def test_a_stalled_run_fails(simulated, make_recorder):
+    simulated.generator.args = {"latency_s": 3600.0}
+    simulated.watchdog.seconds = 0.1
+    with pytest.raises(StalledError, match="step 1 was not finished"):
+        await run_loop(simulated, make_recorder, {"trainer": CountingTrainer()})
+
+
+async def test_a_kl_term_brings_in_the_reference(tiny_config, make_recorder):
+    tiny_config.loss.beta = 0.1
+    _, _, path, _ = await run_loop(tiny_config, make_recorder)
+    steps = lines(path, "metrics.jsonl")
+    assert steps[0]["trainer/reference_kl"] == pytest.approx(0, abs=1e-5)
+    assert steps[-1]["trainer/reference_kl"] > 1e-4
+
+
+async def test_two_generators_share_the_work(simulated, make_recorder):
+    simulated.generator.replicas = 2
+    pacer, recorder = make_recorder(simulated)
+    async with launch_local(simulated, {"trainer": CountingTrainer()}) as services:
+        await run(services, pacer, simulated, recorder, asyncio.Event())
+        stats = [endpoint._actor._engine.stats().tokens for endpoint in services.generator.endpoints]
+    assert min(stats) > 0.25 * sum(stats)
+
+
+def test_local_handles_are_the_same_handles(tiny_config):
+    assert isinstance(ActorHandle("x", [LocalEndpoint(object())]), ActorHandle)

@@ -1,0 +1,77 @@
+import asyncio
+
+import pytest
+
+from grpo.pacing import Pacer, age_bound, ticket_capacity
+from grpo.types import Ticket
+
+
+async def test_admits_up_to_capacity_and_then_waits_for_a_release():
+    pacer = Pacer(capacity=2)
+    first, _ = await pacer.admit(), await pacer.admit()
+    third = asyncio.ensure_future(pacer.admit())
+    await asyncio.sleep(0)
+    assert not third.done()
+    pacer.release([first])
+    assert (await third).serial == 2
+    assert pacer.outstanding == 2
+
+
+async def test_waiters_are_served_in_order_with_rising_serials():
+    pacer = Pacer(capacity=1)
+    ticket = await pacer.admit()
+    order = []
+
+    async def wait(name):
+        order.append((name, await pacer.admit()))
+
+    async with asyncio.TaskGroup() as tasks:
+        for name in "abc":
+            tasks.create_task(wait(name))
+        for _ in range(3):
+            pacer.release([ticket])
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            ticket = order[-1][1]
+    assert [(name, ticket.serial) for name, ticket in order] == [("a", 1), ("b", 2), ("c", 3)]
+
+
+async def test_a_cancelled_waiter_takes_no_ticket():
+    pacer = Pacer(capacity=1)
+    ticket = await pacer.admit()
+    waiter = asyncio.ensure_future(pacer.admit())
+    await asyncio.sleep(0)
+    waiter.cancel()
+    await asyncio.gather(waiter, return_exceptions=True)
+    pacer.release([ticket])
+    assert (await pacer.admit()).serial == 1
+    assert pacer.outstanding == 1
+
+
+async def test_the_ledger_adds_up():
+    pacer = Pacer(capacity=5)
+    tickets = [await pacer.admit() for _ in range(5)]
+    pacer.release(tickets[:2])
+    pacer.drop(tickets[2], "reward_error")
+    assert pacer.admitted == pacer.trained + pacer.dropped.total() + pacer.outstanding == 5
+    assert pacer.dropped == {"reward_error": 1}
+
+
+async def test_a_ticket_cannot_come_back_twice():
+    pacer = Pacer(capacity=1)
+    ticket = await pacer.admit()
+    pacer.release([ticket])
+    with pytest.raises(KeyError):
+        pacer.drop(ticket, "again")
+    with pytest.raises(KeyError):
+        pacer.release([Ticket(99)])
+
+
+@pytest.mark.parametrize(("age", "window", "bound"), [(0, 1, 0), (1, 1, 1), (1, 2, 2), (1, 5, 2), (1, 6, 3), (4, 4, 5)])
+def test_age_bound_is_s_plus_the_steps_that_a_window_adds(age, window, bound):
+    assert age_bound(groups_per_step=4, max_policy_age=age, window=window) == bound
+
+
+def test_capacity_is_s_plus_one_batches():
+    assert ticket_capacity(groups_per_step=16, max_policy_age=0) == 16
+    assert ticket_capacity(groups_per_step=16, max_policy_age=3) == 64

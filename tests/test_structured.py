@@ -1,0 +1,65 @@
+import asyncio
+
+import pytest
+
+from grpo.structured import Interrupted, first_error, unless, watchdog
+from grpo.types import StalledError
+
+
+async def test_unless_gives_the_result_of_the_work():
+    async def work():
+        await asyncio.sleep(0)
+        return 7
+
+    assert await unless(asyncio.Event(), work()) == 7
+
+
+async def test_unless_cancels_the_work_when_the_shutdown_comes_first():
+    shutdown, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def work():
+        shutdown.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    with pytest.raises(Interrupted):
+        await unless(shutdown, work())
+    assert cancelled.is_set()
+
+
+async def test_unless_raises_what_the_work_raises():
+    async def work():
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        await unless(asyncio.Event(), work())
+
+
+async def test_unless_passes_a_cancellation_on_and_leaves_no_task():
+    task = asyncio.ensure_future(unless(asyncio.Event(), asyncio.Event().wait()))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_the_watchdog_names_what_was_late():
+    with pytest.raises(StalledError, match=r"step 3 .* watchdog.seconds=0.01"):
+        async with watchdog(0.01, "step 3"):
+            await asyncio.Event().wait()
+
+
+async def test_the_watchdog_leaves_other_timeouts_alone():
+    with pytest.raises(TimeoutError, match="theirs"):
+        async with watchdog(60, "step 3"):
+            raise TimeoutError("theirs")
+
+
+def test_first_error_digs_out_the_leaf_and_notes_the_others():
+    group = BaseExceptionGroup("outer", [ExceptionGroup("inner", [ValueError("a"), KeyError("b")]), OSError("c")])
+    error = first_error(group)
+    assert isinstance(error, ValueError)
+    assert len(error.__notes__) == 2
