@@ -20,10 +20,14 @@ register()
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="config")
 def run(composed: DictConfig) -> None:
-    config = from_hydra(composed)
-    from grpo.train import train  # torch and Ray are imported only for a config that can work
+    try:
+        config = from_hydra(composed)
+        from grpo.train import train  # torch and Ray are imported only for a config that can work
 
-    if code := train(config, Path(HydraConfig.get().runtime.output_dir)):
+        code = train(config, Path(HydraConfig.get().runtime.output_dir))
+    except GRPOError as error:
+        sys.exit(f"error: {error}")
+    if code:
         sys.exit(code)
 
 
@@ -31,10 +35,10 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as exceptions, not as Hydra's printed traces
     try:
         run()
-    except GRPOError as error:
-        sys.exit(f"error: {error}")
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(f"error: {explain(error)}")
+    except OSError as error:  # Hydra makes the folder of the run before our code is reached
+        sys.exit(f"error: hydra.run.dir: can't write to {error.filename}: {error.strerror}; name another folder")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -56,7 +56,7 @@ def evaluate(name: str, function: RewardFunction, problem: Problem, texts: Seque
     where = f"reward {name!r} on prompt {problem.question[:80]!r}"
     try:
         scores = tuple(float(score) for score in function(problem, texts))
-    except Exception as error:  # whatever user code raises: the run's `reward.on_error` decides
+    except (Exception, SystemExit) as error:  # whatever user code raises: the run's `reward.on_error` decides
         raise RewardError(f"{where} raised {type(error).__name__}: {error}") from error
     if len(scores) != len(texts):
         raise RewardError(f"{where} returned {len(scores)} scores for {len(texts)} completions")

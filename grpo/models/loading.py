@@ -23,7 +23,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype, device: str) -> PreTrain
     """
     settings = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
     for name in list(vars(settings)):
-        if name.endswith(("dropout", "pdrop")):
+        if name.endswith(("dropout", "pdrop", "dropout_prob", "layerdrop")):
             setattr(settings, name, 0.0)
     model = AutoModelForCausalLM.from_pretrained(
         config.path,

@@ -7,11 +7,12 @@ ordinary Hugging Face folder.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import string
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -23,7 +24,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_scheduler
 
 from grpo.tasks.base import Task
-from grpo.types import Problem
+from grpo.types import ConfigError, Problem
 
 _CHARACTERS = string.ascii_letters + string.digits + " +-*/=<>?:.,()#"
 _SPECIAL = ("<pad>", "<eos>", "<unk>")
@@ -35,23 +36,29 @@ class DemonstratedTask(Task, Protocol):
     def demonstration(self, problem: Problem, rng: np.random.Generator) -> str: ...
 
 
-def prepare(task: DemonstratedTask, *, steps: int = 400, batch_size: int = 64, lr: float = 2e-3) -> Path:
+def prepare(task: DemonstratedTask, *, steps: int = 300, batch_size: int = 64, lr: float = 2e-3) -> Path:
     """The folder of the warm-started model; made on the first call, found in the cache afterwards.
 
-    The cache key covers the task's prompts, the settings and this file, so a stale model is never served. The same
-    inputs give the same weights on the same machine.
+    The cache key covers the task's prompts and demonstrations, the settings and this file. The same inputs give the
+    same weights on the same machine. Raises ConfigError for a task without demonstrations.
     """
+    if not hasattr(task, "demonstration"):
+        raise ConfigError(
+            f"{type(task).__name__} has no demonstrations to learn from; use model=hf", key="model.prepare"
+        )
     settings = {"steps": steps, "batch_size": batch_size, "lr": lr}
-    questions = [problem.question for problem in task.problems("train")]
-    source = inspect.getsource(inspect.getmodule(prepare)) + inspect.getsource(type(task))  # type: ignore[arg-type]
-    key = hashlib.sha256(json.dumps([settings, questions, source]).encode()).hexdigest()[:16]
+    rng = np.random.default_rng(0)
+    lessons = [(problem.question, task.demonstration(problem, rng)) for problem in task.problems("train")]
+    source = Path(__file__).read_text(encoding="utf-8")
+    key = hashlib.sha256(json.dumps([settings, lessons, source]).encode()).hexdigest()[:16]
     folder = cache_folder() / f"tiny-{type(task).__name__.lower()}-{key}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".tiny-", dir=folder.parent) as temporary:
             unfinished = Path(temporary, "model")
             tokenizer, model = character_tokenizer(), tiny_llama()
-            _warm_start(model, tokenizer, task, steps=steps, batch_size=batch_size, lr=lr)
+            with _one_thread():
+                _warm_start(model, tokenizer, task, steps=steps, batch_size=batch_size, lr=lr)
             model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
             _publish(unfinished, folder)
@@ -101,10 +108,10 @@ def _warm_start(
 ) -> None:
     rng = np.random.default_rng(0)
     problems = task.problems("train")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
     model.train()
-    with Progress(transient=True) as progress:
+    with Progress() as progress:
         for _ in progress.track(range(steps), description="warm start: teaching a tiny model the format"):
             chosen = [problems[i] for i in rng.integers(len(problems), size=batch_size)]
             tokens_BT, labels_BT = _examples(chosen, tokenizer, task, rng)
@@ -115,6 +122,17 @@ def _warm_start(
             optimizer.step()
             schedule.step()
     model.eval()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrices this small gain little from more threads, and lose much when another process wants the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _examples(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from grpo.types import Problem
 
-_FORMAT = re.compile(r"\s*<think>.+?</think>.*\S.*", re.DOTALL)
+_FORMAT = re.compile(r"\s*<think>\s*\S.*?</think>.*\S.*", re.DOTALL)
 
 
 def thinking(problem: Problem, completions: Sequence[str]) -> list[float]:

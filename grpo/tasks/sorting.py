@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from grpo.tasks.base import Split
-from grpo.types import Problem
+from grpo.types import ConfigError, Problem
 
 ALPHABET = "abcdefghijkl"
 
@@ -23,9 +24,17 @@ class Sorting:
         held_out_size: int = 256,
         seed: int = 0,
     ) -> None:
+        wanted, lengths = train_size + held_out_size, range(min_letters, max_letters + 1)
+        possible = sum(math.perm(len(ALPHABET), length) for length in lengths)
+        if max_letters > len(ALPHABET) or wanted > possible:
+            raise ConfigError(
+                f"there are {possible} strings of {min_letters} to {max_letters} different letters out of {ALPHABET}, "
+                f"and train_size + held_out_size is {wanted}: ask for fewer, or for other lengths",
+                key="task.args",
+            )
         rng = np.random.default_rng(seed)
         questions: dict[str, None] = {}  # a set that keeps its order
-        while len(questions) < train_size + held_out_size:
+        while len(questions) < wanted:
             length = int(rng.integers(min_letters, max_letters + 1))
             questions["".join(rng.choice(list(ALPHABET), size=length, replace=False)) + ">"] = None
         problems = [Problem(question, answer="".join(sorted(question[:-1]))) for question in questions]

@@ -1,4 +1,4 @@
-"""A tiny model folder and small configs for the actors."""
+"""A small config for the actors, and completions to give them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from grpo.config import (
     TaskConfig,
     TrainerConfig,
 )
-from grpo.models.tiny import character_tokenizer, tiny_llama
+from grpo.models.tiny import character_tokenizer
 from grpo.types import Completion, Group, Problem, Prompt
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """Matrices of this size gain nothing from a second thread, and lose much where it has to wait for a core."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -33,18 +36,10 @@ def tokenizer():
     return character_tokenizer()
 
 
-@pytest.fixture(scope="session")
-def model_path(tmp_path_factory, tokenizer):
-    path = tmp_path_factory.mktemp("model")
-    tiny_llama(width=32, layers=2, heads=2).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
-
-
 @pytest.fixture
-def config(model_path):
+def config(tiny_model_path):
     return RunConfig(
-        model=ModelConfig(path=model_path),
+        model=ModelConfig(path=tiny_model_path),
         task=TaskConfig("grpo.tasks.sorting:Sorting", {"train_size": 12, "held_out_size": 4}),
         rollout=RolloutConfig(group_size=2, max_prompt_tokens=8, max_completion_tokens=6),
         reward=RewardConfig(),

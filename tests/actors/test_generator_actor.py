@@ -77,8 +77,26 @@ async def test_what_is_sampled_follows_from_the_seed_alone(make_generator, promp
     assert tokens(first) == tokens(again) != tokens(other)
 
 
+async def test_the_oldest_version_is_that_of_any_token(make_generator, prompt, make_completion, monkeypatch):
+    mixed = replace(make_completion([5, 6, 1]), versions=((2, 1), (3, 2)))
+
+    class Engine:
+        async def generate(self, prompt_ids, params):
+            return [make_completion([5, 1], version=4), mixed]
+
+        async def close(self):
+            pass
+
+    async def make_engine(*args):
+        return Engine()
+
+    monkeypatch.setattr("grpo.actors.generator.make_engine", make_engine)
+    _, report = await (await make_generator()).generate(prompt, SamplingParams(n=2))
+    assert report.oldest_version == 2
+
+
 async def test_the_models_own_eos_ends_a_completion(make_generator, config, prompt):
-    """Weights that always say eos: tokens other than it get a large negative logit through the norm's sign."""
+    """Weights that always say eos: every other embedding points the other way, and the last norm turns the sign."""
     generator = await make_generator()
     model = load_model(config.model, torch.float32, "cpu")
     with torch.no_grad():

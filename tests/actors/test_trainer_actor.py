@@ -7,6 +7,8 @@ import torch
 
 from grpo.actors.trainer import Trainer
 from grpo.config import ModelConfig
+from grpo.learner.collate import collate, samples_of
+from grpo.learner.logprobs import token_logprobs
 from grpo.models.loading import load_model
 from grpo.models.tiny import tiny_llama
 from grpo.types import Batch, StalenessError, WeightsError
@@ -48,6 +50,17 @@ async def test_a_step_makes_version_1_with_other_weights(make_trainer, config, m
     assert metrics["trainer/lr"] == config.trainer.lr
     initial = initial_weights(config)
     assert not any(torch.equal(tensor, initial[name]) for name, tensor in weights.tensors())
+
+
+@pytest.mark.parametrize(("temperature", "effective"), [(1.0, 1.0), (0.7, 0.7), (0.0, 1.0)])
+async def test_the_temperature_is_that_of_the_rollouts(make_trainer, config, make_group, temperature, effective):
+    group = make_group()
+    trainer = await make_trainer(rollout=replace(config.rollout, temperature=temperature))
+    metrics = await trainer.train_step(Batch([group]))
+    micro = collate(samples_of(group), torch.device("cpu"))
+    with torch.no_grad():
+        logprobs_BK = token_logprobs(load_model(config.model, torch.float32, "cpu"), micro, effective)
+    assert metrics["trainer/entropy"] == pytest.approx(-float(logprobs_BK[micro.mask_BK].mean()), rel=1e-5)
 
 
 async def test_the_published_dtype_is_the_models(make_trainer, config):

@@ -1,7 +1,15 @@
 import numpy as np
 import pytest
 import torch
-from engine_helpers import full_logits, grouped_query_llama, prompt_of, sliding_mistral, weights_of
+from engine_helpers import (
+    full_logits,
+    greedy,
+    greedy_tokens,
+    grouped_query_llama,
+    prompt_of,
+    sliding_mistral,
+    weights_of,
+)
 
 from grpo.engines import decode_batch
 from grpo.engines.decode_batch import DecodeBatch, Request
@@ -12,10 +20,10 @@ from grpo.weights import load_weights
 MAX_ROWS, MAX_PROMPT, MAX_COMPLETION = 6, 6, 20
 
 
-def batch_of(model):
+def batch_of(model, stop_token_ids=(2, 3)):
     return DecodeBatch(
         model,
-        stop_token_ids=(2, 3),
+        stop_token_ids=stop_token_ids,
         max_rows=MAX_ROWS,
         max_prompt_tokens=MAX_PROMPT,
         max_completion_tokens=MAX_COMPLETION,
@@ -88,3 +96,22 @@ def test_a_step_without_rows_does_nothing():
     batch = batch_of(grouped_query_llama())
     batch.recompute()
     assert batch.step([]) == ([], 0)
+
+
+def test_a_longest_prompt_joins_right_after_short_rows_moved_to_the_left(monkeypatch):
+    monkeypatch.setattr(decode_batch, "_SLACK_COLUMNS", 1)
+    model = grouped_query_llama()
+    batch = batch_of(model, stop_token_ids=())
+    long, short, last = (Request(prompt_of(n), greedy(count)) for n, count in ((6, 20), (1, 8), (6, 5)))
+    batch.step([long])
+    for _ in range(18):
+        batch.step([])
+    assert batch.step([short])[0] == [long]  # the short one is alone now, and at the right edge
+    for _ in range(3):
+        batch.step([])
+    batch.step([last])
+    while batch.running:
+        batch.step([])
+    for request in (long, short, last):
+        tokens = request.result()[0].token_ids.tolist()
+        assert tokens == greedy_tokens(model, request.prompt_ids, request.params.max_tokens)

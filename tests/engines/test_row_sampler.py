@@ -144,3 +144,11 @@ def test_uniforms_lie_in_the_unit_interval():
     assert drawn.min() >= 0
     assert drawn.max() < 1
     assert drawn.mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_filter_in_the_batch_takes_nothing_from_an_unfiltered_row():
+    logits_BV = torch.tensor([[-20.0, 0.0, 0.0]] * 2)  # the others' probabilities round to 1 without the first
+    tokens_B, logprobs_B = RowSampler([SamplingParams(), SamplingParams(top_k=1)], CPU).draw(logits_BV, torch.zeros(2))
+    assert tokens_B.tolist()[0] == 0
+    assert logprobs_B[0] == pytest.approx(-20 - np.log(2), abs=1e-5)
+    assert tokens_B.tolist()[1] != 0

@@ -15,10 +15,13 @@ from grpo.types import Completion, Group, Problem, Prompt
 EOS = 1
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """Matrices of this size gain nothing from a second thread, and lose much where it has to wait for a core."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

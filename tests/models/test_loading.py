@@ -5,8 +5,9 @@ import torch
 from transformers import BioGptConfig, BioGptForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from grpo.config import ModelConfig
-from grpo.models.loading import load_model, load_tokenizer, stop_token_ids
+from grpo.models.loading import load_model, stop_token_ids
 from grpo.models.tiny import character_tokenizer, tiny_llama
+from grpo.models.tokenizer import load_tokenizer
 
 TOKENS = torch.tensor([[5, 6, 7, 8, 9]])
 

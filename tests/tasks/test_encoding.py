@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from grpo.config import TaskConfig
 from grpo.models.tiny import character_tokenizer
@@ -52,8 +53,11 @@ def test_a_system_prompt_stands_first(chat_tokenizer):
 
 def test_special_tokens_of_the_template_are_not_added_twice(chat_tokenizer):
     chat_tokenizer.chat_template = "<eos>" + TEMPLATE
-    ids = PromptEncoder(chat_tokenizer, CHAT, 100).encode(Problem("cab>", "abc"))
-    assert ids.tolist().count(chat_tokenizer.eos_token_id) == 1
+    chat_tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<eos> $A", None, [("<eos>", 1)])
+    problem = Problem("cab>", "abc")
+    for config in (PLAIN, CHAT):  # a plain prompt gets them from the tokenizer
+        ids = PromptEncoder(chat_tokenizer, config, 100).encode(problem).tolist()
+        assert (ids[0], ids.count(1)) == (1, 1)
 
 
 def test_chat_without_a_template_names_the_key(tokenizer):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from grpo.tasks.sorting import ALPHABET, Sorting
-from grpo.types import Problem
+from grpo.types import ConfigError, Problem
 
 
 @pytest.fixture
@@ -36,6 +36,24 @@ def test_questions_are_letters_to_sort(task):
         assert problem.answer == "".join(sorted(letters))
         lengths.add(len(letters))
     assert lengths == {2, 3, 4}
+
+
+def test_every_string_there_is_may_be_asked_for():
+    task = Sorting(min_letters=1, max_letters=1, train_size=10, held_out_size=2)
+    assert {p.question for split in ("train", "held_out") for p in task.problems(split)} == {f"{c}>" for c in ALPHABET}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"max_letters": 1, "min_letters": 1, "train_size": 11, "held_out_size": 2},  # would look for a 13th for ever
+        {"min_letters": 4, "max_letters": 3},
+        {"max_letters": 13},
+    ],
+)
+def test_more_strings_than_there_are_is_an_error_that_names_the_key(arguments):
+    with pytest.raises(ConfigError, match=r"^task\.args: there are \d+ strings"):
+        Sorting(**arguments)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,55 @@
+"""Any of reasoning-gym's generated data sets (extra `reasoning-gym`), with its own scoring."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from grpo.tasks.base import Split
+from grpo.types import ConfigError, Problem
+
+_HELD_OUT_SEED = 1 << 30  # apart from the seeds that training uses
+
+
+class ReasoningGym:
+    """`dataset` is one of reasoning-gym's names, `settings` go to it as they are.
+
+    The answer is what stands in <answer> tags, or the whole completion where there are none. Scores are
+    reasoning-gym's, in [0, 1]: partial credit included.
+    """
+
+    def __init__(
+        self,
+        dataset: str = "gsm_symbolic",
+        settings: Mapping[str, Any] | None = None,
+        train_size: int = 2000,
+        held_out_size: int = 200,
+        seed: int = 0,
+    ) -> None:
+        try:
+            import reasoning_gym
+            from reasoning_gym.utils import extract_answer
+        except ImportError as error:
+            raise ConfigError("needs reasoning-gym: pip install 'grpo[reasoning-gym]'", key="task.target") from error
+        self._extract = extract_answer
+        try:
+            make, settings = reasoning_gym.create_dataset, dict(settings or {})
+            self._dataset = make(dataset, seed=seed, size=train_size, **settings)
+            held_out = make(dataset, seed=_HELD_OUT_SEED + seed, size=held_out_size, **settings)
+        except (ValueError, TypeError, AssertionError) as error:
+            raise ConfigError(f"reasoning-gym refuses {dataset!r} with {settings}: {error}", key="task.args") from error
+        reserved = {entry["question"] for entry in held_out}
+        train = [entry for entry in self._dataset if entry["question"] not in reserved]
+        self._splits = {"train": list(map(_problem, train)), "held_out": list(map(_problem, held_out))}
+
+    def problems(self, split: Split) -> Sequence[Problem]:
+        return self._splits[split]
+
+    def score(self, problem: Problem, completion: str) -> float:
+        answer = self._extract(completion)
+        entry = {"question": problem.question, "answer": problem.answer, "metadata": problem.metadata}
+        return float(self._dataset.score_answer(completion.strip() if answer is None else answer, entry))
+
+
+def _problem(entry: Mapping[str, Any]) -> Problem:
+    return Problem(entry["question"], answer=str(entry["answer"]), metadata=entry["metadata"])

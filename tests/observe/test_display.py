@@ -1,0 +1,62 @@
+import io
+
+from rich.console import Console
+
+from grpo.observe.display import LiveDisplay, PlainDisplay, make_display, sparkline
+
+
+def metrics(step, reward=0.5):
+    return {
+        "step": step,
+        "reward/mean": reward,
+        "loss": -0.01,
+        "policy_age/mean": 0.5,
+        "policy_age/max": 1.0,
+        "time/trainer_wait_s": 0.1,
+        "time/step_s": 0.4,
+        "generator/tokens_per_s": 1234.0,
+    }
+
+
+def console(**kwargs):
+    return Console(file=io.StringIO(), width=100, **kwargs)
+
+
+def test_a_pipe_gets_plain_lines_and_a_terminal_the_live_view():
+    assert isinstance(make_display(console(force_terminal=False), 10, 1), PlainDisplay)
+    assert isinstance(make_display(console(force_terminal=True), 10, 1), LiveDisplay)
+
+
+def test_plain_lines_carry_the_numbers_and_no_control_codes():
+    screen = console()
+    with PlainDisplay(screen, max_steps=10, log_every=1) as display:
+        display.step(metrics(3))
+        display.warn("look [here]")
+    text = screen.file.getvalue()
+    assert "step  3/10  reward 0.500  loss -0.0100  age 0.50 (max 1)  trainer wait  25%" in text
+    assert "warning: look [here]" in text
+    assert "\x1b" not in text
+
+
+def test_plain_lines_come_every_so_often_and_at_the_end():
+    screen = console()
+    with PlainDisplay(screen, max_steps=10, log_every=4) as display:
+        for step in range(1, 11):
+            display.step(metrics(step))
+    assert [line.split()[1] for line in screen.file.getvalue().splitlines()] == ["4/10", "8/10", "10/10"]
+
+
+def test_the_live_view_shows_progress_and_the_curve():
+    screen = console(force_terminal=True)
+    with LiveDisplay(screen, max_steps=2) as display:
+        display.step(metrics(1, reward=0.1))
+        display.step(metrics(2, reward=0.9))
+    text = screen.file.getvalue()
+    assert "2/2" in text
+    assert "▁█" in text
+
+
+def test_sparkline_spans_its_own_range_and_survives_a_flat_line():
+    assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
+    assert sparkline([0.3, 0.3]) == "▁▁"
+    assert len(sparkline([0.1] * 500)) < 60

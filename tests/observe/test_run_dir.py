@@ -1,0 +1,47 @@
+import json
+import logging
+import math
+
+import pytest
+
+from grpo.observe.run_dir import RunDirectory, to_json
+from grpo.types import ConfigError
+
+
+def test_lines_and_files_are_on_disk_after_close(tmp_path):
+    run_dir = RunDirectory(tmp_path / "run")
+    for step in range(3):
+        run_dir.append("metrics.jsonl", {"step": step})
+    run_dir.write_json("summary.json", {"status": "completed"})
+    run_dir.close()
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == {"status": "completed"}
+
+
+def test_numbers_that_are_not_finite_become_null():
+    assert (
+        to_json({"a": math.nan, "b": [1.5, math.inf], "c": (1, "x")}) == '{"a": null, "b": [1.5, null], "c": [1, "x"]}'
+    )
+
+
+def test_a_folder_that_cannot_be_written_is_a_clear_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"hydra\.run\.dir: can't write to .*file/run"):
+        RunDirectory(tmp_path / "file/run")
+
+
+def test_a_folder_that_holds_a_run_is_not_used_again(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        RunDirectory(tmp_path)
+
+
+def test_a_write_that_fails_is_counted_and_logged_but_does_not_raise(tmp_path, caplog):
+    run_dir = RunDirectory(tmp_path)
+    (tmp_path / "metrics.jsonl").mkdir()
+    with caplog.at_level(logging.ERROR):
+        run_dir.append("metrics.jsonl", {"step": 1})
+        run_dir.close()
+    assert run_dir.write_errors == 1
+    assert "could not write" in caplog.text

@@ -1,0 +1,27 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def train(tmp_path, tiny_model_path):
+    """Type `python scripts/train.py ...` in an empty folder, with a random tiny model; gives the process."""
+
+    def start(*overrides, model=True):
+        args = ["model=hf", f"model.path={tiny_model_path}"] if model else []
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "scripts/train.py"), *args, *overrides],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    return start

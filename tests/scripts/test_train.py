@@ -1,0 +1,139 @@
+"""`python scripts/train.py` as a user types it."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+
+def finish(process, timeout=120):
+    stdout, stderr = process.communicate(timeout=timeout)
+    return process.returncode, stdout, stderr
+
+
+def only_run(tmp_path):
+    (folder,) = tmp_path.glob("outputs/*/*")
+    return folder
+
+
+def test_a_run_leaves_what_the_design_pins(train, tmp_path):
+    code, stdout, stderr = finish(train("trainer.max_steps=4", "eval.prompts=8", "observe.rollouts_every=8"))
+    assert (code, stderr) == (0, "")
+    folder = only_run(tmp_path)
+    assert f"run folder: {folder}" in stdout
+    assert "step 4/4" in stdout
+    assert "ray" not in stdout.replace("starting Ray", "")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("completed", 4)
+    assert summary["max_policy_age_seen"] <= 1
+    assert summary["groups_admitted"] == summary["groups_trained"] + summary["groups_in_flight"]
+    assert summary["eval_last"] is not None
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
+    assert (folder / "rollouts.jsonl").stat().st_size > 0
+    assert "max_policy_age: 1" in (folder / "config.yaml").read_text()
+
+
+def test_ctrl_c_ends_the_run_in_order_and_leaves_no_process(train, tmp_path):
+    process = train("trainer.max_steps=100000")
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to everybody at once
+    code, stdout, _ = finish(process, timeout=15)
+    assert code == 130
+    assert "stopping after this step" in stdout
+    summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
+    assert summary["status"] == "interrupted"
+    assert summary["steps"] >= 1
+    assert processes_of(process.pid) == []
+
+
+def test_a_second_ctrl_c_ends_it_at_once(train, tmp_path):
+    process = train("trainer.max_steps=100000", "generator.engine=simulated", "generator.args={latency_s: 1000}")
+    for line in process.stdout:
+        if line.startswith("starting"):
+            break
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    code, *_ = finish(process, timeout=15)
+    assert code == 130
+    assert json.loads((only_run(tmp_path) / "summary.json").read_text())["status"] == "interrupted"
+    assert processes_of(process.pid) == []
+
+
+def test_a_failing_rollout_ends_the_run_with_its_own_error_shown_once(train, tmp_path):
+    process = train("+reward.functions={'tests.fakes:raising': 1.0}")
+    code, stdout, stderr = finish(process)
+    assert code == 1
+    assert stderr.count("cannot score this") == 1
+    assert "error: RewardError: reward 'tests.fakes:raising' on prompt" in stderr
+    assert "Traceback" not in stdout + stderr
+    folder = only_run(tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert "cannot score this" in summary["error"]
+    assert "Traceback" in (folder / "run.log").read_text()
+    assert processes_of(process.pid) == []
+
+
+def processes_of(session):
+    """Command lines of living processes of a session that a test started; Ray gets a moment to end its helpers."""
+    deadline = time.monotonic() + 10
+    while True:
+        found = []
+        for entry in os.scandir("/proc"):
+            if entry.name.isdigit():
+                try:
+                    stat = Path(entry.path, "stat").read_text().rpartition(")")[2].split()
+                    if int(stat[3]) == session and stat[0] != "Z":
+                        found.append(Path(entry.path, "cmdline").read_text())
+                except (FileNotFoundError, ProcessLookupError):
+                    continue
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.stepz=3"], "error: trainer.stepz: no such key"),
+        (["rollout.group_size=1"], "error: rollout.group_size: is 1, must be at least 2"),
+        (["model.path=/nowhere"], "error: model.path: no model folder at '/nowhere'"),
+        (["rollout.max_prompt_tokens=2"], "error: rollout.max_prompt_tokens: none of the 4000 prompts"),
+        (["generator.replicas=500"], "error: generator.num_cpus: the actors ask for 501 CPUs"),
+        (["trainer.num_gpus=512"], "error: trainer.num_gpus: the actors ask for 512 GPUs"),
+        (["hydra.run.dir=/proc/run"], "error: hydra.run.dir: can't write to /proc/run"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_1(train, overrides, message):
+    code, stdout, stderr = finish(train(*overrides))
+    assert code == 1
+    assert stderr.startswith(message)
+    assert len(stderr.splitlines()) == 1
+    assert "Traceback" not in stdout
+
+
+def test_a_dry_run_prints_the_plan_and_starts_nothing(train, tmp_path):
+    code, stdout, stderr = finish(train("dry_run=true", "buffer.max_policy_age=3"))
+    assert (code, stderr) == (0, "")
+    for text in ("generator", "replay_buffer", "tickets         64", "staleness       at most 3 versions"):
+        assert text in stdout
+    assert list(tmp_path.glob("outputs/*/*/summary.json")) == []
+
+
+def test_hydra_users_find_what_they_know(train):
+    code, stdout, _ = finish(train("rollout.concurrency=7", "--cfg", "job"))
+    assert code == 0
+    assert "concurrency: 7" in stdout
+
+
+def test_a_sweep_runs_one_after_another(train, tmp_path):
+    code, *_ = finish(train("-m", "rollout.concurrency=4,32", "trainer.max_steps=1", "eval.prompts=0"))
+    assert code == 0
+    summaries = sorted(tmp_path.glob("multirun/*/*/*/summary.json"))
+    assert [json.loads(path.read_text())["status"] for path in summaries] == ["completed", "completed"]
