@@ -61,7 +61,7 @@ class RolloutConfig:
 class RewardConfig:
     """What a completion earns: the weighted sum of reward functions."""
 
-    functions: dict[str, float] = field(default_factory=lambda: {"task": 1.0})  # name or `module:function` -> weight
+    functions: dict[str, float] = field(default_factory=lambda: {"task": 1.0})  # name or `module.function` -> weight
     on_error: str = "fail"  # fail: end the run; drop: drop the group and count it
     replicas: int = 1
     num_cpus: float = 0.0

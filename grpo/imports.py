@@ -1,4 +1,4 @@
-"""Finding a class or function by its `module:name`, the form in which configs name user code."""
+"""Finding a class or function by its `module:name` or `module.name`, the forms in which configs name user code."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from grpo.types import ConfigError
 
 
 def import_target(target: str, *, key: str) -> Callable[..., Any]:
-    """The object called `module:name`. Raises ConfigError that names `key` when there is none."""
-    module_name, _, name = target.partition(":")
-    if not name:
-        raise ConfigError(f"{target!r} is not of the form module:name", key=key)
+    """The object called `module:name` or `module.name`. Raises ConfigError that names `key` when there is none."""
+    module_name, _, name = target.replace(":", ".").rpartition(".")
+    if not module_name:
+        raise ConfigError(f"{target!r} is neither a known name nor of the form module:name", key=key)
     try:
         found = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:

@@ -99,3 +99,7 @@ class Worker:
 
     async def die(self):
         os._exit(1)
+
+
+def prepare_model(task, name):
+    return f"/models/{name}"

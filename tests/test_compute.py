@@ -37,10 +37,19 @@ async def test_work_runs_in_order_and_one_at_a_time(thread):
 
 
 async def test_all_work_shares_one_thread_that_is_not_the_loops(thread):
-    threads = await asyncio.gather(*(thread.run(threading.current_thread) for _ in range(3)))
-    assert len(set(threads)) == 1
-    assert threads[0] is not threading.current_thread()
-    assert threads[0].name.startswith("test")
+    gate = threading.Event()
+
+    def work():
+        gate.wait(30)  # a second thread would have to be started for what is submitted meanwhile
+        return threading.current_thread()
+
+    tasks = [asyncio.create_task(thread.run(work)) for _ in range(3)]
+    await asyncio.sleep(0)
+    gate.set()
+    threads = set(await asyncio.gather(*tasks))
+    assert len(threads) == 1
+    assert threading.current_thread() not in threads
+    assert threads.pop().name.startswith("test")
 
 
 async def test_the_loop_goes_on_while_work_runs(thread):

@@ -58,7 +58,7 @@ class SimulatedEngine:
         """Nothing to end."""
 
     def _completion(self, rng: np.random.Generator, version: int, max_tokens: int) -> Completion:
-        length = max_tokens if self._mean_tokens is None else int(rng.geometric(1 / self._mean_tokens))
+        length = max_tokens + 1 if self._mean_tokens is None else int(rng.geometric(1 / self._mean_tokens))
         cut = min(length, max_tokens)
         return Completion(
             token_ids=rng.integers(self._vocabulary, size=cut),

@@ -113,8 +113,12 @@ class Learner:
         return loss, sums
 
     def _agreement(self, logprobs_BK: torch.Tensor, micro: MicroBatch) -> dict[str, torch.Tensor]:
-        """How far trainer and generator are apart on tokens sampled with the very weights of this step."""
-        same_BK = micro.mask_BK & (micro.versions_BK == self.version)
+        """How far trainer and generator are apart on completions sampled with the very weights of this step.
+
+        Completions under way during an update are left out: their keys and values may be of older weights.
+        """
+        other_BK = micro.mask_BK & (micro.versions_BK != self.version)
+        same_BK = micro.mask_BK & ~other_BK.any(dim=1, keepdim=True)
         gap_BK = (logprobs_BK - micro.behavior_logprobs_BK).abs()
         return {
             "tokens": micro.mask_BK.sum(),

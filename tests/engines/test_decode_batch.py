@@ -104,10 +104,11 @@ def test_a_longest_prompt_joins_right_after_short_rows_moved_to_the_left(monkeyp
     batch = batch_of(model, stop_token_ids=())
     long, short, last = (Request(prompt_of(n), greedy(count)) for n, count in ((6, 20), (1, 8), (6, 5)))
     batch.step([long])
-    for _ in range(18):
+    for _ in range(17):
         batch.step([])
-    assert batch.step([short])[0] == [long]  # the short one is alone now, and at the right edge
-    for _ in range(3):
+    batch.step([short])
+    assert batch.step([])[0] == [long]  # the short one is alone now, near the right edge
+    for _ in range(2):
         batch.step([])
     batch.step([last])
     while batch.running:

@@ -140,7 +140,7 @@ async def test_the_version_follows_the_update(sleeps):
     assert engine.version == 6
 
 
-async def test_a_group_keeps_the_version_that_it_began_with(sleeps):
+async def test_a_group_has_the_version_that_it_began_with(sleeps):
     engine = SimulatedEngine()
     call = asyncio.create_task(engine.generate(PROMPT, SamplingParams(max_tokens=3)))
     await asyncio.sleep(0)
@@ -151,4 +151,9 @@ async def test_a_group_keeps_the_version_that_it_began_with(sleeps):
     sleeps[0][1].set()
     (completion,) = await call
     assert completion.versions == ((0, 3),)
+    call = asyncio.create_task(engine.generate(PROMPT, SamplingParams(max_tokens=3)))
+    await asyncio.sleep(0)
+    sleeps[2][1].set()
+    (completion,) = await call
+    assert completion.versions == ((1, 3),)
     await engine.close()

@@ -42,7 +42,8 @@ def test_the_pinned_metrics_are_in_every_line(recorded):
     assert [step["step"] for step in steps] == list(range(1, 21))
     for name in (
         "wall_s", "reward/mean", "loss", "policy_age/max", "policy_age/mean", "time/trainer_wait_s",
-        "time/train_step_s", "time/weight_sync_s", "generator/busy_fraction", "generator/tokens_per_s", "driver/loop_lag_p99_ms",
+        "time/train_step_s", "time/weight_sync_s", "generator/busy_fraction", "generator/tokens_per_s",
+        "driver/loop_lag_p99_ms",
     ):  # fmt: skip
         assert all(name in step for step in steps), name
     assert steps[4]["generator/completion_tokens_mean"] == 3

@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[2]
 def train(tmp_path, tiny_model_path):
     """Type `python scripts/train.py ...` in an empty folder, with a random tiny model; gives the process."""
 
-    def start(*overrides, model=True):
-        args = ["model=hf", f"model.path={tiny_model_path}"] if model else []
+    def start(*overrides, model=None):
+        args = ["model=hf", f"model.path={tiny_model_path}"] if model is None else model
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "scripts/train.py"), *args, *overrides],
+            [sys.executable, str(ROOT / "scripts/train.py"), *overrides, *args],
             cwd=tmp_path,
             env=os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")},
             stdout=subprocess.PIPE,

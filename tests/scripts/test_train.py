@@ -52,13 +52,13 @@ def test_ctrl_c_ends_the_run_in_order_and_leaves_no_process(train, tmp_path):
 
 
 def test_a_second_ctrl_c_ends_it_at_once(train, tmp_path):
-    process = train("trainer.max_steps=100000", "generator.engine=simulated", "generator.args={latency_s: 1000}")
+    process = train("trainer.max_steps=100000")
     for line in process.stdout:
-        if line.startswith("starting"):
+        if line.startswith("step"):
+            process.send_signal(signal.SIGINT)
+        if line.startswith("warning: stopping"):
+            process.send_signal(signal.SIGTERM)
             break
-    time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGTERM)
     code, *_ = finish(process, timeout=15)
     assert code == 130
     assert json.loads((only_run(tmp_path) / "summary.json").read_text())["status"] == "interrupted"
@@ -66,11 +66,11 @@ def test_a_second_ctrl_c_ends_it_at_once(train, tmp_path):
 
 
 def test_a_failing_rollout_ends_the_run_with_its_own_error_shown_once(train, tmp_path):
-    process = train("+reward.functions={'tests.fakes:raising': 1.0}")
+    process = train("+reward.functions={tests.fakes.raising: 1.0}")
     code, stdout, stderr = finish(process)
     assert code == 1
     assert stderr.count("cannot score this") == 1
-    assert "error: RewardError: reward 'tests.fakes:raising' on prompt" in stderr
+    assert "error: RewardError: reward 'tests.fakes.raising' on prompt" in stderr
     assert "Traceback" not in stdout + stderr
     folder = only_run(tmp_path)
     summary = json.loads((folder / "summary.json").read_text())
@@ -103,7 +103,6 @@ def processes_of(session):
     [
         (["trainer.stepz=3"], "error: trainer.stepz: no such key"),
         (["rollout.group_size=1"], "error: rollout.group_size: is 1, must be at least 2"),
-        (["model.path=/nowhere"], "error: model.path: no model folder at '/nowhere'"),
         (["rollout.max_prompt_tokens=2"], "error: rollout.max_prompt_tokens: none of the 4000 prompts"),
         (["generator.replicas=500"], "error: generator.num_cpus: the actors ask for 501 CPUs"),
         (["trainer.num_gpus=512"], "error: trainer.num_gpus: the actors ask for 512 GPUs"),
@@ -118,6 +117,11 @@ def test_bad_input_is_one_line_and_exit_code_1(train, overrides, message):
     assert "Traceback" not in stdout
 
 
+def test_a_model_that_does_not_exist_is_named(train):
+    code, _, stderr = finish(train(model=["model=hf", "model.path=/nowhere"]))
+    assert (code, stderr) == (1, "error: model.path: no model folder at '/nowhere' (it would hold a config.json)\n")
+
+
 def test_a_dry_run_prints_the_plan_and_starts_nothing(train, tmp_path):
     code, stdout, stderr = finish(train("dry_run=true", "buffer.max_policy_age=3"))
     assert (code, stderr) == (0, "")
@@ -127,7 +131,7 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(train, tmp_path):
 
 
 def test_hydra_users_find_what_they_know(train):
-    code, stdout, _ = finish(train("rollout.concurrency=7", "--cfg", "job"))
+    code, stdout, _ = finish(train("--cfg", "job", "rollout.concurrency=7"))
     assert code == 0
     assert "concurrency: 7" in stdout
 
