@@ -116,7 +116,7 @@ class GeneratorConfig:
     num_cpus: float = 1.0
     num_gpus: float = 0.0
     threads: int = 0
-    args: dict[str, Any] = field(default_factory=dict)  # of the engine, where it has more
+    args: dict[str, Any] = field(default_factory=dict)  # of the simulated engine
 
 
 @dataclass

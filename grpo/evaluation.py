@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from statistics import fmean
 
 from grpo.config import RunConfig
 from grpo.rollout import sampling_params
 from grpo.services import Services
+from grpo.structured import together
 from grpo.types import Prompt
 
 _SEED = 1 << 20  # apart from the seeds that training draws with
@@ -22,7 +22,7 @@ async def evaluate(services: Services, config: RunConfig) -> float | None:
     if config.eval.prompts == 0:
         return None
     prompts = await services.dataloader.held_out.call_one(config.eval.prompts)
-    return fmean(await asyncio.gather(*(_score(services, config, prompt) for prompt in prompts)))
+    return fmean(await together(*(_score(services, config, prompt) for prompt in prompts)))
 
 
 async def _score(services: Services, config: RunConfig, prompt: Prompt) -> float:

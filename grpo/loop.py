@@ -29,6 +29,7 @@ async def run(services: Services, pacer: Pacer, config: RunConfig, recorder: Rec
     """
     prompts = PromptQueue(services.dataloader, bulk=config.trainer.groups_per_step)
     await publish_weights(services)
+    recorder.training_begins()
     try:
         async with asyncio.TaskGroup() as tasks:
             background = [tasks.create_task(recorder.loop_lag.watch(), name="loop-lag")]

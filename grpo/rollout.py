@@ -11,6 +11,7 @@ import torch
 from grpo.algorithms.advantages import ADVANTAGES
 from grpo.config import LossConfig, RolloutConfig
 from grpo.services import Handle, Services
+from grpo.structured import together
 from grpo.types import GenerationReport, Group, Prompt, SamplingParams, Scores
 
 
@@ -54,7 +55,7 @@ async def rollout(
     the one that a run may choose to tolerate.
     """
     completions, report = await services.generator.generate.route(prompt, params)
-    scores, reference_logprobs = await asyncio.gather(
+    scores, reference_logprobs = await together(
         services.reward.score.route(prompt, completions),
         _reference_logprobs(services, prompt, completions),
     )

@@ -1,4 +1,4 @@
-"""Three helpers that asyncio lacks: racing a shutdown, a deadline with a name, and the one error of a task group."""
+"""What asyncio lacks: waiting for several, racing a shutdown, a deadline with a name, the one error of a task group."""
 
 from __future__ import annotations
 
@@ -14,6 +14,16 @@ R = TypeVar("R")
 
 class Interrupted(Exception):
     """The shutdown came first."""
+
+
+async def together(*work: Coroutine[Any, Any, Any]) -> list[Any]:
+    """Results in order. The first error cancels the others, waits for them to end, and is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            started = [tasks.create_task(each) for each in work]
+    except BaseExceptionGroup as group:
+        raise first_error(group) from None
+    return [task.result() for task in started]
 
 
 async def unless(shutdown: asyncio.Event, work: Coroutine[Any, Any, R]) -> R:

@@ -28,9 +28,9 @@ MAY_IMPORT = {
         "types", "services", "config", "imports", "weights", "compute",
         "rewards", "tasks", "models", "engines", "learner",
     },
-    "cluster": {"types", "services", "config", "actors"},
-    "rollout": {"types", "services", "config", "algorithms"},
-    "evaluation": {"types", "services", "config", "rollout"},
+    "cluster": {"types", "services", "config", "structured", "actors"},
+    "rollout": {"types", "services", "config", "structured", "algorithms"},
+    "evaluation": {"types", "services", "config", "structured", "rollout"},
     "loop": {"types", "services", "config", "pacing", "structured", "rollout", "observe"},
 }  # fmt: skip
 

@@ -2,8 +2,35 @@ import asyncio
 
 import pytest
 
-from grpo.structured import Interrupted, first_error, unless, watchdog
+from grpo.structured import Interrupted, first_error, together, unless, watchdog
 from grpo.types import StalledError
+
+
+async def test_together_gives_results_in_order():
+    async def work(value, turns):
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        return value
+
+    assert await together(work("a", 3), work("b", 1)) == ["a", "b"]
+    assert await together() == []
+
+
+async def test_together_raises_the_first_error_bare_and_cancels_the_rest():
+    ended = asyncio.Event()
+
+    async def waiting():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    async def failing():
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        await together(waiting(), failing())
+    assert ended.is_set()
 
 
 async def test_unless_gives_the_result_of_the_work():

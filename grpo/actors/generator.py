@@ -61,5 +61,4 @@ async def make_engine(config: RunConfig, device: str, threads: int) -> Engine:
         max_completion_tokens=config.rollout.max_completion_tokens,
         weight_update=config.generator.weight_update,  # type: ignore[arg-type]  # validated by the config
         threads=threads,
-        **config.generator.args,
     )

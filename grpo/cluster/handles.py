@@ -11,9 +11,10 @@ object in this process, so that tests run the real loop without a cluster.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Any, Protocol
+
+from grpo.structured import together
 
 
 class Endpoint(Protocol):
@@ -68,7 +69,7 @@ class BoundMethod:
         return await self._invoke_all(args, kwargs)
 
     async def _invoke_all(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        return list(await asyncio.gather(*(self._invoke(i, args, kwargs) for i in range(len(self._handle.endpoints)))))
+        return await together(*(self._invoke(i, args, kwargs) for i in range(len(self._handle.endpoints))))
 
     async def _invoke(self, replica: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._handle.in_flight[replica] += 1
