@@ -128,7 +128,7 @@ async def _close(handles: Mapping[str, ActorHandle], patience_s: float) -> None:
         for task, name in closing.items():
             if not task.done():
                 log.warning("%s did not close within %g s", name, patience_s)
-            elif error := task.exception():
+            elif not task.cancelled() and (error := task.exception()):
                 log.warning("%s did not close: %s", name, error)
     finally:
         await _cancel(closing)

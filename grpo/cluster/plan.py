@@ -16,7 +16,7 @@ from grpo.config import GeneratorConfig, ReferenceConfig, RunConfig, TrainerConf
 from grpo.types import LaunchError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ActorSpec:
     """One noun: its class, how it is built, how many of it, and what each one needs."""
 
@@ -65,12 +65,13 @@ def _compute(
 def check_capacity(specs: Sequence[ActorSpec], cpus: float, gpus: float, where: str) -> None:
     """Raise LaunchError when the actors ask for more than there is: Ray would wait for it for ever."""
     for resource, key, there in (("CPUs", "num_cpus", cpus), ("GPUs", "num_gpus", gpus)):
-        asking = {spec.name: spec.replicas * getattr(spec, key) for spec in specs}
+        asking = {spec: spec.replicas * getattr(spec, key) for spec in specs}
         wanted = sum(asking.values())
         if wanted > there:
-            shares = ", ".join(f"{name} {share:g}" for name, share in asking.items() if share)
-            most = max(asking, key=lambda name: asking[name])
+            shares = ", ".join(f"{spec.name} {share:g}" for spec, share in asking.items() if share)
+            most = max(asking, key=lambda spec: asking[spec])
+            fix = f"lower {most.name}.{key}" + (f" or {most.name}.replicas" if most.replicas > 1 else "")
             raise LaunchError(
-                f"{most}.{key}: the actors ask for {wanted:g} {resource} ({shares}) but {where} has {there:g}; "
-                f"lower {most}.{key} or {most}.replicas"
+                f"{most.name}.{key}: the actors ask for {wanted:g} {resource} ({shares}) "
+                f"but {where} has {there:g}; {fix}"
             )
