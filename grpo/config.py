@@ -322,7 +322,7 @@ def validate(config: RunConfig) -> None:
             key="generator.max_sequences",
         )
     if (config.model.path is None) == (config.model.prepare is None):
-        raise ConfigError("set either model.path (a folder or hub name) or model.prepare", key="model.path")
+        raise ConfigError("set either model.path (with model=hf) or model.prepare", key="model.path")
     if not config.reward.functions:
         raise ConfigError("is empty; name at least one, for example {task: 1.0}", key="reward.functions")
 

@@ -28,8 +28,8 @@ async def run(services: Services, pacer: Pacer, config: RunConfig, recorder: Rec
     Every task belongs to one task group: the first error ends them all and is raised as it is.
     """
     prompts = PromptQueue(services.dataloader, bulk=config.trainer.groups_per_step)
-    await publish_weights(services)
-    recorder.training_begins()
+    _, stats = await publish_weights(services)
+    recorder.training_begins(stats)
     try:
         async with asyncio.TaskGroup() as tasks:
             background = [tasks.create_task(recorder.loop_lag.watch(), name="loop-lag")]

@@ -24,8 +24,8 @@ async def run_loop(config, make_recorder, fakes=None, shutdown=None):
     async with launch_local(config, fakes) as services:
         await run(services, pacer, config, recorder, shutdown or asyncio.Event())
         weights, _ = await services.trainer.push_weights.call_one()
-    recorder._run_dir.close()
-    return pacer, recorder, recorder._run_dir.path, weights
+    recorder.run_dir.close()
+    return pacer, recorder, recorder.run_dir.path, weights
 
 
 def lines(path, name):

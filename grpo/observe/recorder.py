@@ -43,12 +43,13 @@ class Recorder:
         self.eval_first: float | None = None
         self.eval_last: float | None = None
         self.prompts: dict[str, int] = {}
-        self._run_dir, self._display, self._pacer = run_dir, display, pacer
+        self.run_dir = run_dir
+        self._display, self._pacer = display, pacer
         self._rollouts_every = rollouts_every
         self._steps: list[Metrics] = []
         self._reports: list[GenerationReport] = []  # of groups finished since the last step
         self._groups_finished = 0
-        self._generators = [GeneratorStats(0.0, 0)]
+        self._generators: list[GeneratorStats] = []
         self._started = self._step_ended = time.perf_counter()
 
     def stopwatch(self) -> Stopwatch:
@@ -58,14 +59,15 @@ class Recorder:
     def wall_s(self) -> float:
         return time.perf_counter() - self._started
 
-    def training_begins(self) -> None:
+    def training_begins(self, generators: Sequence[GeneratorStats]) -> None:
         """Rates count from here; `wall_s` counts from the construction, the launch included."""
+        self._generators = list(generators)
         self._step_ended = time.perf_counter()
 
     def group_finished(self, group: Group, scores: Scores, report: GenerationReport) -> None:
         self._reports.append(report)
         if self._groups_finished % self._rollouts_every == 0:
-            self._run_dir.append(
+            self.run_dir.append(
                 "rollouts.jsonl",
                 {
                     "step": len(self._steps),
@@ -111,7 +113,7 @@ class Recorder:
             "driver/loop_lag_p99_ms": self.loop_lag.take_p99_ms(),
         }
         self._steps.append(metrics)
-        self._run_dir.append("metrics.jsonl", metrics)
+        self.run_dir.append("metrics.jsonl", metrics)
         self._display.step(metrics)
 
     def write_summary(self, status: str, error: BaseException | None = None) -> dict[str, Any]:
@@ -137,10 +139,10 @@ class Recorder:
             "generator_busy_fraction": _mean(steps, "generator/busy_fraction"),
             "weight_sync_s_mean": _mean(steps, "time/weight_sync_s"),
             "restarts": {},
-            "write_errors": self._run_dir.write_errors,
+            "write_errors": self.run_dir.write_errors,
             "error": None if error is None else f"{type(error).__name__}: {error}",
         }
-        self._run_dir.write_json("summary.json", summary)
+        self.run_dir.write_json("summary.json", summary)
         return summary
 
     def _generator_metrics(self, generators: Sequence[GeneratorStats], elapsed_s: float) -> Metrics:

@@ -24,8 +24,8 @@ async def run_on(launched, config, make_recorder):
         await run(services, pacer, config, recorder, asyncio.Event())
         ((payload, _),) = await services.trainer.push_weights.call()
         checks = await services.generator.update_weights.fanout(payload)
-    recorder._run_dir.close()
-    steps = [json.loads(line) for line in (recorder._run_dir.path / "metrics.jsonl").read_text().splitlines()]
+    recorder.run_dir.close()
+    steps = [json.loads(line) for line in (recorder.run_dir.path / "metrics.jsonl").read_text().splitlines()]
     return pacer, steps, checks
 
 

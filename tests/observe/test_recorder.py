@@ -32,8 +32,8 @@ def recorded(tiny_config, make_recorder):
     record_steps(recorder, [i / 20 for i in range(20)])
     recorder.eval_first = 0.25
     summary = recorder.write_summary("failed", ValueError("what went wrong"))
-    recorder._run_dir.close()
-    return recorder._run_dir.path, summary
+    recorder.run_dir.close()
+    return recorder.run_dir.path, summary
 
 
 def test_the_pinned_metrics_are_in_every_line(recorded):
