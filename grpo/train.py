@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 from collections.abc import Iterator
@@ -82,12 +83,13 @@ async def _drive(config: RunConfig, pacer: Pacer, recorder: Recorder, display: D
         try:
             services = await unless(shutdown, stack.enter_async_context(launch(config)))
             recorder.eval_first = await unless(shutdown, evaluate(services, config))
+            gc.freeze()  # what is loaded by now stays; walking it in a full collection would block the loop for 0.2 s
             with display:
                 await run(services, pacer, config, recorder, shutdown)
+            recorder.prompts = await services.dataloader.stats.call_one()
             recorder.eval_last = await unless(shutdown, evaluate(services, config))
         except Interrupted:
             return "interrupted"
-        recorder.prompts = await services.dataloader.stats.call_one()
     return "completed"
 
 
