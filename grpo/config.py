@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -257,7 +258,7 @@ def _declared(key: str) -> bool:
 
 
 _CHOICES = {
-    "model.dtype": ("float32", "bfloat16", "float16"),
+    "model.dtype": ("float32", "bfloat16"),
     "task.template": ("plain", "chat"),
     "reward.on_error": ("fail", "drop"),
     "trainer.lr_schedule": ("constant", "linear", "cosine"),
@@ -295,6 +296,12 @@ _AT_LEAST = {
     "observe.log_every": (1, "1 prints every step"),
     "observe.rollouts_every": (1, "1 writes every group"),
     "seed": (0, "seeds are not negative"),
+    **{
+        f"{actor}.{resource}": (0, "0 reserves nothing")
+        for actor in ("generator", "reference", "trainer")
+        for resource in ("num_cpus", "num_gpus")
+    },
+    "reward.num_cpus": (0, "0 reserves nothing"),
 }
 
 _POSITIVE = ("trainer.max_grad_norm", "watchdog.seconds", "cluster.start_timeout_s")
@@ -313,8 +320,11 @@ def validate(config: RunConfig) -> None:
             raise ConfigError(f"is {_value(config, key)}, must be greater than 0", key=key)
     if not 0 < config.rollout.top_p <= 1:
         raise ConfigError(f"is {config.rollout.top_p}, must be in (0, 1]; 1 switches it off", key="rollout.top_p")
-    if len(config.trainer.betas) != 2:
-        raise ConfigError(f"is {config.trainer.betas}, must be two numbers", key="trainer.betas")
+    if len(config.trainer.betas) != 2 or not all(0 <= beta < 1 for beta in config.trainer.betas):
+        raise ConfigError(f"is {config.trainer.betas}, must be two numbers in [0, 1)", key="trainer.betas")
+    for name, weight in config.reward.functions.items():
+        if not math.isfinite(weight):
+            raise ConfigError(f"the weight of {name} is {weight}, must be finite", key="reward.functions")
     if config.generator.max_sequences < config.rollout.group_size:
         raise ConfigError(
             f"is {config.generator.max_sequences}, but a group of rollout.group_size={config.rollout.group_size} is "

@@ -28,7 +28,8 @@ async def run(services: Services, pacer: Pacer, config: RunConfig, recorder: Rec
     Every task belongs to one task group: the first error ends them all and is raised as it is.
     """
     prompts = PromptQueue(services.dataloader, bulk=config.trainer.groups_per_step)
-    _, stats = await publish_weights(services)
+    async with watchdog(config.watchdog.seconds, "the first publication of weights"):
+        stats = await publish_weights(services)
     recorder.training_begins(stats)
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -40,7 +41,8 @@ async def run(services: Services, pacer: Pacer, config: RunConfig, recorder: Rec
             for task in background:
                 task.cancel()
     except BaseExceptionGroup as group:
-        raise first_error(group) from None
+        first = first_error(group)
+        raise first from first.__cause__  # an error from another process has its traceback there
 
 
 async def continuous_rollouts(
@@ -82,11 +84,10 @@ async def continuous_training(
     and for every generator to acknowledge the new weights: only then are tickets released, so new work is born fresh.
     A shutdown ends the wait for a batch, but lets a step that has begun finish.
     """
-    version = 0
     for step in range(1, config.trainer.max_steps + 1):
         async with watchdog(config.watchdog.seconds, f"step {step}"):
             times = recorder.stopwatch()
-            sample = services.replay_buffer.sample.call_one(config.trainer.groups_per_step, version)
+            sample = services.replay_buffer.sample.call_one(config.trainer.groups_per_step)
             try:
                 with times("time/trainer_wait_s"):
                     batch, taken = await unless(shutdown, sample)
@@ -95,14 +96,12 @@ async def continuous_training(
             with times("time/train_step_s"):
                 metrics, *_ = await services.trainer.train_step.call(batch)
             with times("time/weight_sync_s"):
-                version, stats = await publish_weights(services)
+                stats = await publish_weights(services)
         pacer.release(taken.tickets)
-        for ticket in taken.evicted:
-            pacer.drop(ticket, "too_old")
         recorder.step_finished(step, metrics, taken, stats, times)
 
 
-async def publish_weights(services: Services) -> tuple[int, list[GeneratorStats]]:
-    """Bring the trainer's weights into every generator; the version counts once all of them have acknowledged it."""
-    (weights, version), *_ = await services.trainer.push_weights.call()
-    return version, await services.generator.update_weights.fanout(weights)
+async def publish_weights(services: Services) -> list[GeneratorStats]:
+    """Bring the trainer's weights into every generator; returns once all of them have acknowledged the version."""
+    (weights, _version), *_ = await services.trainer.push_weights.call()
+    return await services.generator.update_weights.fanout(weights)

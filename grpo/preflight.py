@@ -53,20 +53,23 @@ def check_resources(config: RunConfig) -> None:
 def prepare_model(config: RunConfig, task: Task) -> RunConfig:
     """The config with `model.path` set: made by `model.prepare` where the config names it."""
     if config.model.prepare is None:
-        return config
+        path = os.path.expanduser(str(config.model.path))
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
     prepare = import_target(config.model.prepare, key="model.prepare")
     folder = prepare(task, **config.model.args)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder), prepare=None))
 
 
 def check_model(config: RunConfig, task: Task) -> None:
-    """Raise unless the model can be found and at least one prompt fits into `rollout.max_prompt_tokens`."""
-    tokenizer = _find(config.model)
-    PromptEncoder(tokenizer, config.task, config.rollout.max_prompt_tokens).check_usable(task)
+    """Raise unless the model can be found, a prompt fits into `rollout.max_prompt_tokens`, and a held-out one too."""
+    encoder = PromptEncoder(_find(config.model), config.task, config.rollout.max_prompt_tokens)
+    encoder.check_usable(task)
+    if config.eval.prompts and all(encoder.encode(problem) is None for problem in task.problems("held_out")):
+        raise ConfigError("the task has no held-out prompt that fits; set it to 0 to do without", key="eval.prompts")
 
 
 def _find(config: ModelConfig) -> AutoTokenizer:
-    path = str(config.path)
+    path = os.path.expanduser(str(config.path))
     if path.startswith((".", "/", "~")) and not Path(path, "config.json").is_file():
         raise ConfigError(f"no model folder at {path!r} (it would hold a config.json)", key="model.path")
     try:

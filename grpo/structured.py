@@ -22,7 +22,8 @@ async def together(*work: Coroutine[Any, Any, Any]) -> list[Any]:
         async with asyncio.TaskGroup() as tasks:
             started = [tasks.create_task(each) for each in work]
     except BaseExceptionGroup as group:
-        raise first_error(group) from None
+        first = first_error(group)
+        raise first from first.__cause__  # an error from another process has its traceback there
     return [task.result() for task in started]
 
 

@@ -21,13 +21,17 @@ from grpo.config import RunConfig, to_yaml, warnings
 from grpo.evaluation import evaluate
 from grpo.loop import run
 from grpo.observe.display import Display, make_display
-from grpo.observe.output import chatter_to
+from grpo.observe.output import Screen, chatter_to
 from grpo.observe.recorder import Recorder
 from grpo.observe.run_dir import RunDirectory
 from grpo.pacing import Pacer
+from grpo.services import Services
 from grpo.structured import Interrupted, unless
+from grpo.types import InfrastructureError
 
 log = logging.getLogger(__name__)
+
+_STATS_TIMEOUT_S = 5.0
 
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 
@@ -38,12 +42,14 @@ def train(config: RunConfig, folder: Path) -> int:
     Raises GRPOError for what is wrong before the cluster is started; what goes wrong later is shown, stands in
     `summary.json`, and gives exit code 1. An interrupted run gives 130.
     """
-    console = Console(soft_wrap=True)
+    console = Screen(soft_wrap=True)
     for warning in warnings(config):
         console.print(f"warning: {warning}", style="yellow", markup=False)
     task = preflight.check_names(config)
     preflight.check_resources(config)
     if config.dry_run:
+        if config.model.prepare is None:
+            preflight.check_model(config, task)
         print_plan(config, console)
         return EXIT_OK
     run_dir = RunDirectory(folder)
@@ -64,7 +70,7 @@ def _train(config: RunConfig, run_dir: RunDirectory) -> dict[str, Any]:
     with chatter_to(run_dir.path / "run.log") as console:
         console.print("starting Ray and the actors ...", style="dim")
         display = make_display(console, config.trainer.max_steps, config.observe.log_every)
-        recorder = Recorder(run_dir, display, pacer, config.observe.rollouts_every)
+        recorder = Recorder(run_dir, display, pacer)
         try:
             with ray_cluster(config.cluster):
                 status = asyncio.run(_drive(config, pacer, recorder, display))
@@ -84,13 +90,26 @@ async def _drive(config: RunConfig, pacer: Pacer, recorder: Recorder, display: D
             services = await unless(shutdown, stack.enter_async_context(launch(config)))
             recorder.eval_first = await unless(shutdown, evaluate(services, config))
             gc.freeze()  # what is loaded by now stays; walking it in a full collection would block the loop for 0.2 s
-            with display:
-                await run(services, pacer, config, recorder, shutdown)
-            recorder.prompts = await services.dataloader.stats.call_one()
+            try:
+                with display:
+                    await run(services, pacer, config, recorder, shutdown)
+            finally:
+                recorder.prompts = await _prompt_counts(services)
             recorder.eval_last = await unless(shutdown, evaluate(services, config))
         except Interrupted:
             return "interrupted"
     return "completed"
+
+
+async def _prompt_counts(services: Services) -> dict[str, int]:
+    """The dataloader's side of the ledger; empty when the dataloader is what failed."""
+    try:
+        async with asyncio.timeout(_STATS_TIMEOUT_S):
+            counts: dict[str, int] = await services.dataloader.stats.call_one()
+            return counts
+    except (InfrastructureError, TimeoutError) as error:
+        log.warning("no prompt counts: %s", error)
+        return {}
 
 
 @contextmanager
@@ -135,9 +154,9 @@ def print_plan(config: RunConfig, console: Console) -> None:
 
 
 def _print_outcome(summary: dict[str, Any], folder: Path) -> None:
-    console = Console(soft_wrap=True, highlight=False)
+    console = Screen(soft_wrap=True, highlight=False)
     if summary["error"]:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {summary['error']}", markup=False)
+        Screen(stderr=True, soft_wrap=True, highlight=False).print(f"error: {summary['error']}", markup=False)
     console.print(f"{summary['status']} after {summary['steps']} steps in {summary['wall_s']:.0f} s", markup=False)
     for name in ("reward", "eval"):
         first, last = summary[f"{name}_first"], summary[f"{name}_last"]

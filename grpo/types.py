@@ -95,7 +95,10 @@ class GenerationReport:
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards of one group: the weighted sum per completion, its parts by reward function, and the decoded text."""
+    """Rewards of one group: the weighted sum per completion and its parts by reward function.
+
+    `texts` holds the decoded completions of a group that is to be recorded, and is empty otherwise.
+    """
 
     rewards: tuple[float, ...]
     parts: Mapping[str, tuple[float, ...]]
@@ -135,12 +138,11 @@ class Batch:
 class BatchReport:
     """What the driver needs to know of a batch whose groups travel from the buffer to the trainer.
 
-    `evicted` are tickets of groups that were thrown away because they had grown older than the bound.
+    `groups_waiting` counts the finished groups that stay behind.
     """
 
     tickets: tuple[Ticket, ...]
     rewards: tuple[tuple[float, ...], ...]
-    evicted: tuple[Ticket, ...]
     groups_waiting: int
 
 

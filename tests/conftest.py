@@ -52,7 +52,7 @@ def make_recorder(tmp_path):
         opened.append(run_dir)
         pacer = Pacer(config.ticket_capacity)
         display = PlainDisplay(Console(file=io.StringIO()), config.trainer.max_steps, log_every=1)
-        return pacer, Recorder(run_dir, display, pacer, config.observe.rollouts_every)
+        return pacer, Recorder(run_dir, display, pacer)
 
     yield make
     for run_dir in opened:

@@ -40,6 +40,23 @@ def test_a_model_that_cannot_be_reached_names_the_alternative(tiny_config, monke
         preflight.check_model(tiny_config, None)
 
 
+def test_an_evaluation_without_held_out_prompts_is_found_at_once(tiny_config):
+    tiny_config.task.args["held_out_size"] = 0
+    task = preflight.check_names(tiny_config)
+    preflight.check_model(tiny_config, task)
+    tiny_config.eval.prompts = 8
+    with pytest.raises(GRPOError, match=r"eval\.prompts: the task has no held-out prompt"):
+        preflight.check_model(tiny_config, task)
+
+
+def test_a_home_folder_is_expanded(tiny_config, monkeypatch, tiny_model_path):
+    monkeypatch.setenv("HOME", tiny_model_path)
+    tiny_config.model.path = "~"
+    task = preflight.check_names(tiny_config)
+    preflight.check_model(tiny_config, task)
+    assert preflight.prepare_model(tiny_config, task).model.path == tiny_model_path
+
+
 def test_a_good_config_passes(tiny_config):
     task = preflight.check_names(tiny_config)
     preflight.check_resources(tiny_config)

@@ -33,6 +33,15 @@ async def test_together_raises_the_first_error_bare_and_cancels_the_rest():
     assert ended.is_set()
 
 
+async def test_together_keeps_the_cause_where_the_remote_traceback_is():
+    async def failing():
+        raise ValueError("here") from KeyError("over there")
+
+    with pytest.raises(ValueError, match="here") as caught:
+        await together(failing())
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
 async def test_unless_gives_the_result_of_the_work():
     async def work():
         await asyncio.sleep(0)

@@ -12,11 +12,11 @@ class ReplayBuffer:
     """Groups leave in the order of their tickets; within a window of W places a finished one may overtake.
 
     With W = 1 a batch waits for its slowest group. The pacer bounds how many groups can lie here, and how old they
-    can be; eviction by age is only the backstop.
+    can be; the trainer checks it. Nothing is thrown away here.
     """
 
-    def __init__(self, window: int, age_bound: int) -> None:
-        self._window, self._age_bound = window, age_bound
+    def __init__(self, window: int) -> None:
+        self._window = window
         self._groups: dict[Ticket, Group] = {}
         self._passed: set[int] = set()  # serials above `_head` that nobody need wait for any more
         self._head = 0  # the oldest ticket that is neither trained on nor dropped
@@ -37,10 +37,9 @@ class ReplayBuffer:
             self._changed.notify_all()
 
     @returns_payload
-    async def sample(self, count: int, trainer_version: int) -> tuple[Batch, BatchReport]:
+    async def sample(self, count: int) -> tuple[Batch, BatchReport]:
         """Take `count` groups; parks until they are there. Woken by `add` and `skip`."""
         async with self._changed:
-            evicted = self._evict(trainer_version)
             await self._changed.wait_for(lambda: len(self._available(count)) == count)
             tickets = self._available(count)
             groups = [self._groups.pop(ticket) for ticket in tickets]
@@ -49,7 +48,6 @@ class ReplayBuffer:
         return Batch(groups), BatchReport(
             tickets=tuple(tickets),
             rewards=tuple(group.rewards for group in groups),
-            evicted=evicted,
             groups_waiting=len(self._groups),
         )
 
@@ -73,14 +71,6 @@ class ReplayBuffer:
             while head in passed:
                 head += 1
         return chosen
-
-    def _evict(self, trainer_version: int) -> tuple[Ticket, ...]:
-        """Throw out groups older than the bound: there are none while the pacer does its work."""
-        old = [t for t, group in self._groups.items() if trainer_version - group.oldest_version > self._age_bound]
-        for ticket in old:
-            del self._groups[ticket]
-            self._pass(ticket)
-        return tuple(old)
 
     def _pass(self, ticket: Ticket) -> None:
         self._passed.add(ticket.serial)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from grpo.config import RunConfig
 from grpo.imports import import_target
@@ -16,10 +17,11 @@ from grpo.types import Completion, Problem, Prompt, RewardError, Scores
 
 
 class Reward:
-    """The weighted sum of reward functions, computed in threads so that a slow one holds up nobody else."""
+    """The weighted sum of reward functions, a thread for every group under way: a slow one holds up nobody else."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
+        self._threads = ThreadPoolExecutor(config.rollout.concurrency, thread_name_prefix="reward")
 
     async def setup(self) -> None:
         self._tokenizer = load_tokenizer(self._config.model)
@@ -28,20 +30,26 @@ class Reward:
         self._functions = {name: (weight, reward_function(name, task)) for name, weight in weights.items()}
 
     async def score(self, prompt: Prompt, completions: Sequence[Completion]) -> Scores:
-        """Scores of one group. Raises RewardError when a function raises or returns something unusable."""
-        return await asyncio.to_thread(self._score, prompt.problem, completions)
+        """Scores of one group; its texts too for one in `observe.rollouts_every` prompts.
+
+        Raises RewardError when a function raises or returns something unusable.
+        """
+        with_texts = prompt.serial % self._config.observe.rollouts_every == 0
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._score, prompt.problem, completions, with_texts)
 
     async def close(self) -> None:
-        """Nothing to end."""
+        """Don't wait for user code that hangs: its process ends with this actor."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _score(self, problem: Problem, completions: Sequence[Completion]) -> Scores:
+    def _score(self, problem: Problem, completions: Sequence[Completion], with_texts: bool) -> Scores:
         texts = self._tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
         parts = {name: evaluate(name, function, problem, texts) for name, (_, function) in self._functions.items()}
         weights = [weight for weight, _ in self._functions.values()]
         rewards = tuple(
             sum(map(math.prod, zip(weights, scores, strict=True))) for scores in zip(*parts.values(), strict=True)
         )
-        return Scores(rewards, parts, tuple(texts))
+        return Scores(rewards, parts, tuple(texts) if with_texts else ())
 
 
 def reward_function(name: str, task: Task) -> RewardFunction:

@@ -38,10 +38,9 @@ def actor_specs(config: RunConfig) -> list[ActorSpec]:
     ]
     if config.uses_reference:
         specs.append(_compute("reference", Reference, config, config.reference, config.reference.replicas))
-    window = {"window": config.buffer.window, "age_bound": config.age_bound}
     return [
         *specs,
-        ActorSpec("replay_buffer", ReplayBuffer, window),
+        ActorSpec("replay_buffer", ReplayBuffer, {"window": config.buffer.window}),
         _compute("trainer", Trainer, config, config.trainer, 1),
     ]
 

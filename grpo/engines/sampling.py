@@ -44,7 +44,10 @@ class RowSampler:
         total_B1 = cumulative_BV[:, -1:]
         targets_B1 = torch.minimum(uniforms_B[:, None] * total_B1, total_B1.nextafter(torch.zeros_like(total_B1)))
         drawn_B1 = torch.searchsorted(cumulative_BV, targets_B1, right=True)
-        tokens_B1 = torch.where(self._greedy_B1, logits_BV.argmax(dim=-1, keepdim=True), drawn_B1)
+        # A parallel sum on a GPU may rise by rounding at a token of probability zero: take the likeliest instead.
+        best_B1 = logits_BV.argmax(dim=-1, keepdim=True)
+        impossible_B1 = logprobs_BV.gather(1, drawn_B1) == -torch.inf
+        tokens_B1 = torch.where(self._greedy_B1 | impossible_B1, best_B1, drawn_B1)
         return tokens_B1[:, 0], logprobs_BV.gather(1, tokens_B1)[:, 0]
 
     def _filter(self, logits_BV: Tensor) -> Tensor:

@@ -87,7 +87,10 @@ class LiveDisplay:
         )
         self._task = self._progress.add_task("train", total=max_steps, start=False)
         self._rewards: list[float] = []
-        self._live = Live(self._progress, console=console, refresh_per_second=8)
+        # Rich would take over sys.stdout and sys.stderr too, and bring the chatter back onto the screen.
+        self._live = Live(
+            self._progress, console=console, refresh_per_second=8, redirect_stdout=False, redirect_stderr=False
+        )
 
     def __enter__(self) -> Self:
         self._progress.start_task(self._task)

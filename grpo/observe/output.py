@@ -11,8 +11,18 @@ from pathlib import Path
 from rich.console import Console
 
 
+class Screen(Console):
+    """A console that falls silent when its reader goes away: `| head` must not end a training."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())
+        os.close(nowhere)
+
+
 @contextmanager
-def chatter_to(path: Path) -> Iterator[Console]:
+def chatter_to(path: Path) -> Iterator[Screen]:
     """Send everything written to stdout and stderr into `path`; yields a console on the real stdout.
 
     It is done on file descriptors, because much of the chatter comes from native code and child processes.
@@ -24,7 +34,7 @@ def chatter_to(path: Path) -> Iterator[Console]:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:
-            yield Console(file=screen)
+            yield Screen(file=screen)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

@@ -38,17 +38,15 @@ class Stopwatch:
 class Recorder:
     """The driver's memory. All methods are quick and called on the event loop; files are written in a thread."""
 
-    def __init__(self, run_dir: RunDirectory, display: Display, pacer: Pacer, rollouts_every: int) -> None:
+    def __init__(self, run_dir: RunDirectory, display: Display, pacer: Pacer) -> None:
         self.loop_lag = LoopLag()
         self.eval_first: float | None = None
         self.eval_last: float | None = None
         self.prompts: dict[str, int] = {}
         self.run_dir = run_dir
         self._display, self._pacer = display, pacer
-        self._rollouts_every = rollouts_every
         self._steps: list[Metrics] = []
         self._reports: list[GenerationReport] = []  # of groups finished since the last step
-        self._groups_finished = 0
         self._generators: list[GeneratorStats] = []
         self._started = self._step_ended = time.perf_counter()
 
@@ -66,7 +64,7 @@ class Recorder:
 
     def group_finished(self, group: Group, scores: Scores, report: GenerationReport) -> None:
         self._reports.append(report)
-        if self._groups_finished % self._rollouts_every == 0:
+        if scores.texts:
             self.run_dir.append(
                 "rollouts.jsonl",
                 {
@@ -81,7 +79,6 @@ class Recorder:
                     "policy_version": group.oldest_version,
                 },
             )
-        self._groups_finished += 1
 
     def group_dropped(self, error: Exception) -> None:
         log.warning("dropped a group: %s", error)

@@ -33,21 +33,21 @@ async def result_now(task):
     return task.result()
 
 
-async def sample(buffer, count, version=0):
+async def sample(buffer, count):
     """A sample that would park for ever fails instead."""
     async with asyncio.timeout(5):
-        return await buffer.sample(count, version)
+        return await buffer.sample(count)
 
 
 async def taken(buffer, count, version=0):
-    batch, report = await sample(buffer, count, version)
+    batch, report = await sample(buffer, count)
     serials = [ticket.serial for ticket in report.tickets]
     assert [group.rewards for group in batch.groups] == list(report.rewards) == [(float(s),) for s in serials]
     return serials
 
 
 async def test_a_batch_is_parked_for_until_it_is_complete(add):
-    buffer = ReplayBuffer(window=1, age_bound=1)
+    buffer = ReplayBuffer(window=1)
     waiting = asyncio.create_task(taken(buffer, 2))
     await settle()
     await add(buffer, 0)
@@ -58,7 +58,7 @@ async def test_a_batch_is_parked_for_until_it_is_complete(add):
 
 
 async def test_a_skip_wakes_the_one_that_waits(add):
-    buffer = ReplayBuffer(window=1, age_bound=1)
+    buffer = ReplayBuffer(window=1)
     waiting = asyncio.create_task(taken(buffer, 2))
     await add(buffer, 1, 2)
     await settle()
@@ -68,22 +68,21 @@ async def test_a_skip_wakes_the_one_that_waits(add):
 
 
 async def test_groups_leave_in_the_order_of_admission_however_they_came(add):
-    buffer = ReplayBuffer(window=1, age_bound=1)
+    buffer = ReplayBuffer(window=1)
     await add(buffer, 3, 0, 2, 5, 1, 4)
     assert await taken(buffer, 2) == [0, 1]
     assert await taken(buffer, 4) == [2, 3, 4, 5]
 
 
 async def test_the_report_counts_what_is_left(add):
-    buffer = ReplayBuffer(window=1, age_bound=1)
+    buffer = ReplayBuffer(window=1)
     await add(buffer, 0, 1, 2, 4)
     _, report = await sample(buffer, 2)
     assert report.groups_waiting == 2
-    assert report.evicted == ()
 
 
 async def test_with_window_one_a_batch_waits_for_its_slowest_group(add):
-    buffer = ReplayBuffer(window=1, age_bound=1)
+    buffer = ReplayBuffer(window=1)
     await add(buffer, 1, 2, 3, 4)
     waiting = asyncio.create_task(taken(buffer, 2))
     await settle()
@@ -93,7 +92,7 @@ async def test_with_window_one_a_batch_waits_for_its_slowest_group(add):
 
 
 async def test_a_window_lets_finished_groups_overtake(add):
-    buffer = ReplayBuffer(window=3, age_bound=1)
+    buffer = ReplayBuffer(window=3)
     await add(buffer, 1, 2, 3)
     assert await taken(buffer, 2) == [1, 2]
     waiting = asyncio.create_task(taken(buffer, 1))
@@ -105,13 +104,13 @@ async def test_a_window_lets_finished_groups_overtake(add):
 
 
 async def test_the_window_moves_on_within_a_batch(add):
-    buffer = ReplayBuffer(window=2, age_bound=1)
+    buffer = ReplayBuffer(window=2)
     await add(buffer, 0, 1, 3)  # once 0 and 1 are taken, 3 is next to the open 2
     assert await taken(buffer, 3) == [0, 1, 3]
 
 
 async def test_a_skip_in_the_middle_moves_the_window(add):
-    buffer = ReplayBuffer(window=2, age_bound=1)
+    buffer = ReplayBuffer(window=2)
     await add(buffer, 2, 3)
     await buffer.skip(Ticket(1))
     waiting = asyncio.create_task(taken(buffer, 1))
@@ -130,7 +129,7 @@ async def test_no_group_is_overtaken_too_often_and_each_comes_out_once(make_grou
     total = 60
     arrivals = sorted(range(total), key=lambda serial: serial + rng.uniform(0, 12))
     dropped = set(rng.sample(range(total), 6))
-    buffer, left, out = ReplayBuffer(window, age_bound=1), total - len(dropped), []
+    buffer, left, out = ReplayBuffer(window), total - len(dropped), []
 
     async def arrive():
         for serial in arrivals:
@@ -152,25 +151,8 @@ async def test_no_group_is_overtaken_too_often_and_each_comes_out_once(make_grou
     assert max(overtaken) <= window - 1
 
 
-async def test_groups_beyond_the_age_bound_are_thrown_out_and_reported(add):
-    buffer = ReplayBuffer(window=1, age_bound=1)
-    await add(buffer, 0, 3, version=0)
-    await add(buffer, 1, 2, 4, version=1)
-    batch, report = await sample(buffer, 2, version=2)
-    assert set(report.evicted) == {Ticket(0), Ticket(3)}
-    assert report.tickets == (Ticket(1), Ticket(2))
-    assert min(group.oldest_version for group in batch.groups) == 1
-    assert await taken(buffer, 1, version=2) == [4], "nobody waits for what was thrown out"
-
-
-async def test_a_group_of_exactly_the_bound_is_kept(add):
-    buffer = ReplayBuffer(window=1, age_bound=1)
-    await add(buffer, 0, version=1)
-    assert await taken(buffer, 1, version=2) == [0]
-
-
 async def test_a_sample_that_is_cancelled_takes_nothing(add):
-    buffer = ReplayBuffer(window=1, age_bound=1)
+    buffer = ReplayBuffer(window=1)
     await buffer.setup()
     waiting = asyncio.create_task(sample(buffer, 2))
     await add(buffer, 0)

@@ -14,7 +14,7 @@ def record_steps(recorder, rewards):
         for name in ("time/trainer_wait_s", "time/train_step_s", "time/weight_sync_s"):
             with times(name):
                 pass
-        batch = BatchReport((Ticket(step),), ((reward, reward),), (), groups_waiting=0)
+        batch = BatchReport((Ticket(step),), ((reward, reward),), groups_waiting=0)
         trained = {"loss": 0.1, "policy_age/max": step % 2, "policy_age/mean": 0.5}
         recorder.step_finished(step, trained, batch, [GeneratorStats(step * 0.001, step * 10)], times)
 
@@ -22,12 +22,12 @@ def record_steps(recorder, rewards):
 def finished_group(serial, reward):
     prompt = Prompt(serial, Problem("ba>", "ab"), None)
     group = Group(prompt, (), None, (reward, reward), (0.0, 0.0), oldest_version=0)
-    return group, Scores((reward, reward), {"task": (reward, reward)}, ("ab", "ba")), GenerationReport(0, 2, 6, 1)
+    texts = ("ab", "ba") if serial % 2 == 0 else ()
+    return group, Scores((reward, reward), {"task": (reward, reward)}, texts), GenerationReport(0, 2, 6, 1)
 
 
 @pytest.fixture
 def recorded(tiny_config, make_recorder):
-    tiny_config.observe.rollouts_every = 2
     _, recorder = make_recorder(tiny_config)
     record_steps(recorder, [i / 20 for i in range(20)])
     recorder.eval_first = 0.25
@@ -65,13 +65,13 @@ def test_the_summary_has_the_pinned_keys_and_means_over_tenths(recorded):
     }  # fmt: skip
 
 
-def test_every_so_many_groups_are_kept_as_text(recorded):
+def test_groups_that_come_with_texts_are_kept(recorded):
     path, _ = recorded
     groups = [json.loads(line) for line in (path / "rollouts.jsonl").read_text().splitlines()]
     assert len(groups) == 10
     assert groups[0]["prompt"] == "ba>"
     assert groups[0]["completions"] == ["ab", "ba"]
-    assert groups[0]["rewards"] == [0.0, 0.0]
+    assert groups[0]["rewards"] == [0.05, 0.05]
 
 
 def test_a_run_without_a_step_has_a_summary_too(tiny_config, make_recorder):

@@ -122,6 +122,20 @@ def test_a_model_that_does_not_exist_is_named(train):
     assert (code, stderr) == (1, "error: model.path: no model folder at '/nowhere' (it would hold a config.json)\n")
 
 
+def test_a_dry_run_finds_a_missing_model_too(train):
+    code, _, stderr = finish(train("dry_run=true", model=["model=hf", "model.path=/nowhere"]))
+    assert code == 1
+    assert stderr.startswith("error: model.path: no model folder")
+
+
+def test_a_sweep_goes_on_after_a_job_that_failed(train):
+    code, stdout, stderr = finish(train("-m", "dry_run=true", "task.args.max_letters=99,6"))
+    assert code == 1
+    assert "max_letters" not in stdout
+    assert stderr.startswith("error: task.args: there are")
+    assert "train step" in stdout
+
+
 def test_a_dry_run_prints_the_plan_and_starts_nothing(train, tmp_path):
     code, stdout, stderr = finish(train("dry_run=true", "buffer.max_policy_age=3"))
     assert (code, stderr) == (0, "")
