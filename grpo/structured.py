@@ -22,6 +22,8 @@ async def together(*work: Coroutine[Any, Any, Any]) -> list[Any]:
         async with asyncio.TaskGroup() as tasks:
             started = [tasks.create_task(each) for each in work]
     except BaseExceptionGroup as group:
+        if (current := asyncio.current_task()) and current.cancelling():
+            raise asyncio.CancelledError from group  # a task group lets errors hide that we were cancelled meanwhile
         first = first_error(group)
         raise first from first.__cause__  # an error from another process has its traceback there
     return [task.result() for task in started]

@@ -33,6 +33,20 @@ async def test_together_raises_the_first_error_bare_and_cancels_the_rest():
     assert ended.is_set()
 
 
+async def test_a_cancellation_is_not_hidden_by_an_error_at_the_same_time():
+    async def failing_when_cancelled():
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise ValueError("on the way out") from None
+
+    task = asyncio.ensure_future(together(failing_when_cancelled()))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
 async def test_together_keeps_the_cause_where_the_remote_traceback_is():
     async def failing():
         raise ValueError("here") from KeyError("over there")
