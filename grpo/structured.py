@@ -16,17 +16,22 @@ class Interrupted(Exception):
     """The shutdown came first."""
 
 
-async def together(*work: Coroutine[Any, Any, Any]) -> list[Any]:
-    """Results in order. The first error cancels the others, waits for them to end, and is raised as it is."""
+async def together(*work: Coroutine[Any, Any, R]) -> list[R]:
+    """Results in order. The first error cancels the others, waits for them to end, and is raised as it is.
+
+    Not an asyncio.TaskGroup: there an error hides a cancellation of the caller that comes at the same moment.
+    """
+    tasks = [asyncio.ensure_future(each) for each in work]
     try:
-        async with asyncio.TaskGroup() as tasks:
-            started = [tasks.create_task(each) for each in work]
-    except BaseExceptionGroup as group:
-        if (current := asyncio.current_task()) and current.cancelling():
-            raise asyncio.CancelledError from group  # a task group lets errors hide that we were cancelled meanwhile
-        first = first_error(group)
-        raise first from first.__cause__  # an error from another process has its traceback there
-    return [task.result() for task in started]
+        if tasks:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
+        return [task.result() for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def unless(shutdown: asyncio.Event, work: Coroutine[Any, Any, R]) -> R:
