@@ -17,7 +17,8 @@ from rich.table import Table
 from grpo import preflight
 from grpo.cluster.launch import launch, ray_cluster
 from grpo.cluster.plan import actor_specs
-from grpo.config import RunConfig, to_yaml, warnings
+from grpo.composition import to_yaml
+from grpo.config import RunConfig
 from grpo.evaluation import evaluate
 from grpo.loop import run
 from grpo.observe.display import Display, make_display
@@ -28,6 +29,7 @@ from grpo.pacing import Pacer
 from grpo.services import Services
 from grpo.structured import Interrupted, unless
 from grpo.types import InfrastructureError
+from grpo.validation import warnings
 
 log = logging.getLogger(__name__)
 

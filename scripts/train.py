@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from grpo.config import explain, from_hydra, register
+from grpo.composition import explain, from_hydra, register
 from grpo.types import GRPOError
 
 register()

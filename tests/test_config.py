@@ -5,8 +5,10 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from grpo.config import RunConfig, explain, from_hydra, register, to_yaml, validate, warnings
+from grpo.composition import explain, from_hydra, register, to_yaml
+from grpo.config import RunConfig
 from grpo.types import ConfigError
+from grpo.validation import validate, warnings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -67,7 +69,7 @@ def test_every_choice_of_a_group_composes(group, choice):
         ("reward.functions.task=nan", r"reward\.functions: the weight of task is nan, must be finite"),
         ("model.dtype=float16", r"model\.dtype: 'float16' is not one of float32, bfloat16"),
         ("rollout.top_p=0", r"rollout\.top_p: is 0\.0, must be in \(0, 1\]"),
-        ("generator.engine=magic", r"generator\.engine: 'magic' is not one of torch, simulated"),
+        ("generator.engine=magic", r"generator\.engine: 'magic' is not one of torch, vllm, simulated"),
         ("reward.on_error=ignore", r"reward\.on_error: 'ignore' is not one of fail, drop"),
         ("generator.max_sequences=4", r"generator\.max_sequences: is 4, but a group of rollout\.group_size=8"),
         ("model.path=x", r"model\.path: set either"),

@@ -16,7 +16,9 @@ MAY_IMPORT = {
     "compute": set(),
     "structured": {"types"},
     "imports": {"types"},
-    "config": {"types", "pacing"},
+    "config": {"pacing"},
+    "validation": {"types", "config"},
+    "composition": {"types", "config", "validation"},
     "algorithms": {"types"},
     "rewards": {"types"},
     "tasks": {"types", "config", "imports"},
@@ -37,8 +39,8 @@ MAY_IMPORT = {
 # Outside libraries that only some places may touch.
 ONLY_IN = {
     "ray": {"cluster"},
-    "hydra": {"config"},
-    "omegaconf": {"config"},
+    "hydra": {"composition"},
+    "omegaconf": {"composition"},
     "transformers": {"engines", "learner", "models", "tasks", "preflight"},
     "rich": {"observe", "train", "models"},
     "reasoning_gym": {"tasks"},

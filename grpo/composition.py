@@ -1,0 +1,88 @@
+"""From what Hydra composes to the typed config, and from Hydra's errors to one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+
+from grpo.config import RunConfig
+from grpo.types import ConfigError
+from grpo.validation import validate
+
+
+def register() -> None:
+    """Make the dataclasses known to Hydra as `base`, so that composed configs are typed and unknown keys refused."""
+    ConfigStore.instance().store(name="base", node=RunConfig)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The config as it stands, in the form that Hydra reads."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def from_hydra(composed: DictConfig) -> RunConfig:
+    """The typed config of a composed one. Raises ConfigError for a value that is missing, unknown, or out of range."""
+    try:
+        config = OmegaConf.to_object(composed)
+        values = OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from None
+    for key in _keys(values):
+        if not _declared(key):  # Hydra's `+key=value` gets past the types
+            raise ConfigError(_unknown(key))
+    assert isinstance(config, RunConfig)
+    validate(config)
+    return config
+
+
+def explain(error: Exception) -> str:
+    """What Hydra or OmegaConf refused, as one line that names the key and, where one looks alike, the key meant."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
+        return _unknown(str(cause.full_key))
+    if isinstance(cause, MissingMandatoryValue):
+        return f"{cause.full_key}: has no value; set it on the command line or in the experiment"
+    if isinstance(cause, OmegaConfBaseException):
+        return f"{cause.full_key}: {str(cause).splitlines()[0]}"
+    message = str(cause).partition("Config search path")[0]
+    return " ".join(message.replace("\n\t", " ").split())
+
+
+def _unknown(key: str) -> str:
+    if _declared(key):
+        return f"{key}: is not there yet; add it with a plus sign, +{key}=..."
+    known = [name for name in _keys(OmegaConf.to_container(OmegaConf.structured(RunConfig))) if name]
+    alike = difflib.get_close_matches(key, [*known, *(f.name for f in fields(RunConfig))], n=1)
+    return f"{key}: no such key; " + (f"did you mean {alike[0]}?" if alike else "grpo/config.py lists them all")
+
+
+def _keys(values: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of nested dictionaries, down to the leaves."""
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _keys(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _declared(key: str) -> bool:
+    """Whether a dotted key is a field of the dataclasses, or lies below a free-form one."""
+    owner: Any = RunConfig()
+    for name in key.split("."):
+        if not is_dataclass(owner):
+            return isinstance(owner, dict)
+        if name not in {f.name for f in fields(owner)}:
+            return False
+        owner = getattr(owner, name)
+    return True

@@ -1,0 +1,119 @@
+"""The checks of a config that need nothing heavy: ranges, choices, and what belongs together."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from grpo.config import RunConfig
+from grpo.types import ConfigError
+
+_CHOICES = {
+    "model.dtype": ("float32", "bfloat16"),
+    "task.template": ("plain", "chat"),
+    "reward.on_error": ("fail", "drop"),
+    "trainer.lr_schedule": ("constant", "linear", "cosine"),
+    "generator.engine": ("torch", "vllm", "simulated"),
+    "generator.weight_update": ("in_flight", "in_flight_recompute", "drain"),
+}
+
+# key -> smallest value allowed, and why
+_AT_LEAST = {
+    "rollout.concurrency": (1, "without a rollout coroutine nothing is generated"),
+    "rollout.group_size": (2, "advantages compare the completions of one prompt, so a group needs 2 or more"),
+    "rollout.temperature": (0, "0 is greedy"),
+    "rollout.top_k": (0, "0 switches the filter off"),
+    "rollout.max_prompt_tokens": (1, "prompts have at least one token"),
+    "rollout.max_completion_tokens": (1, "completions have at least one token"),
+    "buffer.max_policy_age": (0, "0 is synchronous GRPO, 1 overlaps generation with one train step"),
+    "buffer.window": (1, "1 trains on groups in the order of admission"),
+    "trainer.max_steps": (1, "a run has at least one step"),
+    "trainer.groups_per_step": (1, "a train step takes at least one group"),
+    "trainer.lr": (0, "a learning rate is not negative"),
+    "trainer.warmup_steps": (0, "0 starts at the full learning rate"),
+    "trainer.weight_decay": (0, "0 switches it off"),
+    "trainer.micro_batch_tokens": (1, "a sequence longer than this makes a micro-batch of its own"),
+    "trainer.threads": (0, "0 takes as many as num_cpus"),
+    "generator.replicas": (1, "somebody has to generate"),
+    "generator.threads": (0, "0 takes as many as num_cpus"),
+    "reward.replicas": (1, "somebody has to score"),
+    "reference.replicas": (1, "set loss.beta=0 to do without a reference"),
+    "reference.micro_batch_tokens": (1, "a sequence longer than this makes a micro-batch of its own"),
+    "reference.threads": (0, "0 takes as many as num_cpus"),
+    "loss.clip_low": (0, "0 clips every ratio below 1"),
+    "loss.clip_high": (0, "0 clips every ratio above 1"),
+    "loss.beta": (0, "0 switches the KL term off"),
+    "eval.prompts": (0, "0 switches evaluation off"),
+    "eval.every": (0, "0 evaluates only at the start and at the end"),
+    "eval.samples": (1, "every prompt is answered at least once"),
+    "eval.replicas": (0, "0 borrows the training's generators"),
+    "eval.threads": (0, "0 takes as many as num_cpus"),
+    "generator.tensor_parallel": (1, "1 keeps a replica on one GPU"),
+    "observe.log_every": (1, "1 prints every step"),
+    "observe.rollouts_every": (1, "1 writes every group"),
+    "seed": (0, "seeds are not negative"),
+    **{
+        f"{actor}.{resource}": (0, "0 reserves nothing")
+        for actor in ("eval", "generator", "reference", "trainer")
+        for resource in ("num_cpus", "num_gpus")
+    },
+    "reward.num_cpus": (0, "0 reserves nothing"),
+}
+
+_POSITIVE = ("trainer.max_grad_norm", "watchdog.seconds", "cluster.start_timeout_s")
+
+
+def validate(config: RunConfig) -> None:
+    """Check ranges, choices and what belongs together. Raises ConfigError naming the key and the fix."""
+    for key, choices in _CHOICES.items():
+        if (value := _value(config, key)) not in choices:
+            raise ConfigError(f"{value!r} is not one of {', '.join(choices)}", key=key)
+    for key, (least, why) in _AT_LEAST.items():
+        if not _value(config, key) >= least:
+            raise ConfigError(f"is {_value(config, key)}, must be at least {least}: {why}", key=key)
+    for key in _POSITIVE:
+        if not _value(config, key) > 0:
+            raise ConfigError(f"is {_value(config, key)}, must be greater than 0", key=key)
+    if not 0 < config.rollout.top_p <= 1:
+        raise ConfigError(f"is {config.rollout.top_p}, must be in (0, 1]; 1 switches it off", key="rollout.top_p")
+    if len(config.trainer.betas) != 2 or not all(0 <= beta < 1 for beta in config.trainer.betas):
+        raise ConfigError(f"is {config.trainer.betas}, must be two numbers in [0, 1)", key="trainer.betas")
+    for name, weight in config.reward.functions.items():
+        if not math.isfinite(weight):
+            raise ConfigError(f"the weight of {name} is {weight}, must be finite", key="reward.functions")
+    if config.generator.max_sequences < config.rollout.group_size:
+        raise ConfigError(
+            f"is {config.generator.max_sequences}, but a group of rollout.group_size={config.rollout.group_size} is "
+            "decoded together: raise it or make groups smaller",
+            key="generator.max_sequences",
+        )
+    if (config.model.path is None) == (config.model.prepare is None):
+        raise ConfigError("set either model.path (with model=hf) or model.prepare", key="model.path")
+    if not config.reward.functions:
+        raise ConfigError("is empty; name at least one, for example {task: 1.0}", key="reward.functions")
+
+
+def warnings(config: RunConfig) -> list[str]:
+    """Settings that work, but not as one may think."""
+    found = []
+    if config.rollout.concurrency > config.ticket_capacity:
+        found.append(
+            f"rollout.concurrency={config.rollout.concurrency}: only {config.ticket_capacity} rollouts can ever run, "
+            f"(max_policy_age {config.buffer.max_policy_age} + 1) x {config.trainer.groups_per_step} groups_per_step "
+            "tickets; raise buffer.max_policy_age or lower the concurrency"
+        )
+    if config.rollout.top_p < 1 or config.rollout.top_k > 0:
+        found.append(
+            "rollout.top_p and top_k cut the distribution that is sampled from, but not the trainer's: "
+            "importance ratios are biased; train with top_p=1 and top_k=0"
+        )
+    if config.rollout.temperature == 0:
+        found.append("rollout.temperature=0 makes all completions of a group equal: there will be nothing to learn")
+    return found
+
+
+def _value(config: RunConfig, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
