@@ -1,11 +1,12 @@
-"""Heavy arithmetic off the event loop: one thread per model, so an actor answers while it computes."""
+"""Heavy arithmetic off the event loop: one thread per model, so an actor answers while it computes. And its clock."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -38,3 +39,26 @@ class ComputeThread:
     def close(self) -> None:
         """Wait for the work at hand and end the thread."""
         self._executor.shutdown()
+
+
+class BusyClock:
+    """Adds up the seconds during which at least one piece of work was under way."""
+
+    def __init__(self) -> None:
+        self._done_s, self._running, self._since = 0.0, 0, 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self._done_s + (time.perf_counter() - self._since if self._running else 0.0)
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        if not self._running:
+            self._since = time.perf_counter()
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._done_s += time.perf_counter() - self._since

@@ -7,7 +7,7 @@ mapped read-only by every process of a node. So weights travel as bytes, whateve
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,17 +81,26 @@ class WeightsWriter:
         return weights
 
 
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's parameters by name; tied ones appear once."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def check_fit(expected: Mapping[str, tuple[int, ...]], weights: Weights) -> None:
+    """Raise WeightsError when the names or shapes of published weights are not exactly the expected ones."""
+    published = {spec.name: spec.shape for spec in weights.specs}
+    if expected != published:
+        differing = sorted(name for name, _ in set(expected.items()) ^ set(published.items()))
+        raise WeightsError(f"version {weights.version} does not fit the model; it differs in {differing[:4]}")
+
+
 @torch.no_grad()
 def load_weights(model: nn.Module, weights: Weights) -> None:
     """Copy published weights into a model in place.
 
     Raises WeightsError, before anything is changed, when names or shapes are not exactly the model's.
     """
+    check_fit(parameter_shapes(model), weights)
     parameters = dict(model.named_parameters())
-    expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    published = {spec.name: spec.shape for spec in weights.specs}
-    if expected != published:
-        differing = sorted(name for name, _ in set(expected.items()) ^ set(published.items()))
-        raise WeightsError(f"version {weights.version} does not fit the model; it differs in {differing[:4]}")
     for name, tensor in weights.tensors():
         parameters[name].copy_(tensor)

@@ -14,6 +14,10 @@ from grpo.observe.run_dir import RunDirectory
 from grpo.pacing import Pacer
 
 
+def pytest_addoption(parser):
+    parser.addoption("--engine", choices=("torch", "vllm"), default="torch", help="the engine of the contract tests")
+
+
 @pytest.fixture(scope="session")
 def tiny_model_path(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("model")

@@ -9,16 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from grpo.compute import ComputeThread
+from grpo.engines.base import Limits, WeightUpdate
 from grpo.engines.decode_batch import DecodeBatch, Request
 from grpo.types import Completion, GeneratorStats, Ints, SamplingParams
 from grpo.weights import Weights, load_weights
-
-WeightUpdate = Literal["in_flight", "in_flight_recompute", "drain"]
 
 
 class TorchEngine:
@@ -34,20 +33,18 @@ class TorchEngine:
         model: PreTrainedModel,
         *,
         stop_token_ids: Sequence[int],
-        max_rows: int,
-        max_prompt_tokens: int,
-        max_completion_tokens: int,
+        limits: Limits,
         weight_update: WeightUpdate = "in_flight",
         threads: int = 0,
     ) -> None:
         self._batch = DecodeBatch(
             model,
             stop_token_ids=stop_token_ids,
-            max_rows=max_rows,
-            max_prompt_tokens=max_prompt_tokens,
-            max_completion_tokens=max_completion_tokens,
+            max_rows=limits.max_sequences,
+            max_prompt_tokens=limits.max_prompt_tokens,
+            max_completion_tokens=limits.max_completion_tokens,
         )
-        self._weight_update = weight_update
+        self._limits, self._weight_update = limits, weight_update
         self._waiting: deque[Request] = deque()
         self._futures: dict[Request, asyncio.Future[list[Completion]]] = {}
         self._aborted: list[Request] = []
@@ -64,7 +61,8 @@ class TorchEngine:
 
     async def generate(self, prompt_ids: Ints, params: SamplingParams) -> list[Completion]:
         """Sample `params.n` completions of one prompt [prompt length]; raises ValueError when they can't fit."""
-        self._check(prompt_ids, params)
+        self._raise_if_stopped()
+        self._limits.check(prompt_ids, params)
         request = Request(prompt_ids, params)
         self._waiting.append(request)
         self._futures[request] = asyncio.get_running_loop().create_future()
@@ -144,16 +142,6 @@ class TorchEngine:
             else:
                 await self._thread.run(self._batch.abort, request)
         self._aborted.clear()
-
-    def _check(self, prompt_ids: Ints, params: SamplingParams) -> None:
-        self._raise_if_stopped()
-        batch = self._batch
-        if not 0 < len(prompt_ids) <= batch.max_prompt_tokens:
-            raise ValueError(f"a prompt of {len(prompt_ids)} tokens; the engine takes 1 to {batch.max_prompt_tokens}")
-        if not 0 < params.max_tokens <= batch.max_completion_tokens:
-            raise ValueError(f"max_tokens={params.max_tokens}; the engine takes 1 to {batch.max_completion_tokens}")
-        if not 0 < params.n <= batch.max_rows:
-            raise ValueError(f"n={params.n} completions; the engine holds {batch.max_rows}")
 
     def _raise_if_stopped(self) -> None:
         if self._task.done():

@@ -19,6 +19,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from grpo.engines.base import Limits
 from grpo.engines.torch_engine import TorchEngine
 from grpo.models.tiny import tiny_llama
 from grpo.types import SamplingParams
@@ -39,7 +40,7 @@ _SIZES = {
 
 
 def llama(seed=1):
-    return _lively(tiny_llama(width=32, layers=2, heads=2), seed)
+    return lively(tiny_llama(width=32, layers=2, heads=2), seed)
 
 
 def eager_llama(seed=1):
@@ -49,29 +50,29 @@ def eager_llama(seed=1):
 
 
 def grouped_query_llama(seed=1):
-    return _lively(LlamaForCausalLM(LlamaConfig(**_SIZES, num_key_value_heads=2)), seed)
+    return lively(LlamaForCausalLM(LlamaConfig(**_SIZES, num_key_value_heads=2)), seed)
 
 
 def qwen2(seed=1):
-    return _lively(Qwen2ForCausalLM(Qwen2Config(**_SIZES, num_key_value_heads=1)), seed)
+    return lively(Qwen2ForCausalLM(Qwen2Config(**_SIZES, num_key_value_heads=1)), seed)
 
 
 def gpt2(seed=1):
     config = GPT2Config(
         vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, n_positions=512, bos_token_id=1, eos_token_id=1
     )
-    return _lively(GPT2LMHeadModel(config), seed)
+    return lively(GPT2LMHeadModel(config), seed)
 
 
 def sliding_mistral(seed=1, window=4):
     config = MistralConfig(**_SIZES, num_key_value_heads=2, sliding_window=window)
-    return _lively(MistralForCausalLM(config), seed)
+    return lively(MistralForCausalLM(config), seed)
 
 
 ARCHITECTURES = [llama, eager_llama, grouped_query_llama, qwen2, gpt2, sliding_mistral]
 
 
-def _lively(model, seed):
+def lively(model, seed):
     """Weights large enough that every next token depends on the whole prefix and greedy output does not repeat."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -93,9 +94,13 @@ def greedy(count, **settings):
 @contextlib.asynccontextmanager
 async def serving(model, **settings):
     """An engine that is closed at the end; a test that would hang fails instead."""
-    defaults = {"stop_token_ids": (), "max_rows": 8, "max_prompt_tokens": 8, "max_completion_tokens": 40}
+    limits = Limits(
+        max_prompt_tokens=settings.pop("max_prompt_tokens", 8),
+        max_completion_tokens=settings.pop("max_completion_tokens", 40),
+        max_sequences=settings.pop("max_rows", 8),
+    )
     async with asyncio.timeout(60):
-        engine = TorchEngine(model, **{**defaults, "threads": 1, **settings})
+        engine = TorchEngine(model, limits=limits, **{"stop_token_ids": (), "threads": 1, **settings})
         try:
             yield engine
         finally:

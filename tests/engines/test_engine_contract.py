@@ -1,0 +1,341 @@
+"""What every engine promises. `make test` holds the embedded engine to it, `make test-vllm` vLLM."""
+
+import asyncio
+import copy
+import dataclasses
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+import pytest_asyncio
+import torch
+from engine_helpers import chosen_logprobs, full_logits, full_logprobs, greedy, greedy_tokens, lively, weights_of
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from grpo.engines.base import Limits
+from grpo.engines.torch_engine import TorchEngine
+from grpo.learner.collate import collate, make_sample
+from grpo.learner.logprobs import token_logprobs
+from grpo.models.tiny import tiny_llama
+from grpo.types import SamplingParams, WeightsError
+from grpo.weights import parameter_shapes
+
+LIMITS = Limits(max_prompt_tokens=300, max_completion_tokens=200, max_sequences=16)
+VOCABULARY = 79
+EOS = 1
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+def tied_llama(seed):
+    return lively(tiny_llama(width=64, layers=2, heads=2), seed)
+
+
+def untied_qwen2(seed):
+    config = Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=False, max_position_embeddings=512, eos_token_id=EOS,
+    )  # fmt: skip
+    return lively(Qwen2ForCausalLM(config), seed)
+
+
+class Bench:
+    """An engine, and the models whose weights it gets: `model(seed)`."""
+
+    def __init__(self, make_model, engine, weight_update):
+        self.model, self.engine, self.weight_update = make_model, engine, weight_update
+        self.used = {}  # version -> model
+
+    async def load(self, seed=1):
+        """Bring the model of this seed into the engine, under a version of its own."""
+        version = self.engine.version + 1
+        self.used[version] = self.model(seed)
+        await self.engine.update_weights(weights_of(self.used[version], version))
+        return self.used[version]
+
+
+@asynccontextmanager
+async def opened(kind, make_model, weight_update, folder):
+    model = make_model(seed=1)
+    if kind == "torch":
+        engine = TorchEngine(
+            copy.deepcopy(model), stop_token_ids=(EOS,), limits=LIMITS, weight_update=weight_update, threads=1
+        )
+    else:
+        from grpo.engines.vllm_engine import VLLMEngine
+
+        model.save_pretrained(folder)
+        engine = await VLLMEngine.start(
+            str(folder), stop_token_ids=(EOS,), shapes=parameter_shapes(model), limits=LIMITS,
+            weight_update=weight_update, threads=1, dtype="float32",
+        )  # fmt: skip
+    try:
+        yield Bench(make_model, engine, weight_update)
+    finally:
+        await engine.close()
+
+
+@pytest_asyncio.fixture(
+    scope="module",
+    loop_scope="module",
+    params=[
+        (tied_llama, "in_flight"),
+        (tied_llama, "in_flight_recompute"),
+        (untied_qwen2, "in_flight_recompute"),
+        (tied_llama, "drain"),
+    ],
+    ids=lambda param: f"{param[0].__name__}-{param[1]}",
+)
+async def served(request, tmp_path_factory):
+    kind = request.config.getoption("--engine")
+    async with opened(kind, *request.param, tmp_path_factory.mktemp("served")) as bench:
+        yield bench
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def bench(served):
+    """The engine with the weights of seed 1; shared by the tests of this file, for vLLM takes ten seconds to start."""
+    async with asyncio.timeout(120):
+        await served.load(seed=1)
+        yield served
+
+
+def prompt_of(length, seed=0):
+    return np.random.default_rng([length, seed]).integers(2, VOCABULARY, size=length)
+
+
+def trainer_logprobs(model, prompt, completion, temperature):
+    micro = collate([make_sample(prompt, completion)], torch.device("cpu"))
+    with torch.no_grad():
+        return token_logprobs(model, micro, temperature)[micro.mask_BK].numpy()
+
+
+# --- what comes out ---
+
+
+async def test_greedy_completions_are_those_of_generate(bench):
+    model = bench.model(seed=1)
+    prompts = [prompt_of(length) for length in (1, 7, 40, 300)]
+    groups = await asyncio.gather(*(bench.engine.generate(prompt, greedy(20)) for prompt in prompts))
+    for prompt, (completion,) in zip(prompts, groups, strict=True):
+        expected = greedy_tokens(model, prompt, 20)
+        expected = expected[: expected.index(EOS) + 1] if EOS in expected else expected
+        assert completion.token_ids.tolist() == expected
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+async def test_logprobs_are_the_trainers(bench, temperature):
+    model, prompt = bench.model(seed=1), prompt_of(9)
+    group = await bench.engine.generate(prompt, SamplingParams(n=4, temperature=temperature, max_tokens=30))
+    for completion in group:
+        expected = trainer_logprobs(model, prompt, completion, temperature)
+        assert completion.logprobs.dtype == np.float32
+        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-3)
+
+
+async def test_logprobs_are_of_the_filtered_distribution(bench):
+    model, prompt = bench.model(seed=1), prompt_of(9)
+    (completion,) = await bench.engine.generate(prompt, SamplingParams(top_k=3, max_tokens=30))
+    logits_TV = full_logits(model, prompt, completion.token_ids)
+    outside_TV = logits_TV < logits_TV.topk(3).values[:, -1:]
+    expected = chosen_logprobs(logits_TV.masked_fill(outside_TV, -torch.inf), completion.token_ids)
+    np.testing.assert_allclose(completion.logprobs, expected, atol=1e-3)
+
+
+async def test_a_group_has_n_different_completions(bench):
+    group = await bench.engine.generate(prompt_of(5), SamplingParams(n=6, max_tokens=30))
+    assert len({tuple(completion.token_ids.tolist()) for completion in group}) == 6
+
+
+async def test_greedy_groups_repeat_one_completion(bench):
+    group = await bench.engine.generate(prompt_of(5), greedy(10, n=3))
+    assert [completion.token_ids.tolist() for completion in group] == [group[0].token_ids.tolist()] * 3
+
+
+async def test_the_seed_decides(bench):
+    first, again, other = [
+        await bench.engine.generate(prompt_of(5), SamplingParams(n=2, max_tokens=20, seed=seed)) for seed in (3, 3, 4)
+    ]
+    ids = [[completion.token_ids.tolist() for completion in group] for group in (first, again, other)]
+    assert ids[0] == ids[1]
+    assert ids[0][0] != ids[2][0]
+    assert ids[0][1] != ids[2][0]  # sample i + 1 of one seed is not sample i of the next
+
+
+async def test_stop_tokens_end_a_completion_and_are_included(bench):
+    model, prompt = bench.model(seed=1), prompt_of(5)
+    tokens = greedy_tokens(model, prompt, 12)
+    position = next(i for i in range(3, 12) if tokens[i] not in tokens[:i])
+    (completion,) = await bench.engine.generate(prompt, greedy(12, stop_token_ids=(tokens[position],)))
+    assert completion.token_ids.tolist() == tokens[: position + 1]
+    assert completion.finish_reason == "stop"
+    assert len(completion.logprobs) == position + 1
+
+
+async def test_the_models_own_end_of_sequence_stops_too(bench):
+    group = await bench.engine.generate(prompt_of(5), SamplingParams(n=16, max_tokens=200, temperature=2.0))
+    assert any(completion.finish_reason == "stop" for completion in group)
+    for completion in group:
+        ids = completion.token_ids.tolist()
+        assert EOS not in ids[:-1]
+        assert (completion.finish_reason == "stop") == (ids[-1] == EOS)
+
+
+async def test_the_limit_ends_a_completion(bench):
+    (completion,) = await bench.engine.generate(prompt_of(5), SamplingParams(max_tokens=1))
+    assert (len(completion.token_ids), completion.finish_reason) == (1, "length")
+
+
+async def test_more_than_fits_at_once_waits_its_turn(bench):
+    groups = await asyncio.gather(
+        *(bench.engine.generate(prompt_of(4, i), SamplingParams(n=6, max_tokens=12)) for i in range(7))
+    )
+    assert [len(group) for group in groups] == [6] * 7
+
+
+# --- new weights ---
+
+
+async def test_an_update_takes_effect_on_tokens_and_logprobs(bench):
+    new = await bench.load(seed=2)
+    (best,) = await bench.engine.generate(prompt_of(8), greedy(20))
+    sampled = await bench.engine.generate(prompt_of(8), SamplingParams(n=2, max_tokens=20))
+    assert best.token_ids.tolist() == greedy_tokens(new, prompt_of(8), len(best.token_ids))
+    for completion in sampled:
+        assert completion.versions == ((bench.engine.version, len(completion.token_ids)),)
+        np.testing.assert_allclose(completion.logprobs, full_logprobs(new, prompt_of(8), completion), atol=1e-3)
+
+
+async def test_a_prompt_seen_before_is_read_anew_by_new_weights(bench):
+    prompt = prompt_of(300)
+    await bench.engine.generate(prompt, greedy(4))
+    new = await bench.load(seed=3)
+    (completion,) = await bench.engine.generate(prompt, SamplingParams(max_tokens=12))
+    np.testing.assert_allclose(completion.logprobs, full_logprobs(new, prompt, completion), atol=1e-3)
+
+
+async def test_each_token_knows_the_weights_that_sampled_it(bench):
+    prompt, before = prompt_of(6), bench.engine.version
+    params = SamplingParams(n=3, max_tokens=200, stop_token_ids=())
+    running = asyncio.create_task(bench.engine.generate(prompt, params))
+    while not running.done() and bench.engine.version < before + 6:
+        await bench.load(seed=bench.engine.version % 3 + 1)
+    for completion in await running:
+        versions = [version for version, _ in completion.versions]
+        assert versions == sorted(set(versions))
+        assert sum(tokens for _, tokens in completion.versions) == len(completion.token_ids)
+        check_spans(bench, prompt, completion)
+    (later,) = await bench.engine.generate(prompt, greedy(3))
+    assert later.versions == ((bench.engine.version, 3),)
+
+
+def check_spans(bench, prompt, completion):
+    """Every span's log-probabilities against a full forward pass of the weights it names."""
+    if bench.weight_update == "drain":
+        assert len(completion.versions) == 1
+    else:
+        assert len(completion.versions) > 1
+    begin = 0
+    for i, (version, tokens) in enumerate(completion.versions):
+        span = slice(begin, begin + tokens)
+        gap = np.abs(completion.logprobs - full_logprobs(bench.used[version], prompt, completion))[span]
+        if i == 0 or bench.weight_update == "in_flight_recompute":
+            assert gap.max() < 1e-3
+        elif tokens > 5:
+            assert gap.max() > 1e-2  # keys and values of older weights are still in use
+        begin += tokens
+
+
+def renamed(weights):
+    first, *rest = weights.specs
+    return dataclasses.replace(weights, specs=(dataclasses.replace(first, name="model.other"), *rest))
+
+
+def incomplete(weights):
+    return dataclasses.replace(weights, specs=weights.specs[:-1])
+
+
+@pytest.mark.parametrize("spoil", [renamed, incomplete])
+async def test_weights_that_do_not_fit_are_refused_and_the_old_ones_stay(bench, spoil):
+    version = bench.engine.version
+    with pytest.raises(WeightsError, match="does not fit"):
+        await bench.engine.update_weights(spoil(weights_of(bench.model(seed=2), version + 1)))
+    (completion,) = await bench.engine.generate(prompt_of(5), greedy(8))
+    assert completion.versions == ((version, 8),)
+    assert completion.token_ids.tolist() == greedy_tokens(bench.model(seed=1), prompt_of(5), 8)
+
+
+async def test_giving_up_on_an_update_leaves_the_engine_running(bench):
+    version = bench.engine.version
+    bench.used[version + 1] = bench.model(seed=2)
+    update = asyncio.create_task(bench.engine.update_weights(weights_of(bench.used[version + 1], version + 1)))
+    await asyncio.sleep(0)
+    update.cancel()
+    await asyncio.gather(update, return_exceptions=True)
+    (completion,) = await bench.engine.generate(prompt_of(5), greedy(8))
+    assert len(completion.token_ids) == 8
+    await bench.load(seed=1)
+
+
+# --- requests that end early ---
+
+
+async def test_cancelling_frees_the_place_for_others(bench):
+    calls = [
+        asyncio.create_task(bench.engine.generate(prompt_of(4, i), SamplingParams(n=16, max_tokens=200)))
+        for i in range(3)
+    ]
+    await asyncio.sleep(0.05)
+    for call in calls:
+        call.cancel()
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    assert all(isinstance(result, asyncio.CancelledError) for result in results)
+    (completion,) = await bench.engine.generate(prompt_of(5), greedy(8))
+    assert completion.token_ids.tolist() == greedy_tokens(bench.model(seed=1), prompt_of(5), 8)
+
+
+@pytest.mark.parametrize(
+    ("length", "settings", "message"),
+    [
+        (0, {}, "a prompt of 0 tokens"),
+        (301, {}, "a prompt of 301 tokens; the engine takes 1 to 300"),
+        (4, {"n": 17}, "n=17"),
+        (4, {"n": 0}, "n=0"),
+        (4, {"count": 201}, "max_tokens=201; the engine takes 1 to 200"),
+        (4, {"count": 0}, "max_tokens=0"),
+    ],
+)
+async def test_a_bad_request_is_refused_and_the_engine_goes_on(bench, length, settings, message):
+    with pytest.raises(ValueError, match=message):
+        await bench.engine.generate(prompt_of(length), greedy(**{"count": 4, **settings}))
+    (completion,) = await bench.engine.generate(prompt_of(5), greedy(8))
+    assert len(completion.token_ids) == 8
+
+
+async def test_tokens_and_busy_time_are_counted(bench):
+    before = bench.engine.stats()
+    await bench.engine.generate(prompt_of(5), SamplingParams(n=2, max_tokens=1))
+    after = bench.engine.stats()
+    assert after.tokens - before.tokens == 2
+    assert after.busy_s > before.busy_s
+
+
+# --- the end ---
+
+
+async def test_closing_raises_at_every_pending_call(request, tmp_path):
+    async with asyncio.timeout(120), opened(request.config.getoption("--engine"), tied_llama, "drain", tmp_path) as own:
+        calls = [
+            asyncio.create_task(own.engine.generate(prompt_of(4), SamplingParams(n=16, max_tokens=200)))
+            for _ in range(2)
+        ]
+        await asyncio.sleep(0.05)
+        await own.engine.close()
+        for call in calls:
+            with pytest.raises(RuntimeError, match="the engine was closed"):
+                await call
+        with pytest.raises(RuntimeError, match="the engine has stopped"):
+            await own.engine.generate(prompt_of(4), greedy(2))
+        with pytest.raises(RuntimeError, match="the engine has stopped"):
+            await own.engine.update_weights(weights_of(tied_llama(1), 1))
+        await own.engine.close()  # a second time is no error
