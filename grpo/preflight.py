@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
 
 from grpo.actors.reward import reward_function
 from grpo.algorithms.advantages import ADVANTAGES
 from grpo.algorithms.losses import LOSSES
-from grpo.cluster.plan import actor_specs, check_capacity
+from grpo.cluster.plan import ActorSpec, check_capacity
 from grpo.config import ModelConfig, RunConfig
 from grpo.engines.simulated import SimulatedEngine
+from grpo.engines.vllm_engine import check_installed
 from grpo.imports import check_arguments, import_target
+from grpo.models.loading import check_architecture, check_weights, context_length, load_settings, load_skeleton
+from grpo.models.tokenizer import load_tokenizer
 from grpo.tasks.base import Task
 from grpo.tasks.encoding import PromptEncoder, make_task
 from grpo.types import ConfigError
+
+T = TypeVar("T")
 
 
 def check_names(config: RunConfig) -> Task:
@@ -31,6 +37,8 @@ def check_names(config: RunConfig) -> Task:
             raise ConfigError(f"{name!r} is not one of {', '.join(known)}", key=key)
     if config.generator.engine == "simulated":
         check_arguments(SimulatedEngine, config.generator.args, key="generator.args")
+    elif config.generator.engine == "vllm":
+        check_installed()
     elif config.generator.args:
         raise ConfigError(f"the {config.generator.engine} engine takes none", key="generator.args")
     if config.model.prepare is not None:
@@ -43,39 +51,63 @@ def check_names(config: RunConfig) -> Task:
     return task
 
 
-def check_resources(config: RunConfig) -> None:
+def check_resources(config: RunConfig, specs: Sequence[ActorSpec]) -> None:
     """On a cluster of our own, compare what the actors ask for with this machine. Raises LaunchError."""
     if config.cluster.address is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        check_capacity(actor_specs(config), cores, torch.cuda.device_count(), "this machine")
+        check_capacity(specs, cores, torch.cuda.device_count(), "this machine")
 
 
 def prepare_model(config: RunConfig, task: Task) -> RunConfig:
-    """The config with `model.path` set: made by `model.prepare` where the config names it."""
+    """The config that the actors get: with `model.path`, and prompts limited to what the model's context has room for.
+
+    The folder is made by `model.prepare` where the config names it.
+    """
     if config.model.prepare is None:
         path = os.path.expanduser(str(config.model.path))
-        return dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
-    prepare = import_target(config.model.prepare, key="model.prepare")
-    folder = prepare(task, **config.model.args)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder), prepare=None))
+    else:
+        prepare = import_target(config.model.prepare, key="model.prepare")
+        path = str(prepare(task, **config.model.args))
+    model = dataclasses.replace(config.model, path=path, prepare=None)
+    return _within_context(dataclasses.replace(config, model=model))
 
 
 def check_model(config: RunConfig, task: Task) -> None:
-    """Raise unless the model can be found, a prompt fits into `rollout.max_prompt_tokens`, and a held-out one too."""
-    encoder = PromptEncoder(_find(config.model), config.task, config.rollout.max_prompt_tokens)
+    """Raise unless the model can be found, trained and run, a prompt fits, and a held-out one too."""
+    config = prepare_model(config, task)
+    check_weights(config.model)
+    check_architecture(_found(load_skeleton, config.model), config.generator.engine)
+    encoder = PromptEncoder(_found(load_tokenizer, config.model), config.task, config.rollout.max_prompt_tokens)
     encoder.check_usable(task)
     if config.eval.prompts and all(encoder.encode(problem) is None for problem in task.problems("held_out")):
         raise ConfigError("the task has no held-out prompt that fits; set it to 0 to do without", key="eval.prompts")
 
 
-def _find(config: ModelConfig) -> AutoTokenizer:
-    path = os.path.expanduser(str(config.path))
-    if path.startswith((".", "/", "~")) and not Path(path, "config.json").is_file():
+def _within_context(config: RunConfig) -> RunConfig:
+    context, rollout = context_length(_found(load_settings, config.model)), config.rollout
+    if context is None:
+        return config
+    if rollout.max_completion_tokens >= context:
+        raise ConfigError(
+            f"is {rollout.max_completion_tokens}, which leaves no room for a prompt in the model's context of "
+            f"{context} tokens; lower it",
+            key="rollout.max_completion_tokens",
+        )
+    room = min(rollout.max_prompt_tokens, context - rollout.max_completion_tokens)
+    return dataclasses.replace(config, rollout=dataclasses.replace(rollout, max_prompt_tokens=room))
+
+
+def _found(load: Callable[[ModelConfig], T], config: ModelConfig) -> T:
+    path = str(config.path)
+    if path.startswith((".", "/")) and not Path(path, "config.json").is_file():
         raise ConfigError(f"no model folder at {path!r} (it would hold a config.json)", key="model.path")
     try:
-        AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        return load(config)
     except (OSError, ValueError) as error:
+        if not config.trust_remote_code and "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"{path!r} brings code of its own; set it to true if you trust it", key="model.trust_remote_code"
+            ) from error
         first_line = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"can't load {path!r} from the hub or this machine ({first_line}); name a folder or a reachable model",

@@ -37,7 +37,11 @@ class Handle(Protocol):
 
 @dataclass(frozen=True)
 class Services:
-    """The nouns of the picture. The reference exists only when the loss has a KL term."""
+    """The nouns of the picture.
+
+    The reference exists only when the loss has a KL term. The evaluator is a generator that only evaluations use; a
+    run without one borrows the training's.
+    """
 
     dataloader: Handle
     generator: Handle
@@ -45,6 +49,16 @@ class Services:
     replay_buffer: Handle
     trainer: Handle
     reference: Handle | None = None
+    evaluator: Handle | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationServices:
+    """Who hands out held-out prompts, who answers them, and who scores the answers."""
+
+    dataloader: Handle
+    generator: Handle
+    reward: Handle
 
 
 def returns_payload(method: F) -> F:

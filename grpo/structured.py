@@ -52,12 +52,12 @@ async def unless(shutdown: asyncio.Event, work: Coroutine[Any, Any, R]) -> R:
 
 
 @asynccontextmanager
-async def watchdog(seconds: float, what: str) -> AsyncIterator[None]:
-    """Raise StalledError when the block takes longer than `watchdog.seconds`."""
+async def watchdog(seconds: float, what: str) -> AsyncIterator[asyncio.Timeout]:
+    """Raise StalledError when the block takes longer than `watchdog.seconds`; the deadline may be moved."""
     deadline = asyncio.timeout(seconds)
     try:
         async with deadline:
-            yield
+            yield deadline
     except TimeoutError as error:
         if not deadline.expired():
             raise

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import signal
-from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from grpo import preflight
-from grpo.cluster.launch import launch, ray_cluster
-from grpo.cluster.plan import actor_specs
+from grpo.cluster.launch import launch
+from grpo.cluster.plan import ActorSpec, actor_specs
 from grpo.composition import to_yaml
 from grpo.config import RunConfig
-from grpo.evaluation import evaluate
+from grpo.driver import EXIT_CODES, drive
 from grpo.loop import run
 from grpo.observe.display import Display, make_display
 from grpo.observe.output import Screen, chatter_to
@@ -27,15 +26,13 @@ from grpo.observe.recorder import Recorder
 from grpo.observe.run_dir import RunDirectory
 from grpo.pacing import Pacer
 from grpo.services import Services
-from grpo.structured import Interrupted, unless
+from grpo.structured import unless
 from grpo.types import InfrastructureError
 from grpo.validation import warnings
 
 log = logging.getLogger(__name__)
 
 _STATS_TIMEOUT_S = 5.0
-
-EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 
 
 def train(config: RunConfig, folder: Path) -> int:
@@ -47,13 +44,13 @@ def train(config: RunConfig, folder: Path) -> int:
     console = Screen(soft_wrap=True)
     for warning in warnings(config):
         console.print(f"warning: {warning}", style="yellow", markup=False)
+    preflight.check_resources(config, actor_specs(config))
     task = preflight.check_names(config)
-    preflight.check_resources(config)
     if config.dry_run:
         if config.model.prepare is None:
             preflight.check_model(config, task)
         print_plan(config, console)
-        return EXIT_OK
+        return EXIT_CODES["completed"]
     run_dir = RunDirectory(folder)
     config = preflight.prepare_model(config, task)
     preflight.check_model(config, task)
@@ -63,7 +60,7 @@ def train(config: RunConfig, folder: Path) -> int:
     finally:
         run_dir.close()
     _print_outcome(summary, run_dir.path)
-    return {"completed": EXIT_OK, "interrupted": EXIT_INTERRUPTED}.get(summary["status"], EXIT_FAILED)
+    return EXIT_CODES[summary["status"]]
 
 
 def _train(config: RunConfig, run_dir: RunDirectory) -> dict[str, Any]:
@@ -73,34 +70,23 @@ def _train(config: RunConfig, run_dir: RunDirectory) -> dict[str, Any]:
         console.print("starting Ray and the actors ...", style="dim")
         display = make_display(console, config.trainer.max_steps, config.observe.log_every)
         recorder = Recorder(run_dir, display, pacer)
-        try:
-            with ray_cluster(config.cluster):
-                status = asyncio.run(_drive(config, pacer, recorder, display))
-        except (KeyboardInterrupt, asyncio.CancelledError):
-            return recorder.write_summary("interrupted")
-        except Exception as error:  # the seam at which a run fails: shown once, kept whole in the log
-            log.exception("the run failed")
-            return recorder.write_summary("failed", error)
-        return recorder.write_summary(status)
+        status, error = drive(
+            config.cluster,
+            lambda shutdown: _run(config, pacer, recorder, display, shutdown),
+            lambda: display.warn("stopping after this step; press Ctrl-C again to stop at once"),
+        )
+        return recorder.write_summary(status, error)
 
 
-async def _drive(config: RunConfig, pacer: Pacer, recorder: Recorder, display: Display) -> str:
-    shutdown = asyncio.Event()
+async def _run(config: RunConfig, pacer: Pacer, recorder: Recorder, display: Display, shutdown: asyncio.Event) -> None:
     async with AsyncExitStack() as stack:
-        stack.enter_context(_signals(shutdown, display))
+        services = await unless(shutdown, stack.enter_async_context(launch(config)))
+        gc.freeze()  # what is loaded by now stays; walking it in a full collection would block the loop for 0.2 s
         try:
-            services = await unless(shutdown, stack.enter_async_context(launch(config)))
-            recorder.eval_first = await unless(shutdown, evaluate(services, config))
-            gc.freeze()  # what is loaded by now stays; walking it in a full collection would block the loop for 0.2 s
-            try:
-                with display:
-                    await run(services, pacer, config, recorder, shutdown)
-            finally:
-                recorder.prompts = await _prompt_counts(services)
-            recorder.eval_last = await unless(shutdown, evaluate(services, config))
-        except Interrupted:
-            return "interrupted"
-    return "completed"
+            with display:
+                await run(services, pacer, config, recorder, shutdown)
+        finally:
+            recorder.prompts = await _prompt_counts(services)
 
 
 async def _prompt_counts(services: Services) -> dict[str, int]:
@@ -114,34 +100,9 @@ async def _prompt_counts(services: Services) -> dict[str, int]:
         return {}
 
 
-@contextmanager
-def _signals(shutdown: asyncio.Event, display: Display) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM ends the run in order, the second at once."""
-    loop, main = asyncio.get_running_loop(), asyncio.current_task()
-    assert main is not None
-
-    def stop() -> None:
-        if shutdown.is_set():
-            main.cancel()
-        else:
-            display.warn("stopping after this step; press Ctrl-C again to stop at once")
-            shutdown.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop)
-    try:
-        yield
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
-
-
 def print_plan(config: RunConfig, console: Console) -> None:
     """What the run would start and how far its rollouts may run ahead."""
-    table = Table("actor", "processes", "CPUs each", "GPUs each", title="plan", title_justify="left")
-    for spec in actor_specs(config):
-        table.add_row(spec.name, str(spec.replicas), f"{spec.num_cpus:g}", f"{spec.num_gpus:g}")
-    console.print(table)
+    console.print(plan_table(actor_specs(config)))
     running = min(config.rollout.concurrency, config.ticket_capacity)
     batch = config.trainer.groups_per_step
     console.print(
@@ -155,6 +116,13 @@ def print_plan(config: RunConfig, console: Console) -> None:
     )
 
 
+def plan_table(specs: Sequence[ActorSpec]) -> Table:
+    table = Table("actor", "processes", "CPUs each", "GPUs each", title="plan", title_justify="left")
+    for spec in specs:
+        table.add_row(spec.name, str(spec.replicas), f"{spec.num_cpus:g}", f"{spec.num_gpus:g}")
+    return table
+
+
 def _print_outcome(summary: dict[str, Any], folder: Path) -> None:
     console = Screen(soft_wrap=True, highlight=False)
     if summary["error"]:
@@ -165,4 +133,13 @@ def _print_outcome(summary: dict[str, Any], folder: Path) -> None:
         if first is not None and last is not None:
             label = {"reward": "reward (first and last tenth)", "eval": "held-out reward"}[name]
             console.print(f"{label}: {first:.3f} -> {last:.3f}", markup=False)
+    _print_pass_at(summary["evaluations"], console)
     console.print(f"run folder: {folder}", markup=False)
+
+
+def _print_pass_at(evaluations: Sequence[dict[str, float]], console: Console) -> None:
+    """Where prompts were answered more than once; pass@1 alone says little more than the reward."""
+    names = [name for name in (evaluations or [{}])[0] if name.startswith("pass@")]
+    if len(names) > 1 and len(evaluations) > 1:
+        curves = (f"{name} {evaluations[0][name]:.3f} -> {evaluations[-1][name]:.3f}" for name in names)
+        console.print(f"held-out {', '.join(curves)}", markup=False)

@@ -88,6 +88,7 @@ class GenerationReport:
     """The few numbers of a generated group that the driver needs; the tokens stay where they are."""
 
     oldest_version: int
+    newest_version: int
     completion_count: int
     token_count: int
     truncated_count: int
@@ -154,6 +155,41 @@ class GeneratorStats:
     tokens: int
 
 
+@dataclass(frozen=True)
+class EvaluationReport:
+    """How one policy version answers the held-out prompts.
+
+    `step` is that version. `pass_at` maps k to pass@k. `reward_stderr` is the standard error of the mean over prompts,
+    NaN for a single one. Prompts left out are those whose reward failed; the counts of tokens are without them.
+    """
+
+    step: int
+    prompts: int
+    prompts_left_out: int
+    reward_mean: float
+    reward_stderr: float
+    pass_at: Mapping[int, float]
+    completion_count: int
+    token_count: int
+    truncated_count: int
+    seconds: float
+
+    def as_record(self) -> dict[str, float]:
+        """The numbers by the names under which files show them."""
+        return {
+            "step": self.step,
+            "prompts": self.prompts,
+            "prompts_left_out": self.prompts_left_out,
+            "reward_mean": self.reward_mean,
+            "reward_stderr": self.reward_stderr,
+            **{f"pass@{k}": value for k, value in self.pass_at.items()},
+            "completion_tokens_mean": self.token_count / max(1, self.completion_count),
+            "truncated_fraction": self.truncated_count / max(1, self.completion_count),
+            "seconds": self.seconds,
+            "tokens_per_s": self.token_count / self.seconds,
+        }
+
+
 class GRPOError(Exception):
     """Root of the errors that this package raises on purpose. The message is one line that says what to do."""
 
@@ -195,6 +231,10 @@ class StalledError(InfrastructureError):
 
 class StalenessError(GRPOError):
     """A batch holds a group older than the bound: a bug in pacing, never a thing to tolerate."""
+
+
+class MixedVersionsError(GRPOError):
+    """An evaluation that not one policy version alone has answered: a bug, never a thing to tolerate."""
 
 
 class WeightsError(GRPOError):

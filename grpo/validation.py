@@ -87,10 +87,45 @@ def validate(config: RunConfig) -> None:
             "decoded together: raise it or make groups smaller",
             key="generator.max_sequences",
         )
+    _validate_evaluation(config)
+    if config.generator.engine == "vllm" and config.rollout.temperature > 2:
+        raise ConfigError(f"is {config.rollout.temperature}, vLLM takes at most 2", key="rollout.temperature")
+    if config.generator.tensor_parallel > 1 and config.generator.engine != "vllm":
+        raise ConfigError("only the vllm engine spreads a model over GPUs", key="generator.tensor_parallel")
+    if config.generator.tensor_parallel > 1 and config.generator.num_gpus != config.generator.tensor_parallel:
+        raise ConfigError(
+            f"is {config.generator.num_gpus:g}, but a replica with generator.tensor_parallel="
+            f"{config.generator.tensor_parallel} needs as many GPUs",
+            key="generator.num_gpus",
+        )
+    if not 0 < config.generator.gpu_memory_fraction <= 1:
+        raise ConfigError(
+            f"is {config.generator.gpu_memory_fraction}, must be in (0, 1]", key="generator.gpu_memory_fraction"
+        )
     if (config.model.path is None) == (config.model.prepare is None):
         raise ConfigError("set either model.path (with model=hf) or model.prepare", key="model.path")
     if not config.reward.functions:
         raise ConfigError("is empty; name at least one, for example {task: 1.0}", key="reward.functions")
+
+
+def _validate_evaluation(config: RunConfig) -> None:
+    samples, temperature = config.eval.samples, config.eval.temperature
+    if temperature is not None and not 0 <= temperature < math.inf:
+        raise ConfigError(f"is {temperature}, must be at least 0 (greedy)", key="eval.temperature")
+    if not math.isfinite(config.eval.solved_at):
+        raise ConfigError(f"is {config.eval.solved_at}, must be finite", key="eval.solved_at")
+    if samples > 1 and (config.rollout.temperature if temperature is None else temperature) == 0:
+        raise ConfigError(
+            f"is {samples}, but at temperature 0 all completions of a prompt are equal: "
+            "set it to 1, or eval.temperature above 0",
+            key="eval.samples",
+        )
+    if samples > config.generator.max_sequences:
+        raise ConfigError(
+            f"is {samples}, but the completions of a prompt are decoded together and "
+            f"generator.max_sequences={config.generator.max_sequences}: lower it or raise generator.max_sequences",
+            key="eval.samples",
+        )
 
 
 def warnings(config: RunConfig) -> list[str]:
@@ -109,6 +144,13 @@ def warnings(config: RunConfig) -> list[str]:
         )
     if config.rollout.temperature == 0:
         found.append("rollout.temperature=0 makes all completions of a group equal: there will be nothing to learn")
+    if config.eval.every > 0 and config.eval.prompts == 0:
+        found.append(f"eval.every={config.eval.every}: nothing is evaluated, eval.prompts is 0")
+    elif config.eval.every >= config.trainer.max_steps:
+        found.append(
+            f"eval.every={config.eval.every}: there are {config.trainer.max_steps} steps (trainer.max_steps), so only "
+            "the start and the end are evaluated"
+        )
     return found
 
 

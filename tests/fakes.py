@@ -2,13 +2,17 @@
 
 import asyncio
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
+from grpo.cluster.handles import LocalEndpoint
 from grpo.services import returns_payload
-from grpo.types import Batch, GeneratorStats, RewardError
+from grpo.types import Batch, GeneratorStats, RewardError, SamplingParams
 from grpo.weights import Weights
+
+EVALUATION_SEEDS = 1 << 60  # those of held-out prompts lie above it
 
 
 def vowel_share(problem, completions):
@@ -72,6 +76,62 @@ class GatedGenerator:
         return await self._generator.update_weights(weights)
 
 
+class OverwritingTrainer(CountingTrainer):
+    """Publishes all versions through one buffer, as the real one does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffer = np.zeros(1, dtype=np.uint8)
+
+    async def push_weights(self) -> tuple[Weights, int]:
+        self.buffer[0] = self.version
+        return Weights(self.version, (), self.buffer), self.version
+
+
+class GatedAnswers:
+    """Stands before generators: held-out prompts are answered once the test opens the gate; trainings' pass at once.
+
+    `asked` says that somebody stood before the closed gate. Remembers the version and parameters of every answer, and
+    what was loaded. May answer with an error, or report a newest version that is not there.
+    """
+
+    def __init__(self, error=None, report_version=None) -> None:
+        self._open, self.asked = asyncio.Event(), asyncio.Event()
+        self._error, self._report_version = error, report_version
+        self.answered: list[tuple[int, SamplingParams]] = []
+        self.loaded: list[tuple[int, int]] = []  # version, and what its buffer held once it was loaded
+        self.open, self.close = self._open.set, self._open.clear
+
+    def guard(self, handle) -> None:
+        handle.endpoints = tuple(LocalEndpoint(_Guarded(self, endpoint._actor)) for endpoint in handle.endpoints)
+
+    async def generate(self, generator, prompt, params):
+        if params.seed < EVALUATION_SEEDS:
+            return await generator.generate(prompt, params)
+        if not self._open.is_set():
+            self.asked.set()
+        await self._open.wait()
+        if self._error:
+            raise self._error
+        completions, report = await generator.generate(prompt, params)
+        self.answered.append((report.oldest_version, params))
+        if self._report_version is not None:
+            report = replace(report, newest_version=self._report_version)
+        return completions, report
+
+    async def update_weights(self, generator, weights):
+        stats = await generator.update_weights(weights)
+        if weights.buffer is not None:
+            self.loaded.append((weights.version, int(weights.buffer[0])))
+        return stats
+
+
+class _Guarded:
+    def __init__(self, gate, generator) -> None:
+        self.generate = partial(gate.generate, generator)
+        self.update_weights = partial(gate.update_weights, generator)
+
+
 @dataclass(frozen=True)
 class Parcel:
     label: str
@@ -101,5 +161,5 @@ class Worker:
         os._exit(1)
 
 
-def prepare_model(task, name):
-    return f"/models/{name}"
+def prepare_model(task, folder):
+    return folder

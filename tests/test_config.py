@@ -73,6 +73,11 @@ def test_every_choice_of_a_group_composes(group, choice):
         ("reward.on_error=ignore", r"reward\.on_error: 'ignore' is not one of fail, drop"),
         ("generator.max_sequences=4", r"generator\.max_sequences: is 4, but a group of rollout\.group_size=8"),
         ("model.path=x", r"model\.path: set either"),
+        ("eval.temperature=-1", r"eval\.temperature: is -1\.0, must be at least 0"),
+        ("eval.temperature=nan", r"eval\.temperature: is nan, must be at least 0"),
+        ("eval.solved_at=nan", r"eval\.solved_at: is nan, must be finite"),
+        ("eval.samples=0", r"eval\.samples: is 0, must be at least 1"),
+        ("eval.samples=512", r"eval\.samples: is 512, but .* generator\.max_sequences=256"),
         ("trainer.betas=[0.9]", r"trainer\.betas: is \[0\.9\], must be two numbers in"),
         (
             "task.args.letters=4",
@@ -94,6 +99,19 @@ def test_more_rollouts_than_tickets_is_a_warning_that_says_how_many_can_run():
 def test_filters_and_greedy_sampling_are_warned_about():
     found = warnings(composed("rollout.top_k=5", "rollout.temperature=0"))
     assert len(found) == 2
+
+
+@pytest.mark.parametrize("override", ["eval.temperature=0", "rollout.temperature=0"])
+def test_several_greedy_answers_to_a_prompt_are_refused(override):
+    with pytest.raises(ConfigError, match=r"eval\.samples: is 4, but at temperature 0 all completions .* are equal"):
+        composed("eval.samples=4", override)
+
+
+def test_evaluations_that_will_not_happen_are_warned_about():
+    (warning,) = warnings(composed("eval.every=150"))
+    assert "only the start and the end are evaluated" in warning
+    (warning,) = warnings(composed("eval.every=10", "eval.prompts=0"))
+    assert "nothing is evaluated" in warning
 
 
 def test_yaml_round_trip():

@@ -1,6 +1,12 @@
+import json
+
 import pytest
+from transformers import CLIPConfig, MambaConfig
 
 from grpo import preflight
+from grpo.cluster.plan import actor_specs
+from grpo.models import loading
+from grpo.models.tiny import character_tokenizer, tiny_llama
 from grpo.types import GRPOError
 
 
@@ -34,7 +40,7 @@ def test_a_model_that_cannot_be_reached_names_the_alternative(tiny_config, monke
     def unreachable(*_, **__):
         raise OSError("We couldn't connect to the hub\nand a long story")
 
-    monkeypatch.setattr(preflight.AutoConfig, "from_pretrained", unreachable)
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", unreachable)
     tiny_config.model.path = "somebody/model"
     with pytest.raises(GRPOError, match=r"model\.path: can't load 'somebody/model' .*couldn't connect.*name a folder"):
         preflight.check_model(tiny_config, None)
@@ -57,14 +63,96 @@ def test_a_home_folder_is_expanded(tiny_config, monkeypatch, tiny_model_path):
     assert preflight.prepare_model(tiny_config, task).model.path == tiny_model_path
 
 
+@pytest.fixture
+def checked(tiny_config):
+    """What the actors get once everything has been looked at."""
+
+    def check():
+        task = preflight.check_names(tiny_config)
+        prepared = preflight.prepare_model(tiny_config, task)
+        preflight.check_model(prepared, task)
+        return prepared
+
+    return check
+
+
+@pytest.fixture
+def model_folder(tiny_config, tmp_path):
+    """A model folder that a test may change."""
+    tiny_llama(width=16, layers=1, heads=2).save_pretrained(tmp_path)
+    character_tokenizer().save_pretrained(tmp_path)
+    tiny_config.model.path = str(tmp_path)
+    return tmp_path
+
+
+def change_json(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("context", "asked", "limit"),
+    [(512, 500, 500), (512, 504, 504), (512, 600, 504), (14, 16, 6)],
+)
+def test_prompts_get_what_the_models_context_has_room_for(tiny_config, model_folder, checked, context, asked, limit):
+    change_json(model_folder / "config.json", max_position_embeddings=context)
+    tiny_config.rollout.max_prompt_tokens, tiny_config.rollout.max_completion_tokens = asked, 8
+    assert checked().rollout.max_prompt_tokens == limit
+    assert tiny_config.rollout.max_prompt_tokens == asked
+
+
+def test_completions_that_fill_the_context_name_the_keys(tiny_config, checked):
+    tiny_config.rollout.max_completion_tokens = 512
+    with pytest.raises(GRPOError, match=r"^rollout\.max_completion_tokens: is 512, .* context of 512 tokens; lower it"):
+        checked()
+
+
+def test_no_prompt_within_the_context_names_the_keys(tiny_config, checked):
+    tiny_config.rollout.max_completion_tokens = 509
+    with pytest.raises(GRPOError, match=r"^rollout\.max_prompt_tokens: none .* 3 tokens; .*max_completion_tokens"):
+        checked()
+
+
+def test_a_base_model_for_a_chat_task_names_the_setting(tiny_config, checked):
+    tiny_config.task.template = "chat"
+    with pytest.raises(GRPOError, match=r"^task\.template: the model has no chat template; set task\.template=plain"):
+        checked()
+
+
+def test_weights_that_are_no_safetensors_have_to_be_asked_for(model_folder, checked):
+    (model_folder / "model.safetensors").rename(model_folder / "pytorch_model.bin")
+    with pytest.raises(GRPOError, match=r"^model\.pickled_weights: .* set it to true"):
+        checked()
+
+
+def test_a_model_with_code_of_its_own_has_to_be_trusted(model_folder, checked):
+    change_json(model_folder / "config.json", model_type="own", auto_map={"AutoConfig": "own.Own"})
+    (model_folder / "own.py").write_text("raise SystemError('this code must not run')")
+    with pytest.raises(GRPOError, match=r"^model\.trust_remote_code: .* code of its own; set it to true if you trust"):
+        checked()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=1), r"^generator\.engine: .* MambaForCausalLM"),
+        (CLIPConfig(), r"^model\.path: can't load .*Unrecognized configuration class"),
+    ],
+)
+def test_what_is_no_model_for_us_is_refused(model_folder, checked, settings, message):
+    settings.save_pretrained(model_folder)
+    with pytest.raises(GRPOError, match=message) as raised:
+        checked()
+    assert "\n" not in str(raised.value)
+
+
 def test_a_good_config_passes(tiny_config):
     task = preflight.check_names(tiny_config)
-    preflight.check_resources(tiny_config)
+    preflight.check_resources(tiny_config, actor_specs(tiny_config))
     preflight.check_model(preflight.prepare_model(tiny_config, task), task)
 
 
-def test_the_prepared_model_takes_the_place_of_the_path(tiny_config):
+def test_the_prepared_model_takes_the_place_of_the_path(tiny_config, tiny_model_path):
     tiny_config.model.path, tiny_config.model.prepare = None, "tests.fakes.prepare_model"
-    tiny_config.model.args = {"name": "made"}
+    tiny_config.model.args = {"folder": tiny_model_path}
     prepared = preflight.prepare_model(tiny_config, preflight.check_names(tiny_config))
-    assert (prepared.model.path, prepared.model.prepare) == ("/models/made", None)
+    assert (prepared.model.path, prepared.model.prepare) == (tiny_model_path, None)

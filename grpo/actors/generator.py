@@ -7,15 +7,16 @@ import asyncio
 import torch
 
 from grpo.config import RunConfig
-from grpo.engines.base import Engine
+from grpo.engines.base import Engine, Limits
 from grpo.engines.simulated import SimulatedEngine
 from grpo.engines.torch_engine import TorchEngine
+from grpo.engines.vllm_engine import VLLMEngine
 from grpo.imports import check_arguments
-from grpo.models.loading import load_model, stop_token_ids
+from grpo.models.loading import load_model, load_skeleton, stop_token_ids
 from grpo.models.tokenizer import load_tokenizer
 from grpo.services import returns_payload
 from grpo.types import Completion, GenerationReport, GeneratorStats, Prompt, SamplingParams
-from grpo.weights import Weights
+from grpo.weights import Weights, parameter_shapes
 
 
 class Generator:
@@ -31,8 +32,10 @@ class Generator:
     async def generate(self, prompt: Prompt, params: SamplingParams) -> tuple[list[Completion], GenerationReport]:
         """The group of `params.n` completions of one prompt."""
         completions = await self._engine.generate(prompt.token_ids, params)
+        versions = [version for completion in completions for version, _ in completion.versions]
         return completions, GenerationReport(
-            oldest_version=min(version for completion in completions for version, _ in completion.versions),
+            oldest_version=min(versions),
+            newest_version=max(versions),
             completion_count=len(completions),
             token_count=sum(len(completion.token_ids) for completion in completions),
             truncated_count=sum(completion.finish_reason == "length" for completion in completions),
@@ -49,16 +52,34 @@ class Generator:
 
 async def make_engine(config: RunConfig, device: str, threads: int) -> Engine:
     """The engine that `generator.engine` names."""
-    if config.generator.engine == "simulated":
-        check_arguments(SimulatedEngine, config.generator.args, key="generator.args")
-        return SimulatedEngine(**config.generator.args)
+    settings = config.generator
+    if settings.engine == "simulated":
+        check_arguments(SimulatedEngine, settings.args, key="generator.args")
+        return SimulatedEngine(**settings.args)
+    limits = Limits(config.rollout.max_prompt_tokens, config.rollout.max_completion_tokens, settings.max_sequences)
+    tokenizer = load_tokenizer(config.model)
+    if settings.engine == "vllm":
+        skeleton = load_skeleton(config.model)
+        return await VLLMEngine.start(
+            str(config.model.path),
+            stop_token_ids=stop_token_ids(skeleton, tokenizer),
+            shapes=parameter_shapes(skeleton),
+            limits=limits,
+            weight_update=settings.weight_update,  # type: ignore[arg-type]  # validated by the config
+            device=device,
+            threads=threads,
+            dtype=config.model.dtype,
+            trust_remote_code=config.model.trust_remote_code,
+            load_format="auto" if config.model.pickled_weights else "safetensors",
+            tensor_parallel_size=settings.tensor_parallel,
+            gpu_memory_utilization=settings.gpu_memory_fraction,
+            **settings.args,
+        )
     model = await asyncio.to_thread(load_model, config.model, getattr(torch, config.model.dtype), device)
     return TorchEngine(
         model,
-        stop_token_ids=stop_token_ids(model, load_tokenizer(config.model)),
-        max_rows=config.generator.max_sequences,
-        max_prompt_tokens=config.rollout.max_prompt_tokens,
-        max_completion_tokens=config.rollout.max_completion_tokens,
-        weight_update=config.generator.weight_update,  # type: ignore[arg-type]  # validated by the config
+        stop_token_ids=stop_token_ids(model, tokenizer),
+        limits=limits,
+        weight_update=settings.weight_update,  # type: ignore[arg-type]  # validated by the config
         threads=threads,
     )

@@ -56,7 +56,7 @@ def reward_function(name: str, task: Task) -> RewardFunction:
     """`task`, an entry of REWARDS, or `module:function`. Raises ConfigError when there is no such function."""
     if name == "task":
         return lambda problem, texts: [task.score(problem, text) for text in texts]
-    return REWARDS[name] if name in REWARDS else import_target(name, key="reward.functions")
+    return import_target(REWARDS.get(name, name), key="reward.functions")
 
 
 def evaluate(name: str, function: RewardFunction, problem: Problem, texts: Sequence[str]) -> tuple[float, ...]:
@@ -64,6 +64,8 @@ def evaluate(name: str, function: RewardFunction, problem: Problem, texts: Seque
     where = f"reward {name!r} on prompt {problem.question[:80]!r}"
     try:
         scores = tuple(float(score) for score in function(problem, texts))
+    except RewardError as error:
+        raise RewardError(f"{where}: {error}") from error
     except (Exception, SystemExit) as error:  # whatever user code raises: the run's `reward.on_error` decides
         raise RewardError(f"{where} raised {type(error).__name__}: {error}") from error
     if len(scores) != len(texts):

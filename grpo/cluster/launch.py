@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from itertools import chain
 from typing import Any
@@ -71,19 +71,25 @@ def _signals_held_back() -> Iterator[None]:
 
 @asynccontextmanager
 async def launch(config: RunConfig) -> AsyncIterator[Services]:
-    """All actors of a run, set up. Leaving the block ends every one of their processes.
+    """All actors of a run, set up; see `launch_actors`."""
+    async with launch_actors(actor_specs(config), config.cluster) as handles:
+        yield Services(**handles)
+
+
+@asynccontextmanager
+async def launch_actors(specs: Sequence[ActorSpec], cluster: ClusterConfig) -> AsyncIterator[dict[str, ActorHandle]]:
+    """These actors by name, set up. Leaving the block ends every one of their processes.
 
     Raises LaunchError when the cluster can't hold them, or when they are not up within `cluster.start_timeout_s`.
     """
-    specs = actor_specs(config)
     there = ray.cluster_resources()
     check_capacity(specs, there.get("CPU", 0.0), there.get("GPU", 0.0), "the Ray cluster")
     actors = {spec.name: _start(spec) for spec in specs}
     handles = {name: ActorHandle(name, endpoints) for name, endpoints in actors.items()}
     patience_s = _CLOSE_TIMEOUT_S
     try:
-        await _set_up(handles, config.cluster.start_timeout_s)
-        yield Services(**handles)
+        await _set_up(handles, cluster.start_timeout_s)
+        yield handles
     except asyncio.CancelledError:
         patience_s = 0.0  # somebody pressed Ctrl-C twice
         raise

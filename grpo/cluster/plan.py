@@ -12,7 +12,7 @@ from grpo.actors.reference import Reference
 from grpo.actors.replay_buffer import ReplayBuffer
 from grpo.actors.reward import Reward
 from grpo.actors.trainer import Trainer
-from grpo.config import GeneratorConfig, ReferenceConfig, RunConfig, TrainerConfig
+from grpo.config import EvalConfig, GeneratorConfig, ReferenceConfig, RunConfig, TrainerConfig
 from grpo.types import LaunchError
 
 
@@ -27,17 +27,19 @@ class ActorSpec:
     num_cpus: float = 0.0
     num_gpus: float = 0.0
 
+    @property
+    def config_group(self) -> str:
+        """Where the config says what this actor gets."""
+        return "eval" if self.name == "evaluator" else self.name
+
 
 def actor_specs(config: RunConfig) -> list[ActorSpec]:
-    """The actors of a run, in the order of the dataflow. The reference is there only when the loss uses it."""
-    common = {"config": config}
-    specs = [
-        ActorSpec("dataloader", Dataloader, common),
-        _compute("generator", Generator, config, config.generator, config.generator.replicas),
-        ActorSpec("reward", Reward, common, config.reward.replicas, config.reward.num_cpus),
-    ]
+    """The actors of a run, in the order of the dataflow; reference and evaluator only where the config uses them."""
+    specs = evaluation_specs(config)
     if config.uses_reference:
         specs.append(_compute("reference", Reference, config, config.reference, config.reference.replicas))
+    if config.uses_evaluator:
+        specs.append(_compute("evaluator", Generator, config, config.eval, config.eval.replicas))
     return [
         *specs,
         ActorSpec("replay_buffer", ReplayBuffer, {"window": config.buffer.window}),
@@ -45,11 +47,21 @@ def actor_specs(config: RunConfig) -> list[ActorSpec]:
     ]
 
 
+def evaluation_specs(config: RunConfig) -> list[ActorSpec]:
+    """The actors that hand out prompts, answer them and score the answers: all that a model is evaluated with."""
+    common = {"config": config}
+    return [
+        ActorSpec("dataloader", Dataloader, common),
+        _compute("generator", Generator, config, config.generator, config.generator.replicas),
+        ActorSpec("reward", Reward, common, config.reward.replicas, config.reward.num_cpus),
+    ]
+
+
 def _compute(
     name: str,
     cls: type,
     config: RunConfig,
-    resources: GeneratorConfig | ReferenceConfig | TrainerConfig,
+    resources: EvalConfig | GeneratorConfig | ReferenceConfig | TrainerConfig,
     replicas: int,
 ) -> ActorSpec:
     """An actor that runs a model: on the GPU it was given, or with as many threads as it has CPUs."""
@@ -63,14 +75,18 @@ def _compute(
 
 def check_capacity(specs: Sequence[ActorSpec], cpus: float, gpus: float, where: str) -> None:
     """Raise LaunchError when the actors ask for more than there is: Ray would wait for it for ever."""
-    for resource, key, there in (("CPUs", "num_cpus", cpus), ("GPUs", "num_gpus", gpus)):
+    for resource, key, there in (("GPUs", "num_gpus", gpus), ("CPUs", "num_cpus", cpus)):
         asking = {spec: spec.replicas * getattr(spec, key) for spec in specs}
         wanted = sum(asking.values())
         if wanted > there:
             shares = ", ".join(f"{spec.name} {share:g}" for spec, share in asking.items() if share)
             most = max(asking, key=lambda spec: asking[spec])
-            fix = f"lower {most.name}.{key}" + (f" or {most.name}.replicas" if most.replicas > 1 else "")
+            group = most.config_group
+            if resource == "GPUs" and there == 0:
+                zeros = " ".join(f"{spec.config_group}.num_gpus=0" for spec, share in asking.items() if share)
+                fix = f"to run without, take +experiment=gsm8k_cpu or set generator.engine=torch {zeros}"
+            else:
+                fix = f"lower {group}.{key}" + (f" or {group}.replicas" if most.replicas > 1 else "")
             raise LaunchError(
-                f"{most.name}.{key}: the actors ask for {wanted:g} {resource} ({shares}) "
-                f"but {where} has {there:g}; {fix}"
+                f"{group}.{key}: the actors ask for {wanted:g} {resource} ({shares}) but {where} has {there:g}; {fix}"
             )

@@ -13,7 +13,8 @@ import asyncio
 import hashlib
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import count
 from typing import Any, Self
 
@@ -104,7 +105,7 @@ class VLLMEngine:
             )
             llm = AsyncLLM.from_engine_args(args)
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"vLLM refuses it: {str(error).strip().splitlines()[0]}", key="generator.args") from error
+            raise ConfigError(f"vLLM refuses it: {' '.join(str(error).split())}", key="generator.args") from error
         await llm.update_weight_version("0")
         return cls(llm, stop_token_ids=stop_token_ids, shapes=shapes, limits=limits, weight_update=weight_update)
 
@@ -155,42 +156,44 @@ class VLLMEngine:
             call.cancel()
         await asyncio.gather(*calls, return_exceptions=True)
         await asyncio.to_thread(self._llm.shutdown, timeout=_SHUTDOWN_TIMEOUT_S)
-        del self._llm  # while there is an interpreter: at its end vLLM's finalizer fails
+        self._llm.shutdown = lambda: None  # vLLM's finalizer calls it again, and fails at the interpreter's end
         if self._memory is not None:
             self._memory.close()
 
     async def _answer(self, prompt_ids: Ints, params: SamplingParams) -> Any:
         """vLLM's one, final output for a request."""
         from vllm.inputs import tokens_input
-        from vllm.v1.engine.exceptions import EngineDeadError
 
         prompt = tokens_input(np.asarray(prompt_ids).tolist(), cache_salt=str(self.version))
         outputs = self._llm.generate(
             prompt, _sampling_params(params, self._stop_token_ids), str(next(self._request_ids))
         )
-        try:
+        with _death_named():
             [answer] = [output async for output in outputs]
-        except EngineDeadError as error:
-            raise ActorDied("the engine process of vLLM is gone") from error
         return answer
 
     async def _update(self, weights: Weights) -> None:
+        layout = [(s.name, list(s.shape), str(s.dtype).removeprefix("torch."), s.offset) for s in weights.specs]
+        async with self._updating:
+            with _death_named():
+                memory = await self._shared_memory(weights.buffer.nbytes)
+                await asyncio.to_thread(memory.write, weights.buffer)  # generation goes on during this copy
+                await self._llm.pause_generation(**_PAUSE[self._weight_update])
+                try:
+                    await self._load(layout, weights.version)
+                except BaseException:
+                    await self.close()
+                    raise
+
+    async def _load(self, layout: Sequence[Any], version: int) -> None:
+        """While generation pauses: have the workers take what lies in the shared memory."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        async with self._updating:
-            memory = await self._shared_memory(weights.buffer.nbytes)
-            await asyncio.to_thread(memory.write, weights.buffer)  # generation goes on during this copy
-            layout = [(s.name, list(s.shape), str(s.dtype).removeprefix("torch."), s.offset) for s in weights.specs]
-            await self._llm.pause_generation(**_PAUSE[self._weight_update])
-            try:
-                await self._llm.start_weight_update()
-                await self._llm.update_weights(WeightTransferUpdateRequest({"parameters": layout}))
-                await self._llm.finish_weight_update(weight_version=str(weights.version))
-                self.version = weights.version
-                await self._llm.resume_generation()
-            except BaseException:
-                await self.close()
-                raise
+        await self._llm.start_weight_update()
+        await self._llm.update_weights(WeightTransferUpdateRequest({"parameters": layout}))
+        await self._llm.finish_weight_update(weight_version=str(version))
+        self.version = version
+        await self._llm.resume_generation()
 
     async def _shared_memory(self, size: int) -> SharedBuffer:
         """The memory that weights pass through, mapped by the workers at the first update."""
@@ -246,6 +249,17 @@ def _completion(output: Any) -> Completion:
 def _seed(seed: int) -> int:
     """vLLM seeds sample i of a group with seed + i; spread out, so that neighbouring prompts don't share numbers."""
     return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=6).digest(), "big")
+
+
+@contextmanager
+def _death_named() -> Iterator[None]:
+    """Raise ActorDied for a call that vLLM's processes did not survive."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise ActorDied("the engine process of vLLM is gone") from error
 
 
 def _cancelling() -> bool:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, has_file
 from transformers.utils import logging as transformers_logging
 
 from grpo.config import ModelConfig
+from grpo.types import ConfigError
 
 transformers_logging.disable_progress_bar()
+
+_ALIBI = ("bloom", "mpt")  # they look at distances, so it doesn't matter where a row begins
 
 
 def load_model(config: ModelConfig, dtype: torch.dtype, device: str) -> PreTrainedModel:
@@ -21,7 +30,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype, device: str) -> PreTrain
 
     Dropout is switched off: the trainer has to see the very distribution that the generator sampled from.
     """
-    settings = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+    settings = load_settings(config)
     for name in list(vars(settings)):
         if name.endswith(("dropout", "pdrop", "dropout_prob", "layerdrop")):
             setattr(settings, name, 0.0)
@@ -30,9 +39,55 @@ def load_model(config: ModelConfig, dtype: torch.dtype, device: str) -> PreTrain
         config=settings,
         dtype=dtype,
         trust_remote_code=config.trust_remote_code,
-        use_safetensors=True,
+        use_safetensors=None if config.pickled_weights else True,
+        weights_only=True,  # of pickled weights: tensors, and no code
     )
     return model.to(device).eval()
+
+
+def load_settings(config: ModelConfig) -> PreTrainedConfig:
+    """The model's own config, as its authors published it."""
+    return AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+
+
+def load_skeleton(config: ModelConfig) -> PreTrainedModel:
+    """The causal LM at `config.path` without its weights: names and shapes of parameters, generation config."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_settings(config), trust_remote_code=config.trust_remote_code)
+    with contextlib.suppress(OSError):  # not every model has one; the model's config says what it can then
+        model.generation_config = GenerationConfig.from_pretrained(config.path)
+    return model
+
+
+def check_weights(config: ModelConfig) -> None:
+    """Raise ConfigError where there are no safetensors, and others were not asked for."""
+    names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    if not config.pickled_weights and not any(has_file(config.path, name) for name in names):
+        raise ConfigError(
+            f"{config.path!r} has no safetensors; set it to true to load pytorch_model.bin", key="model.pickled_weights"
+        )
+
+
+def check_architecture(model: PreTrainedModel, engine: str) -> None:
+    """Raise ConfigError for a model that the learner or the engine would get wrong.
+
+    The learner needs the logits of chosen columns. The torch engine pads on the left and keeps keys and values: it
+    has to say where each row begins, and a recurrent state can't be cut into rows and columns.
+    """
+    name, takes = type(model).__name__, inspect.signature(model.forward).parameters
+    if "logits_to_keep" not in takes:
+        raise ConfigError(f"{name} can't be trained: its forward pass has no logits_to_keep", key="model.path")
+    placed = "position_ids" in takes or model.config.model_type in _ALIBI
+    if engine == "torch" and (model._is_stateful or not placed or "past_key_values" not in takes):
+        raise ConfigError(
+            f"the torch engine can't run {name}, which is recurrent or takes no position_ids; use vllm",
+            key="generator.engine",
+        )
+
+
+def context_length(settings: PreTrainedConfig) -> int | None:
+    """The most tokens of a prompt and its completion together; None where the architecture sets no limit."""
+    return getattr(settings.get_text_config(), "max_position_embeddings", None)
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

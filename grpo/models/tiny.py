@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import string
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_scheduler
 
+from grpo.models.cache import cached
 from grpo.tasks.base import Task
 from grpo.types import ConfigError, Problem
 
@@ -51,23 +50,15 @@ def prepare(task: DemonstratedTask, *, steps: int = 300, batch_size: int = 64, l
     lessons = [(problem.question, task.demonstration(problem, rng)) for problem in task.problems("train")]
     source = Path(__file__).read_text(encoding="utf-8")
     key = hashlib.sha256(json.dumps([settings, lessons, source]).encode()).hexdigest()[:16]
-    folder = cache_folder() / f"tiny-{type(task).__name__.lower()}-{key}"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".tiny-", dir=folder.parent) as temporary:
-            unfinished = Path(temporary, "model")
-            tokenizer, model = character_tokenizer(), tiny_llama()
-            with _one_thread():
-                _warm_start(model, tokenizer, task, steps=steps, batch_size=batch_size, lr=lr)
-            model.save_pretrained(unfinished)
-            tokenizer.save_pretrained(unfinished)
-            _publish(unfinished, folder)
-    return folder
 
+    def make(folder: Path) -> None:
+        tokenizer, model = character_tokenizer(), tiny_llama()
+        with _one_thread():
+            _warm_start(model, tokenizer, task, steps=steps, batch_size=batch_size, lr=lr)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
-def cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "grpo"
+    return cached(f"tiny-{type(task).__name__.lower()}-{key}", make)
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
@@ -150,12 +141,3 @@ def _examples(
     tokens_BT = torch.nn.utils.rnn.pad_sequence([tokens for tokens, _ in rows], batch_first=True)
     labels_BT = torch.nn.utils.rnn.pad_sequence([labels for _, labels in rows], True, padding_value=-100)
     return tokens_BT, labels_BT
-
-
-def _publish(unfinished: Path, folder: Path) -> None:
-    """Rename into place; of two processes that warm-start at once, the first wins."""
-    try:
-        unfinished.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise

@@ -19,6 +19,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from grpo.types import EvaluationReport
+
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _SPARKS = 48
 
@@ -33,6 +35,8 @@ class Display(Protocol):
     ) -> None: ...
 
     def step(self, metrics: Mapping[str, float]) -> None: ...
+
+    def evaluated(self, report: EvaluationReport) -> None: ...
 
     def warn(self, message: str) -> None: ...
 
@@ -63,6 +67,9 @@ class PlainDisplay:
         facts = "  ".join(f"{name} {value}" for name, value in _facts(metrics).items())
         self._print(f"step {step:>{len(str(self._max_steps))}}/{self._max_steps}  {facts}  left {left_s:.0f} s")
 
+    def evaluated(self, report: EvaluationReport) -> None:
+        self._print(f"held-out reward {held_out(report)}")
+
     def warn(self, message: str) -> None:
         self._print(f"warning: {message}")
 
@@ -87,6 +94,8 @@ class LiveDisplay:
         )
         self._task = self._progress.add_task("train", total=max_steps, start=False)
         self._rewards: list[float] = []
+        self._facts: dict[str, str] = {}
+        self._held_out: dict[str, str] = {}  # the last evaluation, as one more fact
         # Rich would take over sys.stdout and sys.stderr too, and bring the chatter back onto the screen.
         self._live = Live(
             self._progress, console=console, refresh_per_second=8, redirect_stdout=False, redirect_stderr=False
@@ -103,13 +112,22 @@ class LiveDisplay:
     def step(self, metrics: Mapping[str, float]) -> None:
         self._progress.update(self._task, completed=metrics["step"])
         self._rewards.append(metrics["reward/mean"])
-        facts = Table.grid(padding=(0, 2))
-        for name, value in _facts(metrics).items():
-            facts.add_row(f"[dim]{name}", value if name != "reward" else f"{value}  [green]{sparkline(self._rewards)}")
-        self._live.update(Group(self._progress, facts))
+        self._facts = _facts(metrics)
+        self._facts["reward"] += f"  [green]{sparkline(self._rewards)}"
+        self._show()
+
+    def evaluated(self, report: EvaluationReport) -> None:
+        self._held_out = {"held-out": held_out(report)}
+        self._show()
 
     def warn(self, message: str) -> None:
         self._console.print(f"warning: {message}", markup=False, style="yellow")
+
+    def _show(self) -> None:
+        facts = Table.grid(padding=(0, 2))
+        for name, value in (self._facts | self._held_out).items():
+            facts.add_row(f"[dim]{name}", value)
+        self._live.update(Group(self._progress, facts))
 
 
 def sparkline(values: list[float]) -> str:
@@ -117,6 +135,13 @@ def sparkline(values: list[float]) -> str:
     low, high = min(values), max(values)
     scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BLOCKS[round((value - low) * scale)] for value in values[-_SPARKS:])
+
+
+def held_out(report: EvaluationReport) -> str:
+    """One evaluation in a line: mean and standard error, the largest k of pass@k, and when."""
+    k = max(report.pass_at)
+    passed = f"  pass@{k} {report.pass_at[k]:.3f}" if k > 1 else ""
+    return f"{report.reward_mean:.3f} ± {report.reward_stderr:.3f}{passed}  after step {report.step}"
 
 
 def _facts(metrics: Mapping[str, float]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from grpo.observe.display import Display
 from grpo.observe.loop_lag import LoopLag
 from grpo.observe.run_dir import RunDirectory
 from grpo.pacing import Pacer
-from grpo.types import BatchReport, GenerationReport, GeneratorStats, Group, Scores
+from grpo.types import BatchReport, EvaluationReport, GenerationReport, GeneratorStats, Group, Scores
 
 log = logging.getLogger(__name__)
 
@@ -40,15 +40,16 @@ class Recorder:
 
     def __init__(self, run_dir: RunDirectory, display: Display, pacer: Pacer) -> None:
         self.loop_lag = LoopLag()
-        self.eval_first: float | None = None
-        self.eval_last: float | None = None
+        self.evaluations: list[EvaluationReport] = []
         self.prompts: dict[str, int] = {}
         self.run_dir = run_dir
         self._display, self._pacer = display, pacer
         self._steps: list[Metrics] = []
         self._reports: list[GenerationReport] = []  # of groups finished since the last step
         self._generators: list[GeneratorStats] = []
-        self._started = self._step_ended = time.perf_counter()
+        self._evaluation_metrics: Metrics = {}  # since the last line
+        self._evaluations_skipped = 0
+        self._started = self._step_began = self._generators_seen = time.perf_counter()
 
     def stopwatch(self) -> Stopwatch:
         return Stopwatch()
@@ -60,7 +61,7 @@ class Recorder:
     def training_begins(self, generators: Sequence[GeneratorStats]) -> None:
         """Rates count from here; `wall_s` counts from the construction, the launch included."""
         self._generators = list(generators)
-        self._step_ended = time.perf_counter()
+        self._step_began = self._generators_seen = time.perf_counter()
 
     def group_finished(self, group: Group, scores: Scores, report: GenerationReport) -> None:
         self._reports.append(report)
@@ -84,17 +85,48 @@ class Recorder:
         log.warning("dropped a group: %s", error)
         self._display.warn(f"dropped a group: {error}")
 
-    def step_finished(
+    @contextmanager
+    def evaluation_wait(self) -> Iterator[None]:
+        """Time in which the training waits for an evaluation: `time/eval_s` of the next line, not `time/step_s`."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            waited_s = time.perf_counter() - started
+            self._step_began += waited_s
+            before_s = self._evaluation_metrics.get("time/eval_s", 0.0)
+            self._evaluation_metrics["time/eval_s"] = before_s + waited_s
+
+    def evaluated(self, report: EvaluationReport) -> None:
+        """Its numbers go into the next line of metrics; where there are two by then, those of the newer one."""
+        self.evaluations.append(report)
+        self._evaluation_metrics |= {f"eval/{name}": value for name, value in report.as_record().items()}
+        self._display.evaluated(report)
+
+    def evaluation_skipped(self, step: int) -> None:
+        self._evaluations_skipped += 1
+        self._evaluation_metrics["eval/skipped"] = self._evaluation_metrics.get("eval/skipped", 0) + 1
+        log.warning("no evaluation after step %d: the one before it still runs", step)
+        self._display.warn(
+            f"no evaluation after step {step}: the one before it still runs; "
+            "raise eval.every, or speed it up with fewer eval.prompts or more eval.replicas"
+        )
+
+    @contextmanager
+    def metrics_line(
         self,
         step: int,
         trained: Metrics,
         batch: BatchReport,
         generators: Sequence[GeneratorStats],
         times: Stopwatch,
-    ) -> None:
-        """Write one line of metrics and show it."""
+    ) -> Iterator[None]:
+        """A step has finished: its line of metrics is written and shown when the block ends, however it ends.
+
+        In the block the step is evaluated if that is due, so the last line carries the last evaluation.
+        """
         now = time.perf_counter()
-        elapsed_s, self._step_ended = now - self._step_ended, now
+        step_s, self._step_began = now - self._step_began, now
         rewards = [reward for group in batch.rewards for reward in group]
         metrics: Metrics = {
             "step": step,
@@ -103,15 +135,20 @@ class Recorder:
             "reward/group_std": fmean(_spread(group) for group in batch.rewards),
             **trained,
             **times.seconds,
-            "time/step_s": elapsed_s,
-            **self._generator_metrics(generators, elapsed_s),
+            "time/step_s": step_s,
+            **self._generator_metrics(generators, now),
             "buffer/groups_waiting": batch.groups_waiting,
             "rollout/outstanding": self._pacer.outstanding,
             "driver/loop_lag_p99_ms": self.loop_lag.take_p99_ms(),
         }
         self._steps.append(metrics)
-        self.run_dir.append("metrics.jsonl", metrics)
-        self._display.step(metrics)
+        try:
+            yield
+        finally:
+            metrics |= self._evaluation_metrics
+            self._evaluation_metrics = {}
+            self.run_dir.append("metrics.jsonl", metrics)
+            self._display.step(metrics)
 
     def write_summary(self, status: str, error: BaseException | None = None) -> dict[str, Any]:
         """Leave `summary.json`; also after a failure."""
@@ -124,8 +161,10 @@ class Recorder:
             "wall_s": self.wall_s,
             "reward_first": _mean(steps[:tenth], "reward/mean"),
             "reward_last": _mean(steps[-tenth:], "reward/mean"),
-            "eval_first": self.eval_first,
-            "eval_last": self.eval_last,
+            "eval_first": self.evaluations[0].reward_mean if self.evaluations else None,
+            "eval_last": self.evaluations[-1].reward_mean if len(self.evaluations) > 1 else None,
+            "evaluations": [report.as_record() for report in self.evaluations],
+            "evaluations_skipped": self._evaluations_skipped,
             "groups_admitted": ledger.admitted,
             "groups_trained": ledger.trained,
             "groups_dropped": dict(ledger.dropped),
@@ -142,8 +181,9 @@ class Recorder:
         self.run_dir.write_json("summary.json", summary)
         return summary
 
-    def _generator_metrics(self, generators: Sequence[GeneratorStats], elapsed_s: float) -> Metrics:
-        """Rates over the last step, from counters that only grow."""
+    def _generator_metrics(self, generators: Sequence[GeneratorStats], now: float) -> Metrics:
+        """Rates since the last step, from counters that only grow; evaluations by these generators are part of it."""
+        elapsed_s, self._generators_seen = now - self._generators_seen, now
         busy_s = sum(stats.busy_s for stats in generators) - sum(stats.busy_s for stats in self._generators)
         tokens = sum(stats.tokens for stats in generators) - sum(stats.tokens for stats in self._generators)
         self._generators = list(generators)

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class RunDirectory:
-    """`metrics.jsonl`, `rollouts.jsonl`, `summary.json` and whatever else a run writes, below one path."""
+    """`metrics.jsonl`, `rollouts.jsonl`, `summary.json` and whatever else is written, below one path."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -28,7 +28,7 @@ class RunDirectory:
             raise ConfigError(
                 f"can't write to {path}: {error.strerror}; name another folder", key="hydra.run.dir"
             ) from error
-        if (path / "metrics.jsonl").exists():
+        if any((path / name).exists() for name in ("metrics.jsonl", "completions.jsonl")):
             raise ConfigError(f"{path} already holds a run; name another folder", key="hydra.run.dir")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="run-dir")
         self.write_errors = 0

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from grpo.rewards.thinking import thinking
 from grpo.types import Problem
 
 RewardFunction = Callable[[Problem, Sequence[str]], Sequence[float]]
 
-REWARDS: dict[str, RewardFunction] = {"thinking": thinking}
+# Short names. A module is imported when a config asks for it: some need more than this package installs.
+REWARDS = {
+    "final_answer": "grpo.rewards.final_answer:final_answer",
+    "math_verify": "grpo.rewards.math_verify:math_verify",
+    "thinking": "grpo.rewards.thinking:thinking",
+}

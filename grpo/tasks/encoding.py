@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
@@ -12,10 +14,18 @@ from grpo.types import ConfigError, Ints, Problem, TaskError
 
 
 def make_task(config: TaskConfig) -> Task:
-    """The task that the config names. Raises ConfigError for an unknown target or argument."""
+    """The task that the config names; `path` goes to one that reads a file.
+
+    Raises ConfigError for an unknown target or argument, and for a path to a task that takes none.
+    """
     target = import_target(config.target, key="task.target")
     check_arguments(target, config.args, key="task.args")
-    task: Task = target(**config.args)
+    args = dict(config.args)
+    if config.path is not None:
+        if "path" not in inspect.signature(target).parameters:
+            raise ConfigError(f"{config.target} reads no file; leave it out", key="task.path")
+        args["path"] = config.path
+    task: Task = target(**args)
     return task
 
 
@@ -24,7 +34,7 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: TaskConfig, max_tokens: int) -> None:
         if config.template == "chat" and tokenizer.chat_template is None:
-            raise ConfigError("the model's tokenizer has no chat template; use plain", key="task.template")
+            raise ConfigError("the model has no chat template; set task.template=plain", key="task.template")
         self._tokenizer, self._config, self._max_tokens = tokenizer, config, max_tokens
 
     def encode(self, problem: Problem) -> Ints | None:
@@ -40,14 +50,15 @@ class PromptEncoder:
         if not any(self.encode(problems[i]) is not None for i in range(len(problems))):
             raise TaskError(
                 f"rollout.max_prompt_tokens: none of the {len(problems)} prompts of {self._config.target} "
-                f"fits into {self._max_tokens} tokens; raise it"
+                f"fits into {self._max_tokens} tokens; raise it, or lower rollout.max_completion_tokens where the "
+                "model's context is the limit"
             )
 
     def _token_ids(self, question: str) -> list[int]:
         if self._config.template == "plain":
             return list(self._tokenizer.encode(question))
         system = self._config.system_prompt
-        messages = [{"role": "system", "content": system}] if system else []
+        messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": question})
         text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return list(self._tokenizer.encode(text, add_special_tokens=False))

@@ -77,7 +77,7 @@ async def test_what_is_sampled_follows_from_the_seed_alone(make_generator, promp
     assert tokens(first) == tokens(again) != tokens(other)
 
 
-async def test_the_oldest_version_is_that_of_any_token(make_generator, prompt, make_completion, monkeypatch):
+async def test_oldest_and_newest_version_are_those_of_any_token(make_generator, prompt, make_completion, monkeypatch):
     mixed = replace(make_completion([5, 6, 1]), versions=((2, 1), (3, 2)))
 
     class Engine:
@@ -92,7 +92,7 @@ async def test_the_oldest_version_is_that_of_any_token(make_generator, prompt, m
 
     monkeypatch.setattr("grpo.actors.generator.make_engine", make_engine)
     _, report = await (await make_generator()).generate(prompt, SamplingParams(n=2))
-    assert report.oldest_version == 2
+    assert (report.oldest_version, report.newest_version) == (2, 4)
 
 
 async def test_the_models_own_eos_ends_a_completion(make_generator, config, prompt):

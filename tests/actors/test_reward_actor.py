@@ -10,6 +10,7 @@ import pytest
 
 from grpo.actors.reward import Reward, evaluate, reward_function
 from grpo.config import RewardConfig
+from grpo.rewards import REWARDS
 from grpo.types import ConfigError, Problem, RewardError
 
 released = threading.Event()
@@ -49,6 +50,10 @@ def words(problem, texts):
     return ["good", "bad"]
 
 
+def timed_out(problem, texts):
+    raise RewardError("timeout: took longer than 5 s and was killed")
+
+
 def none_at_all(problem, texts):
     return None
 
@@ -83,6 +88,12 @@ async def test_rewards_are_the_weighted_sum_of_several_functions(make_reward, pr
     assert scores.rewards == pytest.approx((1 - 0.3, 0.5 - 1.8, 0.0))
 
 
+@pytest.mark.parametrize("name", REWARDS)
+async def test_every_reward_can_be_named(make_reward, name):
+    reward = await make_reward(**{name: 1.0})
+    await reward.close()
+
+
 async def test_texts_hold_no_special_tokens(make_reward, prompt, answers, make_completion, tokenizer):
     reward = await make_reward(task=1.0)
     padded = make_completion([0, *tokenizer.encode("abc"), 1, 0])
@@ -105,6 +116,7 @@ async def test_any_numbers_become_floats(make_reward, prompt, answers):
         ("infinite", "must be finite"),
         ("words", "raised ValueError"),
         ("none_at_all", "raised TypeError"),
+        ("timed_out", "timed_out' on prompt 'cab>': timeout: took longer"),
     ],
 )
 async def test_an_unusable_reward_is_an_error_that_names_it_and_the_prompt(

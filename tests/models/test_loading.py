@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from pickle import UnpicklingError
+
 import pytest
 import torch
-from transformers import BioGptConfig, BioGptForCausalLM, GPT2Config, GPT2LMHeadModel
+from safetensors.torch import load_file
+from transformers import BioGptConfig, BioGptForCausalLM, BloomConfig, GPT2Config, GPT2LMHeadModel
 
 from grpo.config import ModelConfig
-from grpo.models.loading import load_model, stop_token_ids
+from grpo.models.loading import check_weights, context_length, load_model, load_settings, stop_token_ids
 from grpo.models.tiny import character_tokenizer, tiny_llama
 from grpo.models.tokenizer import load_tokenizer
+from grpo.types import ConfigError
 
 TOKENS = torch.tensor([[5, 6, 7, 8, 9]])
 
@@ -94,3 +100,52 @@ def test_every_end_of_sequence_token_is_found(generation_eos, tokenizer_eos, exp
 
 def test_end_of_sequence_tokens_survive_the_folder(folder):
     assert stop_token_ids(load_model(folder, torch.float32, "cpu"), load_tokenizer(folder)) == (1,)
+
+
+class Payload:
+    """What a pickle may do when it is loaded."""
+
+    def __reduce__(self):
+        return print, ("code from a file",)
+
+
+@pytest.fixture
+def pickled(folder):
+    """The same model as a folder of an older kind."""
+    path = Path(folder.path)
+    state = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    torch.save(state, path / "pytorch_model.bin")
+    return folder
+
+
+def test_pickled_weights_have_to_be_asked_for(pickled):
+    with pytest.raises(ConfigError, match=r"^model\.pickled_weights: .* has no safetensors; set it to true"):
+        check_weights(pickled)
+    with pytest.raises(OSError, match=r"safetensors"):
+        load_model(pickled, torch.float32, "cpu")
+    asked = replace(pickled, pickled_weights=True)
+    check_weights(asked)
+    model, saved = load_model(asked, torch.float32, "cpu"), tiny_llama(width=32, layers=2, heads=2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), saved.parameters(), strict=True))
+
+
+def test_pickled_weights_bring_no_code(pickled, capsys):
+    file = Path(pickled.path, "pytorch_model.bin")
+    torch.save(torch.load(file) | {"extra": Payload()}, file)
+    with pytest.raises(UnpicklingError):
+        load_model(replace(pickled, pickled_weights=True), torch.float32, "cpu")
+    assert "code from a file" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shard_size", ["10GB", "10KB"])
+def test_safetensors_are_found_whole_or_in_shards(tmp_path, shard_size):
+    tiny_llama(width=32, layers=2, heads=2).save_pretrained(tmp_path, max_shard_size=shard_size)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard_size == "10KB")
+    check_weights(ModelConfig(path=str(tmp_path)))
+
+
+def test_the_context_is_the_architectures_limit(folder):
+    assert context_length(load_settings(folder)) == 512
+    assert context_length(GPT2Config(n_positions=16)) == 16
+    assert context_length(BloomConfig()) is None

@@ -1,15 +1,13 @@
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from grpo.models import tiny
-from grpo.models.tiny import cache_folder, character_tokenizer, prepare, tiny_llama
+from grpo.models.cache import cache_folder
+from grpo.models.tiny import character_tokenizer, prepare, tiny_llama
 from grpo.tasks.sorting import Sorting
 
 QUICK = {"steps": 2, "batch_size": 4}
@@ -130,8 +128,3 @@ def test_examples_are_trained_on_the_answer_and_its_eos_alone(task):
         answer = tokenizer.decode(labels_T[trained_T])
         assert answer.endswith("<eos>")
         assert sorted(answer.removesuffix("<eos>")) == sorted(problem.answer)
-
-
-def test_without_xdg_the_cache_lies_in_the_home_folder(monkeypatch):
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path(os.path.expanduser("~")) / ".cache" / "grpo"

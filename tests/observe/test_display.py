@@ -1,8 +1,10 @@
 import io
+import math
 
 from rich.console import Console
 
 from grpo.observe.display import LiveDisplay, PlainDisplay, make_display, sparkline
+from grpo.types import EvaluationReport
 
 
 def metrics(step, reward=0.5):
@@ -16,6 +18,10 @@ def metrics(step, reward=0.5):
         "time/step_s": 0.4,
         "generator/tokens_per_s": 1234.0,
     }
+
+
+def evaluation(step, stderr=0.02, pass_at=None):
+    return EvaluationReport(step, 8, 0, 0.5, stderr, pass_at or {1: 0.25, 2: 0.5, 4: 0.75}, 32, 320, 0, seconds=2.0)
 
 
 def console(**kwargs):
@@ -54,6 +60,22 @@ def test_the_live_view_shows_progress_and_the_curve():
     text = screen.file.getvalue()
     assert "2/2" in text
     assert "▁█" in text
+
+
+def test_evaluations_are_shown():
+    plain, live = console(), console(force_terminal=True)
+    with PlainDisplay(plain, max_steps=10, log_every=4) as display:
+        display.evaluated(evaluation(5))
+        display.evaluated(evaluation(10, stderr=math.nan, pass_at={1: 0.25}))
+    first, second = plain.file.getvalue().splitlines()
+    assert first == "held-out reward 0.500 ± 0.020  pass@4 0.750  after step 5"
+    assert second == "held-out reward 0.500 ± nan  after step 10"
+    with LiveDisplay(live, max_steps=10) as display:
+        display.evaluated(evaluation(0))
+        display.step(metrics(1))
+    text = live.file.getvalue()
+    assert "after step 0" in text
+    assert text.rindex("held-out") > text.rindex("tokens/s")
 
 
 def test_sparkline_spans_its_own_range_and_survives_a_flat_line():

@@ -1,10 +1,21 @@
 import asyncio
 import json
+import time
 
 import pytest
 
 from grpo.observe.loop_lag import LoopLag
-from grpo.types import BatchReport, GenerationReport, GeneratorStats, Group, Problem, Prompt, Scores, Ticket
+from grpo.types import (
+    BatchReport,
+    EvaluationReport,
+    GenerationReport,
+    GeneratorStats,
+    Group,
+    Problem,
+    Prompt,
+    Scores,
+    Ticket,
+)
 
 
 def record_steps(recorder, rewards):
@@ -16,21 +27,26 @@ def record_steps(recorder, rewards):
                 pass
         batch = BatchReport((Ticket(step),), ((reward, reward),), groups_waiting=0)
         trained = {"loss": 0.1, "policy_age/max": step % 2, "policy_age/mean": 0.5}
-        recorder.step_finished(step, trained, batch, [GeneratorStats(step * 0.001, step * 10)], times)
+        with recorder.metrics_line(step, trained, batch, [GeneratorStats(step * 0.001, step * 10)], times):
+            pass
 
 
 def finished_group(serial, reward):
     prompt = Prompt(serial, Problem("ba>", "ab"), None)
     group = Group(prompt, (), None, (reward, reward), (0.0, 0.0), oldest_version=0)
     texts = ("ab", "ba") if serial % 2 == 0 else ()
-    return group, Scores((reward, reward), {"task": (reward, reward)}, texts), GenerationReport(0, 2, 6, 1)
+    return group, Scores((reward, reward), {"task": (reward, reward)}, texts), GenerationReport(0, 0, 2, 6, 1)
+
+
+def evaluation(step, reward):
+    return EvaluationReport(step, 4, 0, reward, 0.1, {1: 0.5}, 4, 40, 1, seconds=2.0)
 
 
 @pytest.fixture
 def recorded(tiny_config, make_recorder):
     _, recorder = make_recorder(tiny_config)
     record_steps(recorder, [i / 20 for i in range(20)])
-    recorder.eval_first = 0.25
+    recorder.evaluated(evaluation(0, reward=0.25))
     summary = recorder.write_summary("failed", ValueError("what went wrong"))
     recorder.run_dir.close()
     return recorder.run_dir.path, summary
@@ -74,6 +90,71 @@ def test_groups_that_come_with_texts_are_kept(recorded):
     assert groups[0]["rewards"] == [0.05, 0.05]
 
 
+def lines(recorder):
+    recorder.run_dir.close()
+    return [json.loads(line) for line in (recorder.run_dir.path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_an_evaluation_goes_into_the_next_line_under_its_own_step(tiny_config, make_recorder):
+    _, recorder = make_recorder(tiny_config)
+    record_steps(recorder, [0.1])
+    recorder.evaluated(evaluation(0, reward=0.25))
+    record_steps(recorder, [0.1, 0.1])
+    first, second, third = lines(recorder)
+    assert (second["eval/step"], second["eval/reward_mean"], second["eval/pass@1"]) == (0, 0.25, 0.5)
+    assert (second["eval/completion_tokens_mean"], second["eval/truncated_fraction"]) == (10, 0.25)
+    assert not any(name.startswith("eval") for name in {**first, **third})
+
+
+def test_of_two_evaluations_the_newer_is_in_the_line_and_both_are_in_the_summary(tiny_config, make_recorder):
+    _, recorder = make_recorder(tiny_config)
+    recorder.evaluated(evaluation(5, reward=0.25))
+    recorder.evaluated(evaluation(10, reward=0.75))
+    record_steps(recorder, [0.1])
+    summary = recorder.write_summary("completed")
+    assert lines(recorder)[0]["eval/step"] == 10
+    assert [record["step"] for record in summary["evaluations"]] == [5, 10]
+    assert (summary["eval_first"], summary["eval_last"]) == (0.25, 0.75)
+
+
+def test_skipped_evaluations_are_counted(tiny_config, make_recorder):
+    _, recorder = make_recorder(tiny_config)
+    recorder.evaluation_skipped(5)
+    record_steps(recorder, [0.1, 0.1])
+    summary = recorder.write_summary("completed")
+    assert [line.get("eval/skipped") for line in lines(recorder)] == [1, None]
+    assert summary["evaluations_skipped"] == 1
+
+
+def test_waiting_for_an_evaluation_is_no_part_of_a_step(tiny_config, make_recorder):
+    """The generators' rates span it all the same: they worked meanwhile."""
+    _, recorder = make_recorder(tiny_config)
+    recorder.training_begins([GeneratorStats(0.0, 0)])
+    with recorder.evaluation_wait():
+        time.sleep(0.05)
+    record_steps(recorder, [0.1, 0.1])
+    first, second = lines(recorder)
+    assert 0.05 <= first["time/eval_s"] < 0.2
+    assert first["time/step_s"] < 0.05
+    assert first["generator/tokens_per_s"] <= 10 / 0.05
+    assert "time/eval_s" not in second
+
+
+def test_the_line_is_written_when_the_evaluation_after_the_step_fails(tiny_config, make_recorder):
+    _, recorder = make_recorder(tiny_config)
+    batch = BatchReport((Ticket(0),), ((0.1, 0.1),), groups_waiting=0)
+    trained = {"loss": 0.1, "policy_age/max": 0, "policy_age/mean": 0.0}
+    times = recorder.stopwatch()
+    with times("time/trainer_wait_s"):
+        pass
+    with (
+        pytest.raises(ValueError, match="no answer"),
+        recorder.metrics_line(1, trained, batch, [GeneratorStats(0.1, 1)], times),
+    ):
+        raise ValueError("no answer")
+    assert [line["step"] for line in lines(recorder)] == [1]
+
+
 def test_a_run_without_a_step_has_a_summary_too(tiny_config, make_recorder):
     _, recorder = make_recorder(tiny_config)
     summary = recorder.write_summary("interrupted")
@@ -81,8 +162,6 @@ def test_a_run_without_a_step_has_a_summary_too(tiny_config, make_recorder):
 
 
 async def test_loop_lag_sees_a_blocked_loop():
-    import time
-
     lag = LoopLag()
     watching = asyncio.ensure_future(lag.watch())
     await asyncio.sleep(0.03)

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,13 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def train(tmp_path, tiny_model_path):
-    """Type `python scripts/train.py ...` in an empty folder, with a random tiny model; gives the process."""
+def start(tmp_path, tiny_model_path):
+    """Type `python scripts/SCRIPT ...` in an empty folder, with a random tiny model; gives the process."""
 
-    def start(*overrides, model=None):
+    def start(script, *overrides, model=None):
         args = ["model=hf", f"model.path={tiny_model_path}"] if model is None else model
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "scripts/train.py"), *overrides, *args],
+            [sys.executable, str(ROOT / "scripts" / script), *overrides, *args],
             cwd=tmp_path,
             env=os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")},
             stdout=subprocess.PIPE,
@@ -25,3 +26,13 @@ def train(tmp_path, tiny_model_path):
         )
 
     return start
+
+
+@pytest.fixture
+def train(start):
+    return partial(start, "train.py")
+
+
+@pytest.fixture
+def evaluate(start):
+    return partial(start, "evaluate.py")

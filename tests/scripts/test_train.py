@@ -3,24 +3,16 @@
 import json
 import os
 import signal
-import time
-from pathlib import Path
 
 import pytest
 
-
-def finish(process, timeout=120):
-    stdout, stderr = process.communicate(timeout=timeout)
-    return process.returncode, stdout, stderr
-
-
-def only_run(tmp_path):
-    (folder,) = tmp_path.glob("outputs/*/*")
-    return folder
+from tests.scripts.processes import finish, only_run, processes_of
 
 
 def test_a_run_leaves_what_the_design_pins(train, tmp_path):
-    code, stdout, stderr = finish(train("trainer.max_steps=4", "eval.prompts=8", "observe.rollouts_every=8"))
+    code, stdout, stderr = finish(
+        train("trainer.max_steps=4", "eval.prompts=8", "eval.samples=2", "observe.rollouts_every=8")
+    )
     assert (code, stderr) == (0, "")
     folder = only_run(tmp_path)
     assert f"run folder: {folder}" in stdout
@@ -30,7 +22,9 @@ def test_a_run_leaves_what_the_design_pins(train, tmp_path):
     assert (summary["status"], summary["steps"]) == ("completed", 4)
     assert summary["max_policy_age_seen"] <= 1
     assert summary["groups_admitted"] == summary["groups_trained"] + summary["groups_in_flight"]
-    assert summary["eval_last"] is not None
+    assert (summary["eval_first"], summary["eval_last"]) == (0.0, 0.0)
+    assert [evaluation["step"] for evaluation in summary["evaluations"]] == [0, 4]
+    assert "held-out reward: 0.000 -> 0.000\nheld-out pass@1 0.000 -> 0.000, pass@2 0.000 -> 0.000\n" in stdout
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
     assert (folder / "rollouts.jsonl").stat().st_size > 0
     assert "max_policy_age: 1" in (folder / "config.yaml").read_text()
@@ -78,24 +72,6 @@ def test_a_failing_rollout_ends_the_run_with_its_own_error_shown_once(train, tmp
     assert "cannot score this" in summary["error"]
     assert "Traceback" in (folder / "run.log").read_text()
     assert processes_of(process.pid) == []
-
-
-def processes_of(session):
-    """Command lines of living processes of a session that a test started; Ray gets a moment to end its helpers."""
-    deadline = time.monotonic() + 10
-    while True:
-        found = []
-        for entry in os.scandir("/proc"):
-            if entry.name.isdigit():
-                try:
-                    stat = Path(entry.path, "stat").read_text().rpartition(")")[2].split()
-                    if int(stat[3]) == session and stat[0] != "Z":
-                        found.append(Path(entry.path, "cmdline").read_text())
-                except (FileNotFoundError, ProcessLookupError):
-                    continue
-        if not found or time.monotonic() > deadline:
-            return found
-        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(
@@ -155,3 +131,16 @@ def test_a_sweep_runs_one_after_another(train, tmp_path):
     assert code == 0
     summaries = sorted(tmp_path.glob("multirun/*/*/*/summary.json"))
     assert [json.loads(path.read_text())["status"] for path in summaries] == ["completed", "completed"]
+
+
+def test_an_evaluator_works_beside_the_training(train, tmp_path):
+    evaluator = ["eval.prompts=8", "eval.every=2", "eval.num_cpus=0"]
+    code, stdout, stderr = finish(train("trainer.max_steps=4", *evaluator))
+    assert (code, stderr) == (0, "")
+    assert "after step 4" in stdout
+    summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
+    steps = [evaluation["step"] for evaluation in summary["evaluations"]]
+    assert (steps[0], steps[-1]) == (0, 4)
+    assert len(steps) + summary["evaluations_skipped"] == 3
+    lines = [json.loads(line) for line in (only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()]
+    assert (lines[-1]["step"], lines[-1]["eval/step"]) == (4, 4)

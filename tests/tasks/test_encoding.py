@@ -51,6 +51,14 @@ def test_a_system_prompt_stands_first(chat_tokenizer):
     assert chat_tokenizer.decode(ids) == "system: Be brief.#user: cab>#assistant:"
 
 
+def test_an_empty_system_prompt_takes_the_place_of_the_templates_own(chat_tokenizer):
+    chat_tokenizer.chat_template = "{% if messages[0].role != 'system' %}system: Own.#{% endif %}" + TEMPLATE
+    for system_prompt, start in ((None, "system: Own.#user"), ("", "system: #user")):
+        config = TaskConfig(CHAT.target, template="chat", system_prompt=system_prompt)
+        ids = PromptEncoder(chat_tokenizer, config, 100).encode(Problem("cab>", "abc"))
+        assert chat_tokenizer.decode(ids).startswith(start)
+
+
 def test_special_tokens_of_the_template_are_not_added_twice(chat_tokenizer):
     chat_tokenizer.chat_template = "<eos>" + TEMPLATE
     chat_tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<eos> $A", None, [("<eos>", 1)])
@@ -61,7 +69,7 @@ def test_special_tokens_of_the_template_are_not_added_twice(chat_tokenizer):
 
 
 def test_chat_without_a_template_names_the_key(tokenizer):
-    with pytest.raises(ConfigError, match=r"^task\.template: .*plain"):
+    with pytest.raises(ConfigError, match=r"^task\.template: .*task\.template=plain"):
         PromptEncoder(tokenizer, CHAT, 100)
 
 
@@ -97,6 +105,17 @@ def test_a_task_is_made_from_its_target_and_arguments():
     task = make_task(TaskConfig(PLAIN.target, {"train_size": 7, "held_out_size": 2}))
     assert isinstance(task, Sorting)
     assert len(task.problems("train")) == 7
+
+
+def test_the_path_goes_to_a_task_that_reads_a_file(tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"question": "2 + 2?", "answer": 4}')
+    task = make_task(TaskConfig("grpo.tasks.gsm8k:GSM8K", path=str(tmp_path / "one.jsonl")))
+    assert task.problems("train") == [Problem("2 + 2?", "4")]
+
+
+def test_a_path_for_a_task_that_reads_none_names_the_key():
+    with pytest.raises(ConfigError, match=r"^task\.path: grpo\.tasks\.sorting:Sorting reads no file"):
+        make_task(TaskConfig(PLAIN.target, path="x.jsonl"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,106 @@
+"""Evaluates a model as it stands: from a composed config to a table, without a trainer."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from grpo import preflight
+from grpo.cluster.launch import launch_actors
+from grpo.cluster.plan import evaluation_specs
+from grpo.composition import to_yaml
+from grpo.config import ObserveConfig, RunConfig
+from grpo.driver import EXIT_CODES, drive
+from grpo.evaluation import evaluate, held_out_prompts
+from grpo.observe.answers import AnswerProgress, evaluation_table
+from grpo.observe.output import Screen, chatter_to
+from grpo.observe.run_dir import RunDirectory
+from grpo.services import EvaluationServices
+from grpo.structured import unless, watchdog
+from grpo.train import plan_table
+from grpo.types import ConfigError, EvaluationReport, Prompt, Scores
+
+_VERSION = 0  # of the weights that a generator loads when it starts
+
+
+def evaluate_model(config: RunConfig, folder: Path) -> int:
+    """Answer the held-out prompts, print a table, and return the exit code.
+
+    Leaves `evaluation.json` and, a line for every prompt, `completions.jsonl`; after an interruption only the latter.
+    Raises GRPOError for what is wrong before the cluster is started.
+    """
+    if config.eval.prompts == 0:
+        raise ConfigError("is 0, there is nothing to evaluate: say how many held-out prompts", key="eval.prompts")
+    config = dataclasses.replace(config, observe=ObserveConfig(rollouts_every=1))  # the texts of all prompts are kept
+    task = preflight.check_names(config)
+    preflight.check_resources(config, evaluation_specs(config))
+    if config.dry_run:
+        if config.model.prepare is None:
+            preflight.check_model(config, task)
+        Screen().print(plan_table(evaluation_specs(config)))
+        return EXIT_CODES["completed"]
+    run_dir = RunDirectory(folder)
+    config = preflight.prepare_model(config, task)
+    preflight.check_model(config, task)
+    run_dir.write("config.yaml", to_yaml(config))
+    try:
+        return _evaluate_model(config, run_dir)
+    finally:
+        run_dir.close()
+
+
+def _evaluate_model(config: RunConfig, run_dir: RunDirectory) -> int:
+    with chatter_to(run_dir.path / "run.log") as console:
+        console.print("starting Ray and the actors ...", style="dim")
+        status, error = drive(
+            config.cluster,
+            lambda shutdown: _run(config, run_dir, console, shutdown),
+            lambda: console.print("stopping; press Ctrl-C again to stop at once", style="yellow"),
+        )
+    if error is not None:
+        message = f"error: {type(error).__name__}: {error}"
+        Screen(stderr=True, soft_wrap=True, highlight=False).print(message, markup=False)
+    Screen(soft_wrap=True, highlight=False).print(f"{status}; run folder: {run_dir.path}", markup=False)
+    return EXIT_CODES[status]
+
+
+async def _run(config: RunConfig, run_dir: RunDirectory, console: Screen, shutdown: asyncio.Event) -> None:
+    async with AsyncExitStack() as stack:
+        launched = launch_actors(evaluation_specs(config), config.cluster)
+        services = EvaluationServices(**await unless(shutdown, stack.enter_async_context(launched)))
+        report = await unless(shutdown, _answer_all(services, config, run_dir, console))
+        about = {"model": config.model.path, "task": config.task.target, "samples": config.eval.samples}
+        run_dir.write_json("evaluation.json", about | report.as_record())
+        console.print(evaluation_table(report))
+
+
+async def _answer_all(
+    services: EvaluationServices, config: RunConfig, run_dir: RunDirectory, console: Screen
+) -> EvaluationReport:
+    """Raises StalledError when no prompt is done for `watchdog.seconds`; the whole may take as long as it needs."""
+    loop, patience_s = asyncio.get_running_loop(), config.watchdog.seconds
+    async with watchdog(patience_s, "the next answer") as deadline:
+        prompts = await held_out_prompts(services, config)
+        with AnswerProgress(console, len(prompts)) as progress:
+
+            def on_answer(prompt: Prompt, scores: Scores | None) -> None:
+                deadline.reschedule(loop.time() + patience_s)
+                progress.advance()
+                if scores is not None:
+                    run_dir.append("completions.jsonl", _completions_record(prompt, scores))
+
+            return await evaluate(services, config, prompts, _VERSION, on_answer)
+
+
+def _completions_record(prompt: Prompt, scores: Scores) -> dict[str, object]:
+    """Under the names of `rollouts.jsonl`."""
+    return {
+        "prompt_serial": prompt.serial,
+        "prompt": prompt.problem.question,
+        "answer": prompt.problem.answer,
+        "completions": scores.texts,
+        "rewards": scores.rewards,
+        "reward_parts": dict(scores.parts),
+    }

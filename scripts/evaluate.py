@@ -1,0 +1,29 @@
+"""Evaluate a model on held-out prompts: `python scripts/evaluate.py [model=NAME] [task=NAME] [key=value ...]`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from grpo.command_line import main, run_job
+from grpo.composition import register
+from grpo.config import RunConfig
+
+register()
+
+
+def _evaluate(config: RunConfig, folder: Path) -> int:
+    from grpo.evaluate_model import evaluate_model  # torch and Ray are imported only for a config that can work
+
+    return evaluate_model(config, folder)
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="config")
+def run(composed: DictConfig) -> None:
+    run_job(composed, _evaluate)
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,167 @@
+"""What is vLLM's own: its processes, its settings, a pretrained model, a whole run on Ray. Run by `make test-vllm`."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from engine_helpers import full_logprobs, greedy, greedy_tokens, lively, weights_of
+
+from grpo.actors.generator import make_engine
+from grpo.config import RunConfig
+from grpo.engines.base import Limits
+from grpo.engines.vllm_engine import VLLMEngine
+from grpo.models import smollm2
+from grpo.models.loading import load_model
+from grpo.models.tiny import tiny_llama
+from grpo.models.tokenizer import load_tokenizer
+from grpo.types import ActorDied, ConfigError, SamplingParams
+from grpo.weights import WeightsWriter, parameter_shapes
+
+LIMITS = Limits(max_prompt_tokens=64, max_completion_tokens=200, max_sequences=16)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    lively(tiny_llama(width=64, layers=2, heads=2), 1).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+async def start(folder, **settings):
+    shapes = parameter_shapes(tiny_llama(width=64, layers=2, heads=2))
+    return await VLLMEngine.start(
+        str(folder), stop_token_ids=(), shapes=shapes, limits=LIMITS, threads=1, **{"dtype": "float32", **settings}
+    )
+
+
+def engine_processes(parent):
+    children = psutil.Process(parent).children(recursive=True)
+    return [child for child in children if "VLLM" in " ".join(child.cmdline())]
+
+
+def wait_until_gone(processes, seconds=10):
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    assert not alive
+
+
+# --- processes ---
+
+
+async def test_closing_leaves_no_process(folder):
+    engine = await start(folder)
+    running = engine_processes(os.getpid())
+    assert running
+    await engine.close()
+    wait_until_gone(running)
+
+
+async def test_an_engine_process_that_is_killed_ends_every_call_with_a_typed_error(folder):
+    engine = await start(folder)
+    call = asyncio.create_task(engine.generate(np.array([5, 6]), SamplingParams(n=16, max_tokens=200)))
+    await asyncio.sleep(0.05)
+    for process in engine_processes(os.getpid()):
+        process.kill()
+    with pytest.raises(ActorDied, match="the engine process of vLLM is gone"):
+        await asyncio.wait_for(call, 30)
+    with pytest.raises(ActorDied):
+        await asyncio.wait_for(engine.generate(np.array([5, 6]), greedy(4)), 30)
+    with pytest.raises(ActorDied):
+        await asyncio.wait_for(engine.update_weights(weights_of(tiny_llama(width=64, layers=2, heads=2), 1)), 30)
+    await engine.close()
+
+
+def test_a_killed_generator_takes_its_engine_along(folder):
+    script = (
+        "import asyncio, sys; sys.path[:0] = ['tests/engines', '.']\n"
+        "async def main():\n"
+        "    from test_vllm_engine import start\n"
+        f"    engine = await start({str(folder)!r})\n"
+        "    print('started', flush=True)\n"
+        "    await asyncio.sleep(600)\n"
+        "if __name__ == '__main__':\n"
+        "    asyncio.run(main())\n"
+    )
+    path = folder.parent / "generator.py"
+    path.write_text(script)
+    parent = subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, text=True, cwd=Path.cwd())
+    try:
+        assert any("started" in line for line in parent.stdout)
+        running = engine_processes(parent.pid)
+        assert running
+        os.kill(parent.pid, signal.SIGKILL)
+        wait_until_gone(running)
+    finally:
+        parent.kill()
+        parent.wait()
+        parent.stdout.close()
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize("settings", [{"no_such_setting": 1}, {"dtype": "float3"}])
+async def test_a_setting_that_vllm_refuses_is_named(folder, settings):
+    with pytest.raises(ConfigError, match=r"generator\.args: vLLM refuses it: .*(no_such_setting|float3)"):
+        await start(folder, **settings)
+
+
+# --- a pretrained model ---
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 0.15)])
+async def test_smollm2_agrees_with_the_trainer_before_and_after_an_update(dtype, tolerance):
+    config = RunConfig()
+    config.model.path, config.model.dtype = str(smollm2.prepare(None)), dtype
+    config.generator.engine, config.generator.max_sequences = "vllm", 8
+    config.rollout.max_prompt_tokens, config.rollout.max_completion_tokens = 64, 24
+    model = load_model(config.model, torch.float32, "cpu")
+    model.generation_config.eos_token_id = None
+    prompt = np.array(load_tokenizer(config.model).encode("The capital of France is"))
+    params = SamplingParams(n=4, max_tokens=24)
+    engine = await make_engine(config, "cpu", threads=2)
+    try:
+        for version in (0, 1):
+            if version == 1:
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter.mul_(1.02)
+                await engine.update_weights(WeightsWriter(model, getattr(torch, dtype)).write(1))
+            for completion in await engine.generate(prompt, params):
+                gap = np.abs(completion.logprobs - full_logprobs(model, prompt, completion))
+                assert gap.mean() < tolerance
+                assert completion.versions == ((version, len(completion.token_ids)),)
+        if dtype == "float32":
+            (best,) = await engine.generate(prompt, greedy(12))
+            assert best.token_ids.tolist() == greedy_tokens(model, prompt, 12)[: len(best.token_ids)]
+    finally:
+        await engine.close()
+
+
+# --- a whole run ---
+
+
+def test_a_run_on_ray_trains_and_leaves_nothing_behind(tmp_path):
+    run = subprocess.run(
+        [
+            sys.executable, "scripts/train.py", "generator.engine=vllm", "trainer.max_steps=10",
+            "eval.prompts=8", f"hydra.run.dir={tmp_path}",
+        ],
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["status"], summary["steps"], summary["max_policy_age_seen"]) == ("completed", 10, 1)
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps[0]["mismatch/behavior_abs"] < 1e-3  # sampled with the very weights of the step
+    deadline = time.monotonic() + 10
+    while left := [p for p in psutil.process_iter(["cmdline"]) if "VLLM::" in " ".join(p.info["cmdline"] or [])]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
