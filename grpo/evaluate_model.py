@@ -10,7 +10,6 @@ from pathlib import Path
 from grpo import preflight
 from grpo.cluster.launch import launch_actors
 from grpo.cluster.plan import evaluation_specs
-from grpo.composition import to_yaml
 from grpo.config import ObserveConfig, RunConfig
 from grpo.driver import EXIT_CODES, drive
 from grpo.evaluation import evaluate, held_out_prompts
@@ -34,17 +33,11 @@ def evaluate_model(config: RunConfig, folder: Path) -> int:
     if config.eval.prompts == 0:
         raise ConfigError("is 0, there is nothing to evaluate: say how many held-out prompts", key="eval.prompts")
     config = dataclasses.replace(config, observe=ObserveConfig(rollouts_every=1))  # the texts of all prompts are kept
-    task = preflight.check_names(config)
-    preflight.check_resources(config, evaluation_specs(config))
+    task = preflight.check(config, evaluation_specs(config))
     if config.dry_run:
-        if config.model.prepare is None:
-            preflight.check_model(config, task)
         Screen().print(plan_table(evaluation_specs(config)))
         return EXIT_CODES["completed"]
-    run_dir = RunDirectory(folder)
-    config = preflight.prepare_model(config, task)
-    preflight.check_model(config, task)
-    run_dir.write("config.yaml", to_yaml(config))
+    config, run_dir = preflight.open_run(config, task, folder)
     try:
         return _evaluate_model(config, run_dir)
     finally:

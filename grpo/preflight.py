@@ -14,17 +14,37 @@ from grpo.actors.reward import reward_function
 from grpo.algorithms.advantages import ADVANTAGES
 from grpo.algorithms.losses import LOSSES
 from grpo.cluster.plan import ActorSpec, check_capacity
+from grpo.composition import to_yaml
 from grpo.config import ModelConfig, RunConfig
 from grpo.engines.simulated import SimulatedEngine
 from grpo.engines.vllm_engine import check_installed
 from grpo.imports import check_arguments, import_target
 from grpo.models.loading import check_architecture, check_weights, context_length, load_settings, load_skeleton
 from grpo.models.tokenizer import load_tokenizer
+from grpo.observe.run_dir import RunDirectory
 from grpo.tasks.base import Task
 from grpo.tasks.encoding import PromptEncoder, make_task
 from grpo.types import ConfigError
 
 T = TypeVar("T")
+
+
+def check(config: RunConfig, specs: Sequence[ActorSpec]) -> Task:
+    """Everything that needs no model made; in a dry run, the model too where it is there. Returns the task."""
+    check_resources(config, specs)
+    task = check_names(config)
+    if config.dry_run and config.model.prepare is None:
+        check_model(config, task)
+    return task
+
+
+def open_run(config: RunConfig, task: Task, folder: Path) -> tuple[RunConfig, RunDirectory]:
+    """The config that the actors get, its model made and checked; and the run's folder, with that config in it."""
+    run_dir = RunDirectory(folder)
+    config = prepare_model(config, task)
+    check_model(config, task)
+    run_dir.write("config.yaml", to_yaml(config))
+    return config, run_dir
 
 
 def check_names(config: RunConfig) -> Task:

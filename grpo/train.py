@@ -16,7 +16,6 @@ from rich.table import Table
 from grpo import preflight
 from grpo.cluster.launch import launch
 from grpo.cluster.plan import ActorSpec, actor_specs
-from grpo.composition import to_yaml
 from grpo.config import RunConfig
 from grpo.driver import EXIT_CODES, drive
 from grpo.loop import run
@@ -44,17 +43,11 @@ def train(config: RunConfig, folder: Path) -> int:
     console = Screen(soft_wrap=True)
     for warning in warnings(config):
         console.print(f"warning: {warning}", style="yellow", markup=False)
-    preflight.check_resources(config, actor_specs(config))
-    task = preflight.check_names(config)
+    task = preflight.check(config, actor_specs(config))
     if config.dry_run:
-        if config.model.prepare is None:
-            preflight.check_model(config, task)
         print_plan(config, console)
         return EXIT_CODES["completed"]
-    run_dir = RunDirectory(folder)
-    config = preflight.prepare_model(config, task)
-    preflight.check_model(config, task)
-    run_dir.write("config.yaml", to_yaml(config))
+    config, run_dir = preflight.open_run(config, task, folder)
     try:
         summary = _train(config, run_dir)
     finally:

@@ -81,13 +81,21 @@ def validate(config: RunConfig) -> None:
     for name, weight in config.reward.functions.items():
         if not math.isfinite(weight):
             raise ConfigError(f"the weight of {name} is {weight}, must be finite", key="reward.functions")
+    if (config.model.path is None) == (config.model.prepare is None):
+        raise ConfigError("set either model.path (with model=hf) or model.prepare", key="model.path")
+    if not config.reward.functions:
+        raise ConfigError("is empty; name at least one, for example {task: 1.0}", key="reward.functions")
+    _validate_generator(config)
+    _validate_evaluation(config)
+
+
+def _validate_generator(config: RunConfig) -> None:
     if config.generator.max_sequences < config.rollout.group_size:
         raise ConfigError(
             f"is {config.generator.max_sequences}, but a group of rollout.group_size={config.rollout.group_size} is "
             "decoded together: raise it or make groups smaller",
             key="generator.max_sequences",
         )
-    _validate_evaluation(config)
     if config.generator.engine == "vllm" and config.rollout.temperature > 2:
         raise ConfigError(f"is {config.rollout.temperature}, vLLM takes at most 2", key="rollout.temperature")
     if config.generator.tensor_parallel > 1 and config.generator.engine != "vllm":
@@ -102,10 +110,6 @@ def validate(config: RunConfig) -> None:
         raise ConfigError(
             f"is {config.generator.gpu_memory_fraction}, must be in (0, 1]", key="generator.gpu_memory_fraction"
         )
-    if (config.model.path is None) == (config.model.prepare is None):
-        raise ConfigError("set either model.path (with model=hf) or model.prepare", key="model.path")
-    if not config.reward.functions:
-        raise ConfigError("is empty; name at least one, for example {task: 1.0}", key="reward.functions")
 
 
 def _validate_evaluation(config: RunConfig) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from grpo.engines.base import Limits
 from grpo.engines.torch_engine import TorchEngine
 from grpo.learner.collate import collate, samples_of
 from grpo.learner.logprobs import token_logprobs
@@ -16,9 +17,7 @@ from grpo.types import Batch, Group, Problem, Prompt, SamplingParams
 
 
 async def sample_groups(model, temperature):
-    engine = TorchEngine(
-        copy.deepcopy(model), stop_token_ids=(1, 2), max_rows=9, max_prompt_tokens=9, max_completion_tokens=12
-    )
+    engine = TorchEngine(copy.deepcopy(model), stop_token_ids=(1, 2), limits=Limits(9, 12, 9))
     rng = np.random.default_rng(0)
     prompts = [
         Prompt(i, Problem("?", "!"), rng.integers(3, 60, size=length)) for i, length in enumerate([2, 9, 1, 5, 5])
