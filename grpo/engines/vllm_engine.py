@@ -35,7 +35,6 @@ _PAUSE: dict[WeightUpdate, dict[str, Any]] = {
     "drain": {"mode": "wait", "clear_cache": True},
 }
 _SHUTDOWN_TIMEOUT_S = 1.0
-_CPU_KV_CACHE_BYTES = 1 << 30
 
 
 class VLLMEngine:
@@ -89,13 +88,14 @@ class VLLMEngine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        context = limits.max_prompt_tokens + limits.max_completion_tokens
         if device == "cpu":
-            settings = {"enforce_eager": True, "kv_cache_memory_bytes": _CPU_KV_CACHE_BYTES, **settings}
+            settings = _cpu_settings(context) | settings
         try:
             args = AsyncEngineArgs(
                 model=path,
                 skip_tokenizer_init=True,
-                max_model_len=limits.max_prompt_tokens + limits.max_completion_tokens,
+                max_model_len=context,
                 max_num_seqs=limits.max_sequences,
                 logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature and filters applied
                 weight_transfer_config=WeightTransferConfig(backend=BACKEND),
@@ -208,6 +208,16 @@ class VLLMEngine:
     def _raise_if_closed(self) -> None:
         if self._closed:
             raise RuntimeError("the engine has stopped")
+
+
+def _cpu_settings(context: int) -> dict[str, Any]:
+    """A prompt is read whole: read in parts, a seeded request kills the engine, whose CPU generators can't go back."""
+    return {
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 1 << 30,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(context, 4096),
+    }
 
 
 def check_installed() -> None:

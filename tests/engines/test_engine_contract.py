@@ -193,6 +193,15 @@ async def test_more_than_fits_at_once_waits_its_turn(bench):
     assert [len(group) for group in groups] == [6] * 7
 
 
+async def test_many_long_prompts_at_once_are_answered(bench):
+    prompts = [prompt_of(300 - i, i) for i in range(32)]
+    groups = await asyncio.gather(*(bench.engine.generate(p, SamplingParams(max_tokens=4, seed=7)) for p in prompts))
+    for prompt, (completion,) in zip(prompts, groups, strict=True):
+        np.testing.assert_allclose(
+            completion.logprobs, full_logprobs(bench.model(seed=1), prompt, completion), atol=1e-3
+        )
+
+
 # --- new weights ---
 
 
