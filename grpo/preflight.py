@@ -81,15 +81,17 @@ def check_resources(config: RunConfig, specs: Sequence[ActorSpec]) -> None:
 def prepare_model(config: RunConfig, task: Task) -> RunConfig:
     """The config that the actors get: with `model.path`, and prompts limited to what the model's context has room for.
 
-    The folder is made by `model.prepare` where the config names it.
+    The folder is made by `model.prepare` where the config names it. Paths are made absolute: actors start elsewhere.
     """
     if config.model.prepare is None:
         path = os.path.expanduser(str(config.model.path))
+        path = os.path.abspath(path) if path.startswith(".") or os.path.isdir(path) else path  # else: a hub's name
     else:
         prepare = import_target(config.model.prepare, key="model.prepare")
         path = str(prepare(task, **config.model.args))
     model = dataclasses.replace(config.model, path=path, prepare=None)
-    return _within_context(dataclasses.replace(config, model=model))
+    file = config.task.path and os.path.abspath(os.path.expanduser(config.task.path))
+    return _within_context(dataclasses.replace(config, model=model, task=dataclasses.replace(config.task, path=file)))
 
 
 def check_model(config: RunConfig, task: Task) -> None:
@@ -119,7 +121,7 @@ def _within_context(config: RunConfig) -> RunConfig:
 
 def _found(load: Callable[[ModelConfig], T], config: ModelConfig) -> T:
     path = str(config.path)
-    if path.startswith((".", "/")) and not Path(path, "config.json").is_file():
+    if path.startswith("/") and not Path(path, "config.json").is_file():
         raise ConfigError(f"no model folder at {path!r} (it would hold a config.json)", key="model.path")
     try:
         return load(config)

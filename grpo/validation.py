@@ -96,20 +96,30 @@ def _validate_generator(config: RunConfig) -> None:
             "decoded together: raise it or make groups smaller",
             key="generator.max_sequences",
         )
-    if config.generator.engine == "vllm" and config.rollout.temperature > 2:
-        raise ConfigError(f"is {config.rollout.temperature}, vLLM takes at most 2", key="rollout.temperature")
     if config.generator.tensor_parallel > 1 and config.generator.engine != "vllm":
         raise ConfigError("only the vllm engine spreads a model over GPUs", key="generator.tensor_parallel")
-    if config.generator.tensor_parallel > 1 and config.generator.num_gpus != config.generator.tensor_parallel:
-        raise ConfigError(
-            f"is {config.generator.num_gpus:g}, but a replica with generator.tensor_parallel="
-            f"{config.generator.tensor_parallel} needs as many GPUs",
-            key="generator.num_gpus",
-        )
+    if config.generator.engine == "vllm":
+        _validate_vllm(config)
     if not 0 < config.generator.gpu_memory_fraction <= 1:
         raise ConfigError(
             f"is {config.generator.gpu_memory_fraction}, must be in (0, 1]", key="generator.gpu_memory_fraction"
         )
+
+
+def _validate_vllm(config: RunConfig) -> None:
+    for key in ("rollout.temperature", "eval.temperature"):
+        if (temperature := _value(config, key)) is not None and temperature > 2:
+            raise ConfigError(f"is {temperature}, vLLM takes at most 2", key=key)
+    on_gpus = config.generator.num_gpus > 0
+    for group in ("generator", *(["eval"] if config.uses_evaluator else [])):
+        num_gpus, tensor_parallel = _value(config, f"{group}.num_gpus"), config.generator.tensor_parallel
+        if on_gpus != (num_gpus > 0) or (on_gpus and tensor_parallel > 1 and num_gpus != tensor_parallel):
+            needed = (tensor_parallel if tensor_parallel > 1 else "1, or a part of one") if on_gpus else "0"
+            raise ConfigError(
+                f"is {num_gpus:g}; with generator.num_gpus={config.generator.num_gpus:g} and "
+                f"generator.tensor_parallel={tensor_parallel} it must be {needed}",
+                key=f"{group}.num_gpus",
+            )
 
 
 def _validate_evaluation(config: RunConfig) -> None:
@@ -148,6 +158,11 @@ def warnings(config: RunConfig) -> list[str]:
         )
     if config.rollout.temperature == 0:
         found.append("rollout.temperature=0 makes all completions of a group equal: there will be nothing to learn")
+    if "math_verify" in config.reward.functions and config.reward.on_error == "fail":
+        found.append(
+            "reward.functions: math_verify gives up on a few completions, and one of them ends the run; "
+            "reward.on_error=drop leaves its group out instead"
+        )
     if config.eval.every > 0 and config.eval.prompts == 0:
         found.append(f"eval.every={config.eval.every}: nothing is evaluated, eval.prompts is 0")
     elif config.eval.every >= config.trainer.max_steps:

@@ -73,6 +73,22 @@ def test_every_choice_of_a_group_composes(group, choice):
         ("reward.on_error=ignore", r"reward\.on_error: 'ignore' is not one of fail, drop"),
         ("generator.max_sequences=4", r"generator\.max_sequences: is 4, but a group of rollout\.group_size=8"),
         ("model.path=x", r"model\.path: set either"),
+        ("generator.engine=vllm rollout.temperature=3", r"rollout\.temperature: is 3\.0, vLLM takes at most 2"),
+        ("generator.engine=vllm eval.temperature=3", r"eval\.temperature: is 3\.0, vLLM takes at most 2"),
+        ("generator.tensor_parallel=2", r"generator\.tensor_parallel: only the vllm engine"),
+        (
+            "generator.engine=vllm generator.tensor_parallel=2 generator.num_gpus=1",
+            r"generator\.num_gpus: is 1; with .* it must be 2$",
+        ),
+        (
+            "generator.engine=vllm generator.tensor_parallel=2 generator.num_gpus=2 eval.every=5 eval.num_gpus=1",
+            r"eval\.num_gpus: is 1; with .* it must be 2$",
+        ),
+        (
+            "generator.engine=vllm generator.num_gpus=1 eval.every=5",
+            r"eval\.num_gpus: is 0; with .* it must be 1, or a part of one$",
+        ),
+        ("generator.gpu_memory_fraction=1.5", r"generator\.gpu_memory_fraction: is 1\.5, must be in"),
         ("eval.temperature=-1", r"eval\.temperature: is -1\.0, must be at least 0"),
         ("eval.temperature=nan", r"eval\.temperature: is nan, must be at least 0"),
         ("eval.solved_at=nan", r"eval\.solved_at: is nan, must be finite"),
@@ -87,7 +103,7 @@ def test_every_choice_of_a_group_composes(group, choice):
 )
 def test_bad_input_is_one_line_that_names_the_key(override, message):
     with pytest.raises(ConfigError, match=message) as caught:
-        composed(override)
+        composed(*override.split())
     assert "\n" not in str(caught.value)
 
 
@@ -112,6 +128,12 @@ def test_evaluations_that_will_not_happen_are_warned_about():
     assert "only the start and the end are evaluated" in warning
     (warning,) = warnings(composed("eval.every=10", "eval.prompts=0"))
     assert "nothing is evaluated" in warning
+
+
+def test_math_verify_that_can_end_the_run_is_warned_about():
+    (warning,) = warnings(composed("+reward.functions.math_verify=0.5"))
+    assert "reward.on_error=drop" in warning
+    assert warnings(composed("+reward.functions.math_verify=0.5", "reward.on_error=drop")) == []
 
 
 def test_yaml_round_trip():

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "rewards": {"types"},
     "tasks": {"types", "config", "imports", "rewards"},
     "models": {"types", "config", "tasks"},
-    "engines": {"types", "weights", "compute"},
+    "engines": {"types", "weights", "compute", "structured"},
     "learner": {"types", "config", "weights", "algorithms"},
     "observe": {"types", "pacing"},
     "actors": {
@@ -46,6 +46,7 @@ ONLY_IN = {
     "transformers": {"engines", "learner", "models", "tasks", "preflight"},
     "rich": {"observe", "train", "models"},
     "reasoning_gym": {"tasks"},
+    "vllm": {"engines"},
     "datasets": {"tasks"},
     "huggingface_hub": {"tasks"},
     "math_verify": {"rewards"},

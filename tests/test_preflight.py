@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 from transformers import CLIPConfig, MambaConfig
@@ -156,3 +157,13 @@ def test_the_prepared_model_takes_the_place_of_the_path(tiny_config, tiny_model_
     tiny_config.model.args = {"folder": tiny_model_path}
     prepared = preflight.prepare_model(tiny_config, preflight.check_names(tiny_config))
     assert (prepared.model.path, prepared.model.prepare) == (tiny_model_path, None)
+
+
+def test_actors_get_absolute_paths(tiny_config, tiny_model_path, monkeypatch):
+    folder = Path(tiny_model_path)
+    monkeypatch.chdir(folder.parent)
+    task = preflight.check_names(tiny_config)
+    tiny_config.model.path, tiny_config.task.path = f"./{folder.name}", "problems.jsonl"
+    prepared = preflight.prepare_model(tiny_config, task)
+    assert prepared.model.path == str(folder)
+    assert prepared.task.path == str(folder.parent / "problems.jsonl")

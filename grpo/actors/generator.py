@@ -68,12 +68,16 @@ async def make_engine(config: RunConfig, device: str, threads: int) -> Engine:
             weight_update=settings.weight_update,  # type: ignore[arg-type]  # validated by the config
             device=device,
             threads=threads,
-            dtype=config.model.dtype,
-            trust_remote_code=config.model.trust_remote_code,
-            load_format="auto" if config.model.pickled_weights else "safetensors",
-            tensor_parallel_size=settings.tensor_parallel,
-            gpu_memory_utilization=settings.gpu_memory_fraction,
-            **settings.args,
+            settings={
+                "dtype": config.model.dtype,
+                "trust_remote_code": config.model.trust_remote_code,
+                "load_format": "auto" if config.model.pickled_weights else "safetensors",
+                "tensor_parallel_size": settings.tensor_parallel,
+                "gpu_memory_utilization": settings.gpu_memory_fraction,
+                # vLLM must not ask Ray for workers: this actor has the GPUs.
+                "distributed_executor_backend": "mp" if settings.tensor_parallel > 1 else None,
+                **settings.args,
+            },
         )
     model = await asyncio.to_thread(load_model, config.model, getattr(torch, config.model.dtype), device)
     return TorchEngine(

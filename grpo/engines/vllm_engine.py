@@ -12,19 +12,24 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import importlib.util
+import multiprocessing
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from itertools import count
-from typing import Any, Self
+from multiprocessing.process import BaseProcess
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
 from grpo.compute import BusyClock
 from grpo.engines.base import Limits, WeightUpdate
 from grpo.engines.shared_buffer import SharedBuffer
+from grpo.structured import together
 from grpo.types import ActorDied, Completion, ConfigError, GeneratorStats, Ints, SamplingParams
 from grpo.weights import Weights, check_fit
+
+R = TypeVar("R")
 
 WORKER = "grpo.engines.vllm_worker"
 BACKEND = "grpo_shared_memory"  # the name under which the worker registers how weights come in
@@ -40,12 +45,15 @@ _SHUTDOWN_TIMEOUT_S = 1.0
 class VLLMEngine:
     """Made by `start`; `close` it when done. `weight_update` as in TorchEngine.
 
-    A new prompt never reuses the cached prefix of older weights: the policy version salts the prefix cache.
+    Only what vLLM has room for is handed over, and nothing during an update: what waits is not begun until it is known
+    which weights will read it. Cached prefixes are reused within a policy version: it salts the cache. (In flight, a
+    completion that was handed over just before a pause may still share a prefix that was read before it.)
     """
 
     def __init__(
         self,
         llm: Any,
+        processes: Sequence[BaseProcess],
         *,
         stop_token_ids: Sequence[int],
         shapes: Mapping[str, tuple[int, ...]],
@@ -53,15 +61,22 @@ class VLLMEngine:
         weight_update: WeightUpdate,
     ) -> None:
         self.version = 0
-        self._llm, self._shapes, self._limits, self._weight_update = llm, shapes, limits, weight_update
+        self._llm, self._processes = llm, processes
+        self._shapes, self._limits, self._weight_update = shapes, limits, weight_update
         self._stop_token_ids = tuple(stop_token_ids)
         self._memory: SharedBuffer | None = None
+        self._places = asyncio.Semaphore(limits.max_sequences)
+        self._accepting = asyncio.Event()  # no update is under way
+        self._accepting.set()
         self._updating = asyncio.Lock()
-        self._closed = False
-        self._calls: set[asyncio.Task[Any]] = set()
         self._request_ids = count()
         self._clock = BusyClock()
         self._tokens = 0
+        self._closed = False
+        self._under_way: set[asyncio.Future[Any]] = set()
+        self._ended: asyncio.Future[Callable[[], Exception]] = asyncio.get_running_loop().create_future()
+        for process in processes:
+            asyncio.get_running_loop().add_reader(process.sentinel, self._end, _gone)
 
     @classmethod
     async def start(
@@ -74,23 +89,25 @@ class VLLMEngine:
         weight_update: WeightUpdate = "in_flight",
         device: str = "cpu",
         threads: int = 0,
-        **settings: Any,
+        settings: Mapping[str, Any],
     ) -> Self:
         """Load the model folder or hub name `path` into an engine process. Blocks the event loop meanwhile.
 
         `shapes` are the model's parameters, which published weights have to fit. `threads` are for a CPU; 0 takes
-        every core. `settings` are vLLM's own engine arguments. Raises ConfigError when vLLM is missing or refuses
-        a setting.
+        every core. `settings` are vLLM's own engine arguments. Raises ConfigError when vLLM is missing, was built for
+        another device, or refuses a setting.
         """
         check_installed()
         _set_environment(device, threads)
         from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        if (built_for := current_platform.device_type) != device:
+            raise ConfigError(f"this vLLM computes on {built_for}, not on {device}", key="generator.num_gpus")
         context = limits.max_prompt_tokens + limits.max_completion_tokens
-        if device == "cpu":
-            settings = _cpu_settings(context) | settings
+        before = set(multiprocessing.active_children())
         try:
             args = AsyncEngineArgs(
                 model=path,
@@ -101,33 +118,31 @@ class VLLMEngine:
                 weight_transfer_config=WeightTransferConfig(backend=BACKEND),
                 worker_extension_cls=f"{WORKER}.WorkerExtension",
                 disable_log_stats=True,
-                **settings,
+                **{**(_cpu_settings(context) if device == "cpu" else {}), **settings},
             )
             llm = AsyncLLM.from_engine_args(args)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"vLLM refuses it: {' '.join(str(error).split())}", key="generator.args") from error
         await llm.update_weight_version("0")
-        return cls(llm, stop_token_ids=stop_token_ids, shapes=shapes, limits=limits, weight_update=weight_update)
+        processes = [child for child in multiprocessing.active_children() if child not in before]
+        return cls(
+            llm, processes, stop_token_ids=stop_token_ids, shapes=shapes, limits=limits, weight_update=weight_update
+        )
 
     async def generate(self, prompt_ids: Ints, params: SamplingParams) -> list[Completion]:
         """Sample `params.n` completions of one prompt [prompt length].
 
         Raises ValueError when they can't fit, ActorDied when the engine's process is gone.
         """
-        self._raise_if_closed()
+        self._raise_if_ended()
         self._limits.check(prompt_ids, params)
-        call = asyncio.create_task(self._answer(prompt_ids, params))
-        self._calls.add(call)
-        call.add_done_callback(self._calls.discard)
-        try:
-            with self._clock.busy():
-                answer = await call
-        except asyncio.CancelledError:
-            if self._closed and not _cancelling():
-                raise RuntimeError("the engine was closed") from None
-            raise
-        completions = [_completion(output) for output in sorted(answer.outputs, key=lambda output: output.index)]
-        if params.temperature == 0:
+        greedy = params.temperature == 0
+        samples = range(1 if greedy else params.n)
+        with self._clock.busy():
+            completions = await self._unless_ended(
+                together(*(self._completion(prompt_ids, params, sample) for sample in samples))
+            )
+        if greedy:
             completions *= params.n
         self._tokens += sum(len(completion.token_ids) for completion in completions)
         return completions
@@ -135,13 +150,15 @@ class VLLMEngine:
     async def update_weights(self, weights: Weights) -> None:
         """Swap weights between two decode steps; returns once they are in use.
 
-        Raises WeightsError, with the old weights in use, when they don't fit. An update that fails later leaves the
-        engine closed: half of its weights may be new.
+        Raises WeightsError, with the old weights in use, when they don't fit. After an update that fails later the
+        engine answers no more: half of its weights may be new.
         """
-        self._raise_if_closed()
+        self._raise_if_ended()
         check_fit(self._shapes, weights)
-        # Shielded: a caller that gives up must not leave the engine paused.
-        await asyncio.shield(asyncio.create_task(self._update(weights)))
+        update = asyncio.ensure_future(self._unless_ended(self._update(weights)))
+        # Shielded: a caller that gives up must not leave the engine paused. Nobody hears of its error then.
+        update.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.shield(update)
 
     def stats(self) -> GeneratorStats:
         return GeneratorStats(busy_s=self._clock.seconds, tokens=self._tokens)
@@ -151,39 +168,42 @@ class VLLMEngine:
         if self._closed:
             return
         self._closed = True
-        calls = list(self._calls)
-        for call in calls:
-            call.cancel()
-        await asyncio.gather(*calls, return_exceptions=True)
+        self._end(partial(RuntimeError, "the engine was closed"))
+        for work in self._under_way:
+            work.cancel()
+        await asyncio.gather(*self._under_way, return_exceptions=True)
+        for process in self._processes:
+            asyncio.get_running_loop().remove_reader(process.sentinel)
         await asyncio.to_thread(self._llm.shutdown, timeout=_SHUTDOWN_TIMEOUT_S)
         self._llm.shutdown = lambda: None  # vLLM's finalizer calls it again, and fails at the interpreter's end
         if self._memory is not None:
             self._memory.close()
 
-    async def _answer(self, prompt_ids: Ints, params: SamplingParams) -> Any:
-        """vLLM's one, final output for a request."""
+    async def _completion(self, prompt_ids: Ints, params: SamplingParams, sample: int) -> Completion:
         from vllm.inputs import tokens_input
 
-        prompt = tokens_input(np.asarray(prompt_ids).tolist(), cache_salt=str(self.version))
-        outputs = self._llm.generate(
-            prompt, _sampling_params(params, self._stop_token_ids), str(next(self._request_ids))
-        )
-        with _death_named():
-            [answer] = [output async for output in outputs]
-        return answer
+        async with self._places:
+            await self._accepting.wait()
+            prompt = tokens_input(np.asarray(prompt_ids).tolist(), cache_salt=str(self.version))
+            settings = _sampling_params(params, sample, self._stop_token_ids)
+            [answer] = [each async for each in self._llm.generate(prompt, settings, str(next(self._request_ids)))]
+        [output] = answer.outputs
+        return _as_completion(output)
 
     async def _update(self, weights: Weights) -> None:
         layout = [(s.name, list(s.shape), str(s.dtype).removeprefix("torch."), s.offset) for s in weights.specs]
         async with self._updating:
-            with _death_named():
-                memory = await self._shared_memory(weights.buffer.nbytes)
-                await asyncio.to_thread(memory.write, weights.buffer)  # generation goes on during this copy
+            memory = await self._shared_memory(weights.buffer.nbytes)
+            await asyncio.to_thread(memory.write, weights.buffer)  # generation goes on during this copy
+            self._accepting.clear()
+            try:
                 await self._llm.pause_generation(**_PAUSE[self._weight_update])
-                try:
-                    await self._load(layout, weights.version)
-                except BaseException:
-                    await self.close()
-                    raise
+                await self._load(layout, weights.version)
+                await self._llm.resume_generation()
+            except BaseException:
+                self._end(partial(RuntimeError, "the engine stopped: an update of its weights failed"))
+                raise
+            self._accepting.set()
 
     async def _load(self, layout: Sequence[Any], version: int) -> None:
         """While generation pauses: have the workers take what lies in the shared memory."""
@@ -193,7 +213,6 @@ class VLLMEngine:
         await self._llm.update_weights(WeightTransferUpdateRequest({"parameters": layout}))
         await self._llm.finish_weight_update(weight_version=str(version))
         self.version = version
-        await self._llm.resume_generation()
 
     async def _shared_memory(self, size: int) -> SharedBuffer:
         """The memory that weights pass through, mapped by the workers at the first update."""
@@ -205,9 +224,38 @@ class VLLMEngine:
             await self._llm.init_weight_transfer_engine(request)
         return self._memory
 
-    def _raise_if_closed(self) -> None:
+    async def _unless_ended(self, work: Coroutine[Any, Any, R]) -> R:
+        """Await `work`, or cancel it and raise as soon as the engine ends: vLLM lets some calls wait for ever then."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        task = asyncio.ensure_future(work)
+        self._under_way.add(task)
+        try:
+            await asyncio.wait((task, self._ended), return_when=asyncio.FIRST_COMPLETED)
+            if self._ended.done() and (task.cancelled() or not task.done()):
+                raise self._ended.result()()
+            return task.result()
+        except EngineDeadError as error:
+            raise _gone() from error
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            self._under_way.discard(task)
+
+    def _end(self, reason: Callable[[], Exception]) -> None:
+        """From now on every call raises what `reason` makes."""
+        if not self._ended.done():
+            self._ended.set_result(reason)
+
+    def _raise_if_ended(self) -> None:
         if self._closed:
             raise RuntimeError("the engine has stopped")
+        if self._ended.done():
+            raise self._ended.result()()
+
+
+def _gone() -> ActorDied:
+    return ActorDied("the engine process of vLLM is gone")
 
 
 def _cpu_settings(context: int) -> dict[str, Any]:
@@ -226,56 +274,39 @@ def check_installed() -> None:
         raise ConfigError("vllm is not installed: pip install 'grpo[vllm]', or use torch", key="generator.engine")
 
 
-def _sampling_params(params: SamplingParams, stop_token_ids: tuple[int, ...]) -> Any:
+def _sampling_params(params: SamplingParams, sample: int, stop_token_ids: tuple[int, ...]) -> Any:
     from vllm import SamplingParams as VLLMParams
     from vllm.sampling_params import RequestOutputKind
 
-    greedy = params.temperature == 0
     return VLLMParams(
-        n=1 if greedy else params.n,  # vLLM refuses several greedy ones, which would be equal
         temperature=params.temperature,
         top_p=params.top_p,
         top_k=params.top_k,
         max_tokens=params.max_tokens,
         stop_token_ids=[*stop_token_ids, *params.stop_token_ids],
         ignore_eos=True,  # our list is the whole one
-        seed=None if greedy else _seed(params.seed),
+        seed=None if params.temperature == 0 else _seed(params.seed, sample),
         logprobs=0,  # of the sampled token alone
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
-def _completion(output: Any) -> Completion:
+def _as_completion(output: Any) -> Completion:
+    if output.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended a completion with {output.finish_reason!r}")
     logprobs = [at[token_id].logprob for at, token_id in zip(output.logprobs, output.token_ids, strict=True)]
     return Completion(
         token_ids=np.array(output.token_ids, dtype=np.int64),
         logprobs=np.array(logprobs, dtype=np.float32),
         versions=tuple((int(span.version), span.end - span.start) for span in output.weight_versions),
-        finish_reason="stop" if output.finish_reason == "stop" else "length",
+        finish_reason=output.finish_reason,
     )
 
 
-def _seed(seed: int) -> int:
-    """vLLM seeds sample i of a group with seed + i; spread out, so that neighbouring prompts don't share numbers."""
-    return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=6).digest(), "big")
-
-
-@contextmanager
-def _death_named() -> Iterator[None]:
-    """Raise ActorDied for a call that vLLM's processes did not survive."""
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    try:
-        yield
-    except EngineDeadError as error:
-        raise ActorDied("the engine process of vLLM is gone") from error
-
-
-def _cancelling() -> bool:
-    """Whether it is the calling task itself that is being cancelled."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+def _seed(seed: int, sample: int) -> int:
+    """One number out of the two; 48 bits, which every device's generator takes."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{sample}".encode(), digest_size=6).digest(), "big")
 
 
 def _set_environment(device: str, threads: int) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import multiprocessing
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -92,6 +94,9 @@ def _repack_tied_head(model: Any) -> None:
 def _die_with_parent() -> None:
     """Have the kernel end this process when its parent is gone, however it went."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:
+        os._exit(1)  # it went before the line above
 
 
 _die_with_parent()

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from grpo.models.tiny import tiny_llama
 from grpo.models.tokenizer import load_tokenizer
 from grpo.types import ActorDied, ConfigError, SamplingParams
 from grpo.weights import WeightsWriter, parameter_shapes
+from tests.scripts.processes import finish, processes_of
 
 LIMITS = Limits(max_prompt_tokens=64, max_completion_tokens=200, max_sequences=16)
 
@@ -38,7 +38,12 @@ def folder(tmp_path):
 async def start(folder, **settings):
     shapes = parameter_shapes(tiny_llama(width=64, layers=2, heads=2))
     return await VLLMEngine.start(
-        str(folder), stop_token_ids=(), shapes=shapes, limits=LIMITS, threads=1, **{"dtype": "float32", **settings}
+        str(folder),
+        stop_token_ids=(),
+        shapes=shapes,
+        limits=LIMITS,
+        threads=1,
+        settings={"dtype": "float32", **settings},
     )
 
 
@@ -76,6 +81,95 @@ async def test_an_engine_process_that_is_killed_ends_every_call_with_a_typed_err
     with pytest.raises(ActorDied):
         await asyncio.wait_for(engine.update_weights(weights_of(tiny_llama(width=64, layers=2, heads=2), 1)), 30)
     await engine.close()
+
+
+async def test_an_engine_process_that_dies_during_an_update_ends_it(folder):
+    engine = await start(folder)
+    for process in engine_processes(os.getpid()):
+        process.suspend()
+    update = asyncio.create_task(engine.update_weights(weights_of(tiny_llama(width=64, layers=2, heads=2), 1)))
+    call = asyncio.create_task(engine.generate(np.array([5, 6]), greedy(4)))
+    await asyncio.sleep(0.2)
+    for process in engine_processes(os.getpid()):
+        process.kill()
+    for pending in (update, call):
+        with pytest.raises(ActorDied, match="the engine process of vLLM is gone"):
+            await asyncio.wait_for(pending, 10)
+    await engine.close()
+
+
+async def test_closing_during_an_update_ends_it(folder):
+    engine, paused = await start(folder), asyncio.Event()
+
+    async def never(*_):
+        paused.set()
+        await asyncio.sleep(600)
+
+    engine._load = never
+    update = asyncio.create_task(engine.update_weights(weights_of(tiny_llama(width=64, layers=2, heads=2), 1)))
+    await paused.wait()
+    await engine.close()
+    with pytest.raises(RuntimeError, match="the engine was closed"):
+        await asyncio.wait_for(update, 10)
+
+
+async def test_giving_up_on_an_update_while_generation_pauses_does_not_stop_it(folder):
+    engine, load, paused, go_on = await start(folder), None, asyncio.Event(), asyncio.Event()
+    load = engine._load
+
+    async def slow(*args):
+        paused.set()
+        await go_on.wait()
+        await load(*args)
+
+    engine._load = slow
+    new = lively(tiny_llama(width=64, layers=2, heads=2), 2)
+    update = asyncio.create_task(engine.update_weights(weights_of(new, 1)))
+    await paused.wait()
+    update.cancel()
+    await asyncio.gather(update, return_exceptions=True)
+    go_on.set()
+    (completion,) = await engine.generate(np.array([5, 6]), greedy(4))
+    await engine.close()
+    assert completion.versions == ((1, 4),)
+    assert completion.token_ids.tolist() == greedy_tokens(new, [5, 6], 4)
+
+
+async def test_an_update_that_fails_half_way_stops_the_engine(folder):
+    engine = await start(folder)
+
+    async def fail(*_):
+        raise OSError("half-way")
+
+    engine._load = fail
+    with pytest.raises(OSError, match="half-way"):
+        await engine.update_weights(weights_of(tiny_llama(width=64, layers=2, heads=2), 1))
+    with pytest.raises(RuntimeError, match="an update of its weights failed"):
+        await engine.generate(np.array([5, 6]), greedy(4))
+    await engine.close()
+
+
+async def test_cancelled_requests_are_aborted(folder):
+    engine = await start(folder)
+    call = asyncio.create_task(engine.generate(np.array([5, 6]), SamplingParams(n=16, max_tokens=200)))
+    await asyncio.sleep(0.05)
+    assert engine._llm.output_processor.get_num_unfinished_requests() == 16
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    assert engine._llm.output_processor.get_num_unfinished_requests() == 0
+    assert engine.stats().tokens == 0
+    await engine.close()
+
+
+async def test_a_model_split_over_two_processes_takes_new_weights_too(folder):
+    engine, new = await start(folder, tensor_parallel_size=2), lively(tiny_llama(width=64, layers=2, heads=2), 2)
+    running = engine_processes(os.getpid())
+    assert len(running) > 2
+    await engine.update_weights(weights_of(new, 1))
+    (completion,) = await engine.generate(np.array([5, 6, 7]), greedy(8))
+    await engine.close()
+    wait_until_gone(running)
+    assert completion.token_ids.tolist() == greedy_tokens(new, [5, 6, 7], 8)
 
 
 def test_a_killed_generator_takes_its_engine_along(folder):
@@ -148,20 +242,20 @@ async def test_smollm2_agrees_with_the_trainer_before_and_after_an_update(dtype,
 # --- a whole run ---
 
 
-def test_a_run_on_ray_trains_and_leaves_nothing_behind(tmp_path):
-    run = subprocess.run(
-        [
-            sys.executable, "scripts/train.py", "generator.engine=vllm", "trainer.max_steps=10",
-            "eval.prompts=8", f"hydra.run.dir={tmp_path}",
-        ],
-        env={**os.environ, "PYTHONPATH": str(Path.cwd())}, capture_output=True, text=True, timeout=300, check=False,
+def test_a_run_on_ray_trains_evaluates_and_leaves_nothing_behind(tmp_path):
+    command = [sys.executable, "scripts/train.py", "generator.engine=vllm", "trainer.max_steps=10"]
+    evaluation = ["eval.prompts=8", "eval.every=5", "eval.num_cpus=0"]
+    run = subprocess.Popen(
+        [*command, *evaluation, f"hydra.run.dir={tmp_path}"],
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())}, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    assert run.returncode == 0, run.stdout + run.stderr
+    code, stdout, stderr = finish(run, timeout=300)
+    assert code == 0, stdout + stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["status"], summary["steps"], summary["max_policy_age_seen"]) == ("completed", 10, 1)
+    evaluated = [evaluation["step"] for evaluation in summary["evaluations"]]
+    assert (evaluated[0], evaluated[-1]) == (0, 10)
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps[0]["mismatch/behavior_abs"] < 1e-3  # sampled with the very weights of the step
-    deadline = time.monotonic() + 10
-    while left := [p for p in psutil.process_iter(["cmdline"]) if "VLLM::" in " ".join(p.info["cmdline"] or [])]:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.2)
+    assert processes_of(run.pid) == []
