@@ -77,7 +77,7 @@ async def continuous_rollouts(
                 raise
             recorder.group_dropped(error)
             await services.replay_buffer.skip.call_one(ticket)
-            pacer.drop(ticket, "reward_error")
+            pacer.drop(ticket, error.reason)
             continue
         recorder.group_finished(group, scores, report)
         await services.replay_buffer.add.call_one(ticket, group)

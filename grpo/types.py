@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -210,7 +210,18 @@ class TaskError(DataError):
 
 
 class RewardError(DataError):
-    """A reward function that raised, or returned NaN or a wrong number of scores."""
+    """A reward function that raised, or returned NaN or a wrong number of scores.
+
+    A group that is dropped for it (`reward.on_error=drop`) is counted under `reason`.
+    """
+
+    reason: ClassVar[str] = "reward_error"
+
+
+class RewardTimeout(RewardError):
+    """A reward function that was killed for taking too long: nothing is known of the answer."""
+
+    reason = "reward_timeout"
 
 
 class InfrastructureError(GRPOError):

@@ -9,7 +9,7 @@ import numpy as np
 
 from grpo.cluster.handles import LocalEndpoint
 from grpo.services import returns_payload
-from grpo.types import Batch, GeneratorStats, RewardError, SamplingParams
+from grpo.types import Batch, GeneratorStats, RewardError, RewardTimeout, SamplingParams
 from grpo.weights import Weights
 
 EVALUATION_SEEDS = 1 << 60  # those of held-out prompts lie above it
@@ -28,6 +28,12 @@ def sometimes_raising(problem, completions):
     if len(problem.question) % 2:
         raise ValueError("an odd question")
     return vowel_share(problem, completions)
+
+
+def sometimes_timing_out(problem, completions):
+    if len(problem.question) == 5:
+        raise RewardTimeout("timeout: took longer than 1 s and was killed")
+    return sometimes_raising(problem, completions)
 
 
 def not_a_number(problem, completions):

@@ -178,6 +178,14 @@ async def test_reward_errors_end_the_run_or_drop_the_group(simulated, make_recor
     assert pacer.admitted == pacer.trained + pacer.dropped.total() + pacer.outstanding
 
 
+async def test_reward_timeouts_are_counted_apart_from_other_reward_errors(simulated, make_recorder):
+    simulated.reward.functions = {"tests.fakes:sometimes_timing_out": 1.0}
+    simulated.reward.on_error = "drop"
+    pacer, *_ = await run_loop(simulated, make_recorder, {"trainer": CountingTrainer()})
+    assert set(pacer.dropped) == {"reward_timeout", "reward_error"}
+    assert pacer.admitted == pacer.trained + pacer.dropped.total() + pacer.outstanding
+
+
 async def test_a_shutdown_finishes_the_step_and_returns(simulated, make_recorder):
     shutdown = asyncio.Event()
 

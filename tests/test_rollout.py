@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from grpo.cluster.local import launch_local
-from grpo.evaluation import evaluate
 from grpo.rollout import PromptQueue, rollout, sampling_params
-from grpo.types import Problem, Prompt, RewardError, StalledError
+from grpo.types import Problem, Prompt, RewardError
 
 
 class CountingDataloader:
@@ -91,30 +90,3 @@ async def test_the_reference_runs_side_by_side_with_the_reward(tiny_config):
         with pytest.raises(RewardError, match="both were asked"):
             async with asyncio.timeout(30):
                 await rollout(prompt, params, services, tiny_config.loss)
-
-
-async def test_a_prompt_whose_reward_fails_ends_the_evaluation_or_is_left_out(tiny_config):
-    tiny_config.eval.prompts = 8
-    tiny_config.reward.functions = {"tests.fakes.sometimes_raising": 1.0}
-    async with launch_local(tiny_config) as services:
-        with pytest.raises(RewardError, match="an odd question"):
-            await evaluate(services, tiny_config)
-        tiny_config.reward.on_error = "drop"
-        assert 0 <= await evaluate(services, tiny_config) <= 1
-
-
-async def test_an_evaluation_that_hangs_is_a_stall(tiny_config):
-    tiny_config.eval.prompts, tiny_config.watchdog.seconds = 2, 0.1
-    tiny_config.generator.engine, tiny_config.generator.args = "simulated", {"latency_s": 3600.0}
-    async with launch_local(tiny_config) as services:
-        with pytest.raises(StalledError, match="the evaluation was not finished"):
-            await evaluate(services, tiny_config)
-
-
-async def test_evaluation_is_repeatable_and_off_when_not_asked_for(tiny_config):
-    async with launch_local(tiny_config) as services:
-        assert await evaluate(services, tiny_config) is None
-        tiny_config.eval.prompts = 5
-        first = await evaluate(services, tiny_config)
-        assert first == await evaluate(services, tiny_config)
-        assert 0 < first < 1

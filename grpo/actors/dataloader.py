@@ -34,17 +34,24 @@ class Dataloader:
         return [next(self._stream) for _ in range(count)]
 
     async def held_out(self, count: int) -> list[Prompt]:
-        """The first held-out prompts under the length limit, at most `count`, always the same ones."""
+        """The first held-out prompts under the length limit, at most `count`, always the same ones.
+
+        Those skipped for their length are counted once, however often they are asked for.
+        """
         prompts: list[Prompt] = []
+        skipped = 0
         for serial, problem in enumerate(self._task.problems("held_out")):
             if len(prompts) == count:
                 break
-            if (token_ids := self._encoder.encode(problem)) is not None:
+            if (token_ids := self._encoder.encode(problem)) is None:
+                skipped += 1
+            else:
                 prompts.append(Prompt(serial, problem, token_ids))
+        self.counts["held_out_skipped_length"] = max(self.counts["held_out_skipped_length"], skipped)
         return prompts
 
     async def stats(self) -> dict[str, int]:
-        """Prompts handed out, skipped for their length, and epochs begun."""
+        """Prompts handed out, skipped for their length, of training and held out, and epochs begun."""
         return {"handed_out": self._handed_out, **self.counts}
 
     async def close(self) -> None:

@@ -13,7 +13,7 @@ from grpo.models.tokenizer import load_tokenizer
 from grpo.rewards import REWARDS, RewardFunction
 from grpo.tasks.base import Task
 from grpo.tasks.encoding import make_task
-from grpo.types import Completion, Problem, Prompt, RewardError, Scores
+from grpo.types import Completion, Problem, Prompt, RewardError, RewardTimeout, Scores
 
 
 class Reward:
@@ -60,10 +60,15 @@ def reward_function(name: str, task: Task) -> RewardFunction:
 
 
 def evaluate(name: str, function: RewardFunction, problem: Problem, texts: Sequence[str]) -> tuple[float, ...]:
-    """Call one reward function and check what it returns. Raises RewardError naming the reward and the prompt."""
+    """Call one reward function and check what it returns.
+
+    Raises RewardError, or RewardTimeout where that is what happened, naming the reward and the prompt.
+    """
     where = f"reward {name!r} on prompt {problem.question[:80]!r}"
     try:
         scores = tuple(float(score) for score in function(problem, texts))
+    except RewardTimeout as error:
+        raise RewardTimeout(f"{where}: {error}") from error
     except RewardError as error:
         raise RewardError(f"{where}: {error}") from error
     except (Exception, SystemExit) as error:  # whatever user code raises: the run's `reward.on_error` decides

@@ -15,7 +15,9 @@ from grpo.types import Problem
 
 _BRACES = re.compile(r"\\boxed\s?\{|\\?[{}]")
 _TAGS = re.compile(r"<answer>((?:[^<]|<(?!/?answer>))*+)</answer>")
-_HASHES = re.compile(r"####[ \t]*((?=[-−$\\.]{0,3}[0-9])[^\n]*)")  # `#### Step 2` is a headline
+_HASHES = re.compile(  # `#### Step 2` and `#### 2. Add` are headlines
+    r"####[ \t]*((?=[-−–$\\.]{0,3}[0-9])(?![0-9]{1,2}[.)][ \t*]*[^\W\d_])[^\n]*)"
+)
 _PHRASE = re.compile(r"\banswer(?: is\b|:)", re.IGNORECASE)
 _CLOSING = re.compile(r"[\s.$*)\]\\]*")  # the end of a sentence, of maths or of bold print may follow
 
@@ -37,14 +39,15 @@ def final_answer(problem: Problem, completions: Sequence[str]) -> list[float]:
 def final_number(text: str) -> Fraction | None:
     """The number given as the final answer, exactly; None when there is none.
 
-    It stands in the last of the strongest marks, else after "the answer is", else it is the last number of the text.
-    A mark that holds no number, or several, is a wrong answer: what stands elsewhere doesn't mend it.
+    It stands in the last of the strongest marks, else after "the answer is" and the last equals sign of that line,
+    else it is the last number of the text. A mark that holds no number, or several, is a wrong answer: what stands
+    elsewhere doesn't mend it.
     """
     for marks in (_boxed(text), _matched(_TAGS, text), _matched(_HASHES, text)):
         if marks:
             return parse_number(marks[-1].content)
     *_, after = _PHRASE.split(text)
-    if after != text and (numbers := numbers_in(after.partition("\n")[0])):
+    if after != text and (numbers := numbers_in(after.partition("\n")[0].rpartition("=")[2])):
         return numbers[0]
     numbers = numbers_in(text)
     return numbers[-1] if numbers else None

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from pebble import ProcessExpired, ProcessPool
 
-from grpo.types import RewardError
+from grpo.types import RewardError, RewardTimeout
 
 _GRACE_S = 2.0  # by which a worker outlives its time-out when this process was killed
 
@@ -35,7 +35,8 @@ class Killable(Generic[T]):
     def map(self, calls: Iterable[tuple[Any, ...]]) -> list[T]:
         """The results for several tuples of arguments, in their order. Time spent waiting for a process is free.
 
-        Raises RewardError when a call times out or its process dies, and what the function itself raises.
+        Raises RewardTimeout when a call times out, RewardError when its process dies, and what the function itself
+        raises.
         """
         pool = self._running_pool()
         args = (self._function, self._timeout_s)
@@ -43,7 +44,7 @@ class Killable(Generic[T]):
         try:
             return [future.result() for future in futures]
         except TimedOut as error:
-            raise RewardError(f"timeout: took longer than {self._timeout_s:g} s and was killed") from error
+            raise RewardTimeout(f"timeout: took longer than {self._timeout_s:g} s and was killed") from error
         except ProcessExpired as error:
             raise RewardError(f"its process died with exit code {error.exitcode}") from error
         except BrokenProcessPool as error:

@@ -20,7 +20,7 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the time
 def math_verify(problem: Problem, completions: Sequence[str]) -> list[float]:
     """1 for a completion whose answer equals the problem's as an expression, 0.5 or \\frac{1}{2} alike; else 0.
 
-    It runs where a time-out can kill it. Raises RewardError then, and ValueError for a problem whose answer can't be
+    It runs where a time-out can kill it. Raises RewardTimeout then, and ValueError for a problem whose answer can't be
     read.
     """
     return list(map(float, _equivalent.map((problem.answer, text) for text in completions)))

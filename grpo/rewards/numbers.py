@@ -1,8 +1,10 @@
 r"""Numbers as people and models write them, read exactly.
 
-    -3   −3   1,234   1{,}234   1,000.50   .5   72.   1e6   3/4   \frac{3}{4}   1 1/2   \$18   50%   72 clips
+    -3   −3   1,234   1{,}234   1_234   1,000.50   .5   72.   1e6   1.5 \times 10^3   3/4   \frac{3}{4}   1 1/2
+    \$18   USD18   50%   72 clips   72\text{ clips}
 
-A percent sign is a unit like any other: 50% is 50. A plain space separates numbers: `1 000` is two of them.
+A percent sign is a unit like any other: 50% is 50. A plain space separates numbers: `1 000` is two of them. Roots
+and multiples of pi are none: \sqrt{72}, 2\pi.
 """
 
 from __future__ import annotations
@@ -12,30 +14,36 @@ from fractions import Fraction
 
 _LONGEST = 100  # characters, and 3 digits of an exponent: beyond it, reading a number takes time and memory
 
+_TIMES_POWER_OF_TEN = r"(?<=[0-9])\s?(?:\\times|\\cdot|×)\s?10\^(?:\{(-?[0-9]{1,3})\}|([0-9])(?![0-9]))"
+
 # Rewritten one after another, before the numbers are looked for.
 _REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"−", "-"),
+        (r"[−–]", "-"),
         (r"\\!", ""),  # takes a space back: 1,\!234
         (r"\*\*", " "),  # bold print
         (r"\{,\}", ","),
-        (r"(?<=[0-9])(?:\\,|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))", ","),
-        (r"-\s?\\?[$€£¥]\s?", "-"),
+        (r"(?<=[0-9])(?:\\,|\\?_|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))", ","),
+        (_TIMES_POWER_OF_TEN, r"e\1\2"),
+        (r"\s?(?:\\sqrt\s?\{[^{}]{1,100}\}|\\sqrt|\\pi(?![A-Za-z])|[√π])\s?", "_"),  # hides the digits beside it
+        (r"-\\?[$€£¥]\s?", "-"),
         (r"\\?[$€£¥]", " "),
+        (r"^\s*-\s+", "-"),  # with a space it is a sign at the start, and a dash elsewhere
         (r"(?<=[0-9])\\[dt]?frac", r" \\frac"),
         (r"\\[dt]?frac\s?\{([^{}]{1,100})\}\s?\{([^{}]{1,100})\}", r"\1/\2"),
         (r"\\[dt]?frac\s?([0-9])\s?([0-9])", r"\1/\2"),
         (r"(?<=[A-Za-z])\}?\^\{?[23]\}?", " "),  # the exponent of a unit
+        (r"\\[A-Za-z]++|(?<![A-Za-z])(?:USD|EUR|GBP|or|and|to)(?=[0-9])", " "),  # would hide the digits glued to it
     )
 ]
 
 _PLAIN = r"""
-    (?: (?<!\w) (?<![0-9]\.) (?: [0-9]{1,3} (?:,[0-9]{3}){1,30}+ (?![0-9]) | [0-9]++ ) (?:\.[0-9]++)?+
+    (?: (?<!\w) (?<!_/) (?<![0-9]\.) (?: [0-9]{1,3} (?:,[0-9]{3}){1,30}+ (?![0-9]) | [0-9]++ ) (?:\.[0-9]++)?+
       | (?<![\w.]) \.[0-9]++
     )
     (?: [eE] [+-]? [0-9]++ )?+
-    (?! \.?[0-9] )
+    (?! \.?[0-9] | /?_ )
 """
 _NUMBER = re.compile(
     rf"""

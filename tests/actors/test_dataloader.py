@@ -98,6 +98,18 @@ async def test_held_out_gives_what_there_is_and_nothing_too_long(make_loader):
     assert [p.problem for p in await (await make_loader(max_prompt_tokens=limit)).held_out(100)] == short
 
 
+async def test_held_out_prompts_over_the_limit_are_counted_once_however_often_they_are_asked_for(make_loader):
+    lengths = [len(prompt.token_ids) for prompt in await (await make_loader()).held_out(100)]
+    limit = max(lengths) - 1
+    too_long = sum(length > limit for length in lengths)
+    loader = await make_loader(max_prompt_tokens=limit)
+    for count in (100, 100, 0, 1):
+        await loader.held_out(count)
+    stats = await loader.stats()
+    assert stats["held_out_skipped_length"] == too_long
+    assert "skipped_length" not in stats
+
+
 async def test_held_out_prompts_do_not_count_as_handed_out(make_loader):
     loader = await make_loader()
     await loader.held_out(4)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import pickle
 import threading
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ import pytest
 from grpo.actors.reward import Reward, evaluate, reward_function
 from grpo.config import RewardConfig
 from grpo.rewards import REWARDS
-from grpo.types import ConfigError, Problem, RewardError
+from grpo.types import ConfigError, Problem, RewardError, RewardTimeout
 
 released = threading.Event()
 
@@ -51,7 +52,16 @@ def words(problem, texts):
 
 
 def timed_out(problem, texts):
-    raise RewardError("timeout: took longer than 5 s and was killed")
+    raise RewardTimeout("timeout: took longer than 5 s and was killed")
+
+
+class OddRewardError(RewardError):
+    def __init__(self, code, detail):
+        super().__init__(f"{code}: {detail}")
+
+
+def odd(problem, texts):
+    raise OddRewardError(7, "no judge")
 
 
 def none_at_all(problem, texts):
@@ -117,6 +127,7 @@ async def test_any_numbers_become_floats(make_reward, prompt, answers):
         ("words", "raised ValueError"),
         ("none_at_all", "raised TypeError"),
         ("timed_out", "timed_out' on prompt 'cab>': timeout: took longer"),
+        ("odd", "odd' on prompt 'cab>': 7: no judge"),
     ],
 )
 async def test_an_unusable_reward_is_an_error_that_names_it_and_the_prompt(
@@ -130,6 +141,15 @@ async def test_an_unusable_reward_is_an_error_that_names_it_and_the_prompt(
     assert f"{__name__}:{function}" in message
     assert "cab>" in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(("function", "kind"), [(timed_out, RewardTimeout), (odd, RewardError), (broken, RewardError)])
+def test_a_timeout_stays_one_also_when_it_is_sent_to_another_process(function, kind):
+    with pytest.raises(RewardError) as raised:
+        evaluate("x", function, Problem("cab>", "abc"), ["a"])
+    arrived = pickle.loads(pickle.dumps(raised.value))
+    assert type(arrived) is kind
+    assert str(arrived) == str(raised.value)
 
 
 async def test_an_error_does_not_spoil_the_next_call(make_reward, prompt, answers):

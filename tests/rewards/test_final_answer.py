@@ -44,11 +44,24 @@ PIECES = [
         ("####-3", -3),
         ("#### $1,080", 1080),
         ("#### Step 3\nThe answer is 72.", 72),
+        ("#### 1. Compute 2 x 24\n#### 2. Sum up 3 terms\nThe answer is 72.", 72),
+        ("#### 1) **Compute** 2 x 24\nThe answer is 72.", 72),
+        ("#### 72. \n1 year", 72),
+        ("#### 1.5 hours", Fraction(3, 2)),
+        ("#### 120. So it is", 120),
         ("The answer is 72 clips in 2 months.", 72),
         ("The answer is: **72**", 72),
         ("Final Answer: $72", 72),
         ("The answer is 1. No: the answer is 72", 72),
         ("The answer is\n\n72", 72),
+        ("The answer is 48 + 24 = 72.", 72),
+        ("Answer: 48 + 24 = 72 clips", 72),
+        ("So, the answer is 5 x 4 = $20.", 20),
+        ("The answer is 12 - 5 = 7.", 7),
+        ("The answer is 25% of 80 = 20", 20),
+        ("The answer is 48 + 24 = 72.\n72 = 6 x 12", 72),
+        ("The answer is – 3.", -3),
+        ("#### –3", -3),
         ("48 and 24 make 72 clips", 72),
         ("it is \\boxed{72", 72),
         ("<answer>72", 72),
@@ -67,7 +80,8 @@ def test_the_stronger_mark_wins():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "none", "\\boxed{} 72", "\\boxed{seventy-two} 72", "72 <answer>71 or 72</answer>"]
+    "text",
+    ["", "none", "\\boxed{} 72", "\\boxed{seventy-two} 72", "72 <answer>71 or 72</answer>", "72 \\boxed{24\\times3}"],
 )
 def test_no_final_answer(text):
     assert final_number(text) is None
@@ -105,6 +119,7 @@ def test_a_completion_that_ends_with_one_marked_answer_earns_1(text):
         "\\boxed{72} clips, I think",
         "#### 72\nThat took 3 steps",
         "#### Step 72",
+        "#### 1. Compute\n72",
     ],
 )
 def test_anything_else_earns_0(text):
@@ -124,7 +139,8 @@ def test_no_text_makes_it_raise():
 
 
 @pytest.mark.parametrize(
-    "piece", ["\\boxed{", "}", "<answer>", "</answer>", "####", "#### 1", "answer is ", "\\boxed{1}"]
+    "piece",
+    ["\\boxed{", "}", "<answer>", "</answer>", "####", "#### 1", "#### 1. ", "answer is ", "answer is =", "\\boxed{1}"],
 )
 def test_a_long_text_is_read_in_linear_time(piece):
     text = piece * (50_000 // len(piece))

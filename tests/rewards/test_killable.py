@@ -11,7 +11,7 @@ import time
 import pytest
 
 from grpo.rewards.killable import Killable
-from grpo.types import RewardError
+from grpo.types import RewardError, RewardTimeout
 
 
 def behave(how):
@@ -66,15 +66,16 @@ def test_results_come_in_order_from_another_process(killable):
 @pytest.mark.parametrize("how", ["hang", "hang in C"])
 def test_a_hang_is_a_timeout_and_its_process_is_killed(killable, how):
     (pid,) = killable.map(calls("pid"))
-    with pytest.raises(RewardError, match="timeout: took longer than 1 s and was killed"):
+    with pytest.raises(RewardTimeout, match="timeout: took longer than 1 s and was killed"):
         killable.map(calls("fine", how, "fine"))
     wait_until(lambda: not alive(pid))
     assert killable.map(calls("fine")) == ["fine"]
 
 
 def test_a_crash_is_an_error_and_the_next_call_is_fine(killable):
-    with pytest.raises(RewardError, match="died with exit code 3"):
+    with pytest.raises(RewardError, match="died with exit code 3") as raised:
         killable.map(calls("die"))
+    assert not isinstance(raised.value, RewardTimeout)
     assert killable.map(calls("fine")) == ["fine"]
 
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from grpo.actors.reward import reward_function
-from grpo.types import ConfigError, Problem, RewardError
+from grpo.types import ConfigError, Problem, RewardTimeout
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_expressions_are_compared_by_their_value(math_verify, answer, right, wro
 
 def test_a_hang_is_an_error_that_says_so_and_not_a_wrong_answer(math_verify, monkeypatch):
     monkeypatch.setattr(sys.modules["grpo.rewards.math_verify"]._equivalent, "_timeout_s", 0.5)
-    with pytest.raises(RewardError, match="timeout"):
+    with pytest.raises(RewardTimeout, match="timeout"):
         math_verify(Problem("?", "72"), ["\\boxed{72}", "\\boxed{(1+x)^{100000}}"])
 
 

@@ -73,6 +73,22 @@ def test_chat_without_a_template_names_the_key(tokenizer):
         PromptEncoder(tokenizer, CHAT, 100)
 
 
+def test_a_template_that_refuses_a_system_message_names_the_key(chat_tokenizer):
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('System role\nnot supported') }}{% endif %}"
+    chat_tokenizer.chat_template = refusal + TEMPLATE
+    task = Sorting(train_size=2, held_out_size=1)
+    config = TaskConfig(CHAT.target, template="chat", system_prompt="Be brief.")
+    with pytest.raises(ConfigError, match=r"^task\.system_prompt: .*\(System role not supported\).*system_prompt=null"):
+        PromptEncoder(chat_tokenizer, config, 100).check_usable(task)
+    PromptEncoder(chat_tokenizer, CHAT, 100).check_usable(task)
+
+
+def test_a_template_that_cannot_be_filled_in_names_the_key(chat_tokenizer):
+    chat_tokenizer.chat_template = "{% for message in messages %}"
+    with pytest.raises(ConfigError, match=r"^task\.template: .*task\.template=plain"):
+        PromptEncoder(chat_tokenizer, CHAT, 100).encode(Problem("cab>", "abc"))
+
+
 @pytest.mark.parametrize(("question", "fits"), [("cab>", True), ("cabd>", False), ("", False)])
 def test_only_prompts_within_the_limit_are_encoded(tokenizer, question, fits):
     assert (PromptEncoder(tokenizer, PLAIN, 4).encode(Problem(question, "")) is not None) == fits
