@@ -17,7 +17,7 @@ from grpo.cluster.plan import ActorSpec, check_capacity
 from grpo.composition import to_yaml
 from grpo.config import ModelConfig, RunConfig
 from grpo.engines.simulated import SimulatedEngine
-from grpo.engines.vllm_engine import check_installed
+from grpo.engines.vllm_words import check_installed
 from grpo.imports import check_arguments, import_target
 from grpo.models.loading import check_architecture, check_weights, context_length, load_settings, load_skeleton
 from grpo.models.tokenizer import load_tokenizer

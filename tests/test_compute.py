@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo import compute
-from grpo.compute import ComputeThread
+from grpo.compute import BusyClock, ComputeThread
 
 
 @pytest.fixture
@@ -110,3 +110,16 @@ async def test_close_waits_for_the_work_at_hand():
     await running
     with pytest.raises(RuntimeError):
         await thread.run(work)
+
+
+def test_a_busy_clock_counts_overlapping_work_once(clock):
+    busy = BusyClock()
+    clock.now = 5.0  # idle until here
+    with busy.busy():
+        clock.now = 6.0
+        with busy.busy():
+            clock.now = 8.0
+        assert busy.seconds == 3.0
+        clock.now = 9.0
+    clock.now = 20.0
+    assert busy.seconds == 4.0

@@ -167,3 +167,10 @@ def test_actors_get_absolute_paths(tiny_config, tiny_model_path, monkeypatch):
     prepared = preflight.prepare_model(tiny_config, task)
     assert prepared.model.path == str(folder)
     assert prepared.task.path == str(folder.parent / "problems.jsonl")
+
+
+def test_a_vllm_that_is_not_there_is_named_with_the_line_to_type(tiny_config, monkeypatch):
+    tiny_config.generator.engine = "vllm"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(GRPOError, match=r"^generator\.engine: vllm is not installed: pip install 'grpo\[vllm\]'"):
+        preflight.check_names(tiny_config)

@@ -10,10 +10,7 @@ Token ids go in, token ids and log-probabilities come out as they were sampled: 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import importlib.util
 import multiprocessing
-import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from itertools import count
@@ -25,6 +22,7 @@ import numpy as np
 from grpo.compute import BusyClock
 from grpo.engines.base import Limits, WeightUpdate
 from grpo.engines.shared_buffer import SharedBuffer
+from grpo.engines.vllm_words import as_completion, check_installed, cpu_settings, sampling_params, set_environment
 from grpo.structured import together
 from grpo.types import ActorDied, Completion, ConfigError, GeneratorStats, Ints, SamplingParams
 from grpo.weights import Weights, check_fit
@@ -98,7 +96,7 @@ class VLLMEngine:
         another device, or refuses a setting.
         """
         check_installed()
-        _set_environment(device, threads)
+        set_environment(device, threads)
         from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
@@ -118,7 +116,7 @@ class VLLMEngine:
                 weight_transfer_config=WeightTransferConfig(backend=BACKEND),
                 worker_extension_cls=f"{WORKER}.WorkerExtension",
                 disable_log_stats=True,
-                **{**(_cpu_settings(context) if device == "cpu" else {}), **settings},
+                **{**(cpu_settings(context) if device == "cpu" else {}), **settings},
             )
             llm = AsyncLLM.from_engine_args(args)
         except (TypeError, ValueError) as error:
@@ -185,10 +183,10 @@ class VLLMEngine:
         async with self._places:
             await self._accepting.wait()
             prompt = tokens_input(np.asarray(prompt_ids).tolist(), cache_salt=str(self.version))
-            settings = _sampling_params(params, sample, self._stop_token_ids)
+            settings = sampling_params(params, sample, self._stop_token_ids)
             [answer] = [each async for each in self._llm.generate(prompt, settings, str(next(self._request_ids)))]
         [output] = answer.outputs
-        return _as_completion(output)
+        return as_completion(output)
 
     async def _update(self, weights: Weights) -> None:
         layout = [(s.name, list(s.shape), str(s.dtype).removeprefix("torch."), s.offset) for s in weights.specs]
@@ -256,66 +254,3 @@ class VLLMEngine:
 
 def _gone() -> ActorDied:
     return ActorDied("the engine process of vLLM is gone")
-
-
-def _cpu_settings(context: int) -> dict[str, Any]:
-    """A prompt is read whole: read in parts, a seeded request kills the engine, whose CPU generators can't go back."""
-    return {
-        "enforce_eager": True,
-        "kv_cache_memory_bytes": 1 << 30,
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(context, 4096),
-    }
-
-
-def check_installed() -> None:
-    """Raise ConfigError, with the line to type, when vLLM is not there."""
-    if importlib.util.find_spec("vllm") is None:
-        raise ConfigError("vllm is not installed: pip install 'grpo[vllm]', or use torch", key="generator.engine")
-
-
-def _sampling_params(params: SamplingParams, sample: int, stop_token_ids: tuple[int, ...]) -> Any:
-    from vllm import SamplingParams as VLLMParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return VLLMParams(
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        max_tokens=params.max_tokens,
-        stop_token_ids=[*stop_token_ids, *params.stop_token_ids],
-        ignore_eos=True,  # our list is the whole one
-        seed=None if params.temperature == 0 else _seed(params.seed, sample),
-        logprobs=0,  # of the sampled token alone
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
-
-
-def _as_completion(output: Any) -> Completion:
-    if output.finish_reason not in ("stop", "length"):
-        raise RuntimeError(f"vLLM ended a completion with {output.finish_reason!r}")
-    logprobs = [at[token_id].logprob for at, token_id in zip(output.logprobs, output.token_ids, strict=True)]
-    return Completion(
-        token_ids=np.array(output.token_ids, dtype=np.int64),
-        logprobs=np.array(logprobs, dtype=np.float32),
-        versions=tuple((int(span.version), span.end - span.start) for span in output.weight_versions),
-        finish_reason=output.finish_reason,
-    )
-
-
-def _seed(seed: int, sample: int) -> int:
-    """One number out of the two; 48 bits, which every device's generator takes."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{sample}".encode(), digest_size=6).digest(), "big")
-
-
-def _set_environment(device: str, threads: int) -> None:
-    """What vLLM only takes from the environment; it is read when vLLM is imported and by its processes."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a fork would copy locks that other threads hold
-    if device == "cpu":
-        os.environ["OMP_NUM_THREADS"] = str(threads or os.cpu_count() or 1)  # Ray sets 1
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # bound, all replicas would share one core
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the worker in the engine's process: faster
-        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
