@@ -33,6 +33,7 @@ def ray_cluster(config: ClusterConfig) -> Iterator[None]:
     Raises LaunchError when there is no cluster at that address.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the behaviour that Ray announces
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # those of cancelled calls
     try:
         with _signals_held_back():
             _connect(config.address)

@@ -28,6 +28,7 @@ def test_a_run_leaves_what_the_design_pins(train, tmp_path):
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
     assert (folder / "rollouts.jsonl").stat().st_size > 0
     assert "max_policy_age: 1" in (folder / "config.yaml").read_text()
+    assert "rror" not in (folder / "run.log").read_text()  # the rollouts that the end cancels are no errors
 
 
 def test_ctrl_c_ends_the_run_in_order_and_leaves_no_process(train, tmp_path):
