@@ -50,6 +50,9 @@ class RewardConfig:
 
     functions: dict[str, float] = field(default_factory=lambda: {"task": 1.0})  # name or `module.function` -> weight
     on_error: str = "fail"  # fail: end the run; drop: drop the group and count it
+    timeout_s: float = 60.0  # for one group; the process that takes longer is killed
+    memory_gb: float = 2.0  # that a process may take beyond what it starts with; 0: no limit
+    workers: int = 2  # processes of one replica, a group at a time each; more where rewards wait for a judge
     replicas: int = 1
     num_cpus: float = 0.0
 
@@ -85,8 +88,10 @@ class TrainerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    max_nonfinite_steps: int = 10  # skipped in a row for a loss or gradient that is not finite; one more ends the run
     micro_batch_tokens: int = 16384  # padded tokens of one forward and backward pass
     gradient_checkpointing: bool = False
+    snapshot_every: int = 1  # steps between copies of its state for a new trainer to go on from; 0: none
     num_cpus: float = 1.0
     num_gpus: float = 0.0
     threads: int = 0  # of CPU arithmetic; 0: as many as num_cpus
@@ -98,6 +103,7 @@ class GeneratorConfig:
 
     engine: str = "torch"  # torch, vllm, simulated
     replicas: int = 1
+    max_replicas: int | None = None  # above `replicas`: as many more as the cluster has room for, now or later
     weight_update: str = "in_flight"  # in_flight, in_flight_recompute, drain
     max_sequences: int = 256  # completions decoded together by one replica
     num_cpus: float = 1.0
@@ -144,7 +150,29 @@ class ClusterConfig:
 
 @dataclass
 class WatchdogConfig:
-    seconds: float = 1800.0  # a run in which no step is finished for so long fails
+    """What happens to a run in which no step is finished for so long."""
+
+    seconds: float = 1800.0
+    action: str = "fail"  # fail: end the run; warn: say who waits for what, and wait on
+
+
+@dataclass
+class RecoveryConfig:
+    """Actors that die or hang are replaced. The budgets are filled up again by every step that is trained."""
+
+    max_restarts: int = 20  # of actors between two steps; one more ends the run with the error behind it
+    max_data_failures: int = 100  # groups dropped between two steps because their reward failed
+    health_every_s: float = 10.0  # between two questions whether a process still answers
+    health_timeout_s: float = 60.0  # one that does not answer for so long is killed and replaced
+
+
+@dataclass
+class CheckpointConfig:
+    """What a run that was stopped goes on from; see `resume`."""
+
+    every: int = 50  # steps; 0: none
+    keep: int = 2  # the newest ones
+    dir: str | None = None  # null: `checkpoints` in the run's folder
 
 
 @dataclass
@@ -169,8 +197,11 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
     seed: int = 0
+    resume: str | None = None  # go on with a run: its folder, one of its checkpoints, or `auto`
     dry_run: bool = False  # check, print the plan and exit
 
     @property

@@ -210,7 +210,7 @@ class TaskError(DataError):
 
 
 class RewardError(DataError):
-    """A reward function that raised, or returned NaN or a wrong number of scores.
+    """A reward function that raised. Its subclasses tell what else may go wrong.
 
     A group that is dropped for it (`reward.on_error=drop`) is counted under `reason`.
     """
@@ -224,6 +224,24 @@ class RewardTimeout(RewardError):
     reason = "reward_timeout"
 
 
+class RewardCrash(RewardError):
+    """A reward function whose process died."""
+
+    reason = "reward_crash"
+
+
+class RewardMemory(RewardError):
+    """A reward function that asked for more memory than `reward.memory_gb`."""
+
+    reason = "reward_memory"
+
+
+class RewardInvalid(RewardError):
+    """A reward function that returned NaN, infinity, or a wrong number of scores."""
+
+    reason = "reward_invalid"
+
+
 class InfrastructureError(GRPOError):
     """A process or a node failed, or could not be had."""
 
@@ -234,6 +252,14 @@ class LaunchError(InfrastructureError):
 
 class ActorDied(InfrastructureError):
     """The process behind a handle is gone."""
+
+
+class PayloadLost(InfrastructureError):
+    """Tokens or weights that lay on a node, or were owned by a process, that is gone."""
+
+
+class CheckpointError(GRPOError):
+    """A checkpoint that could not be written, or that is broken, half-written, or of another run."""
 
 
 class StalledError(InfrastructureError):
@@ -250,3 +276,7 @@ class MixedVersionsError(GRPOError):
 
 class WeightsError(GRPOError):
     """Weights that are not finite, or that don't fit the model they are loaded into."""
+
+
+class NonFiniteError(GRPOError):
+    """Too many steps in a row whose loss or gradient was not finite."""

@@ -14,6 +14,7 @@ _CHOICES = {
     "reward.on_error": ("fail", "drop"),
     "trainer.lr_schedule": ("constant", "linear", "cosine"),
     "generator.engine": ("torch", "vllm", "simulated"),
+    "watchdog.action": ("fail", "warn"),
     "generator.weight_update": ("in_flight", "in_flight_recompute", "drain"),
 }
 
@@ -33,9 +34,13 @@ _AT_LEAST = {
     "trainer.warmup_steps": (0, "0 starts at the full learning rate"),
     "trainer.weight_decay": (0, "0 switches it off"),
     "trainer.micro_batch_tokens": (1, "a sequence longer than this makes a micro-batch of its own"),
+    "trainer.max_nonfinite_steps": (0, "0 ends the run at the first one"),
+    "trainer.snapshot_every": (0, "0 keeps none: a trainer that dies ends the run"),
     "trainer.threads": (0, "0 takes as many as num_cpus"),
     "generator.replicas": (1, "somebody has to generate"),
     "generator.threads": (0, "0 takes as many as num_cpus"),
+    "reward.workers": (1, "rewards run in processes of their own"),
+    "reward.memory_gb": (0, "0 sets no limit"),
     "reward.replicas": (1, "somebody has to score"),
     "reference.replicas": (1, "set loss.beta=0 to do without a reference"),
     "reference.micro_batch_tokens": (1, "a sequence longer than this makes a micro-batch of its own"),
@@ -49,6 +54,10 @@ _AT_LEAST = {
     "eval.replicas": (0, "0 borrows the training's generators"),
     "eval.threads": (0, "0 takes as many as num_cpus"),
     "generator.tensor_parallel": (1, "1 keeps a replica on one GPU"),
+    "recovery.max_restarts": (0, "0 ends the run with the first actor that dies"),
+    "recovery.max_data_failures": (0, "0 ends the run at the first one"),
+    "checkpoint.every": (0, "0 makes none"),
+    "checkpoint.keep": (1, "the newest one is never removed"),
     "observe.log_every": (1, "1 prints every step"),
     "observe.rollouts_every": (1, "1 writes every group"),
     "seed": (0, "seeds are not negative"),
@@ -60,7 +69,14 @@ _AT_LEAST = {
     "reward.num_cpus": (0, "0 reserves nothing"),
 }
 
-_POSITIVE = ("trainer.max_grad_norm", "watchdog.seconds", "cluster.start_timeout_s")
+_POSITIVE = (
+    "trainer.max_grad_norm",
+    "watchdog.seconds",
+    "recovery.health_every_s",
+    "recovery.health_timeout_s",
+    "reward.timeout_s",
+    "cluster.start_timeout_s",
+)
 
 
 def validate(config: RunConfig) -> None:
@@ -90,6 +106,12 @@ def validate(config: RunConfig) -> None:
 
 
 def _validate_generator(config: RunConfig) -> None:
+    most = config.generator.max_replicas
+    if most is not None and most < config.generator.replicas:
+        raise ConfigError(
+            f"is {most}, less than generator.replicas={config.generator.replicas}; raise it or leave it out",
+            key="generator.max_replicas",
+        )
     if config.generator.max_sequences < config.rollout.group_size:
         raise ConfigError(
             f"is {config.generator.max_sequences}, but a group of rollout.group_size={config.rollout.group_size} is "
