@@ -13,13 +13,16 @@ from grpo.cluster.plan import evaluation_specs
 from grpo.config import ObserveConfig, RunConfig
 from grpo.driver import EXIT_CODES, drive
 from grpo.evaluation import evaluate, held_out_prompts
+from grpo.failures import Failures
 from grpo.observe.answers import AnswerProgress, evaluation_table
 from grpo.observe.output import Screen, chatter_to
 from grpo.observe.run_dir import RunDirectory
 from grpo.services import EvaluationServices
-from grpo.structured import unless, watchdog
+from grpo.structured import unless
 from grpo.train import plan_table
 from grpo.types import ConfigError, EvaluationReport, Prompt, Scores
+from grpo.waiting import Activities
+from grpo.watchdog import Watchdog
 
 _VERSION = 0  # of the weights that a generator loads when it starts
 
@@ -61,30 +64,37 @@ def _evaluate_model(config: RunConfig, run_dir: RunDirectory) -> int:
 
 async def _run(config: RunConfig, run_dir: RunDirectory, console: Screen, shutdown: asyncio.Event) -> None:
     async with AsyncExitStack() as stack:
-        launched = launch_actors(evaluation_specs(config), config.cluster)
+        failures = Failures(config.recovery)
+        launched = launch_actors(evaluation_specs(config), config, failures)
         services = EvaluationServices(**await unless(shutdown, stack.enter_async_context(launched)))
-        report = await unless(shutdown, _answer_all(services, config, run_dir, console))
+        report = await unless(shutdown, _answer_all(services, config, run_dir, console, failures))
         about = {"model": config.model.path, "task": config.task.target, "samples": config.eval.samples}
         run_dir.write_json("evaluation.json", about | report.as_record())
         console.print(evaluation_table(report))
 
 
 async def _answer_all(
-    services: EvaluationServices, config: RunConfig, run_dir: RunDirectory, console: Screen
+    services: EvaluationServices, config: RunConfig, run_dir: RunDirectory, console: Screen, failures: Failures
 ) -> EvaluationReport:
     """Raises StalledError when no prompt is done for `watchdog.seconds`; the whole may take as long as it needs."""
-    loop, patience_s = asyncio.get_running_loop(), config.watchdog.seconds
-    async with watchdog(patience_s, "the next answer") as deadline:
+    activities = Activities()
+    watchdog = Watchdog(config.watchdog, activities, lambda message: console.print(message, style="yellow"))
+    watching = asyncio.create_task(watchdog.watch())
+    try:
+        activities.begin("evaluation")
         prompts = await held_out_prompts(services, config)
         with AnswerProgress(console, len(prompts)) as progress:
 
             def on_answer(prompt: Prompt, scores: Scores | None) -> None:
-                deadline.reschedule(loop.time() + patience_s)
+                watchdog.feed()
+                failures.step_trained()  # an answer is the progress that fills the budgets up
                 progress.advance()
                 if scores is not None:
                     run_dir.append("completions.jsonl", _completions_record(prompt, scores))
 
             return await evaluate(services, config, prompts, _VERSION, on_answer)
+    finally:
+        watching.cancel()
 
 
 def _completions_record(prompt: Prompt, scores: Scores) -> dict[str, object]:

@@ -15,7 +15,7 @@ from grpo.config import RunConfig
 from grpo.observe.recorder import Recorder
 from grpo.rollout import sampling_params
 from grpo.services import EvaluationServices, Services
-from grpo.structured import together, unless, watchdog
+from grpo.structured import deadline, together, unless
 from grpo.types import EvaluationReport, GenerationReport, MixedVersionsError, Prompt, RewardError, Scores
 
 log = logging.getLogger(__name__)
@@ -76,6 +76,8 @@ class Evaluation:
 
     def _is_due(self, step: int, last: bool) -> bool:
         every = self._config.eval.every
+        if any(report.step == step for report in self._recorder.evaluations):
+            return False  # a resumed run begins with a step that was evaluated before
         return self._config.eval.prompts > 0 and (step == 0 or last or (every > 0 and step % every == 0))
 
     async def _load(self, step: int, weights: Any) -> None:
@@ -83,11 +85,11 @@ class Evaluation:
         if self._running is not None:
             await asyncio.wait([self._running])
         if self._evaluator is not None:
-            async with watchdog(self._config.watchdog.seconds, f"loading step {step} into the evaluator"):
+            async with deadline(self._config.watchdog.seconds, f"loading step {step} into the evaluator"):
                 await self._evaluator.update_weights.fanout(weights)
 
     async def _evaluate(self, step: int) -> None:
-        async with watchdog(self._config.watchdog.seconds, f"the evaluation of step {step}"):
+        async with deadline(self._config.watchdog.seconds, f"the evaluation of step {step}"):
             self._prompts = self._prompts or await held_out_prompts(self._services, self._config)
             report = await evaluate(self._services, self._config, self._prompts, version=step)
         self._recorder.evaluated(report)

@@ -13,104 +13,137 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
+from grpo.checkpointing import Checkpoints
 from grpo.config import RunConfig
 from grpo.evaluation import Evaluation
 from grpo.observe.recorder import Recorder
 from grpo.pacing import Pacer
+from grpo.recovery import Recovery
+from grpo.resume import ResumePoint
 from grpo.rollout import PromptQueue, rollout, sampling_params
 from grpo.services import Services
-from grpo.structured import Interrupted, first_error, unless, watchdog
-from grpo.types import GeneratorStats, RewardError
+from grpo.structured import Interrupted, first_error, together, unless
+from grpo.types import GeneratorStats, PayloadLost, RewardError
+from grpo.waiting import Activities
+from grpo.watchdog import Watchdog
 
 
-async def run(services: Services, pacer: Pacer, config: RunConfig, recorder: Recorder, shutdown: asyncio.Event) -> None:
-    """Train for `trainer.max_steps` steps, or until `shutdown` is set.
+@dataclass(frozen=True)
+class Run:
+    """What the coroutines of a run share."""
 
-    Every task belongs to one task group: the first error ends them all and is raised as it is.
+    services: Services
+    pacer: Pacer
+    prompts: PromptQueue
+    config: RunConfig
+    recorder: Recorder
+    shutdown: asyncio.Event
+    activities: Activities
+    watchdog: Watchdog
+
+
+async def run(
+    services: Services,
+    pacer: Pacer,
+    config: RunConfig,
+    recorder: Recorder,
+    shutdown: asyncio.Event,
+    resume: ResumePoint | None = None,
+) -> None:
+    """Train for `trainer.max_steps` steps, or until `shutdown` is set, from the start or from where `resume` says.
+
+    Every task belongs to one task group: the first error ends them all and is raised as it is. Actors that die are
+    replaced behind `services`; what only the driver knows of them is in `Recovery`.
     """
-    prompts = PromptQueue(services.dataloader, bulk=config.trainer.groups_per_step)
-    async with watchdog(config.watchdog.seconds, "the first publication of weights"):
-        weights, stats = await publish_weights(services)
-    recorder.training_begins(stats)
+    prompts = PromptQueue(services.dataloader, pacer, bulk=config.trainer.groups_per_step)
+    recovery = Recovery(services, pacer, recorder, config.trainer.snapshot_every)
+    activities = Activities()
+    watchdog = Watchdog(config.watchdog, activities, recorder.warn)
+    run = Run(services, pacer, prompts, config, recorder, shutdown, activities, watchdog)
     try:
         async with asyncio.TaskGroup() as tasks:
-            evaluation = Evaluation(services, config, recorder, tasks, shutdown)
+            watching = tasks.create_task(watchdog.watch(), name="watchdog")
             background = [tasks.create_task(recorder.loop_lag.watch(), name="loop-lag")]
+            evaluation = Evaluation(services, config, recorder, tasks, shutdown)
+            checkpoints = Checkpoints(services, pacer, prompts, recovery, config, recorder, tasks)
+            activities.begin("training")
+            if resume is not None:
+                await checkpoints.restore(resume.path, resume.progress)
+            weights, stats = await publish_weights(services)
+            recorder.training_begins(stats)
             for i in range(config.rollout.concurrency):
-                rollouts = continuous_rollouts(services, pacer, prompts, config, recorder, shutdown)
-                background.append(tasks.create_task(rollouts, name=f"rollouts-{i}"))
+                background.append(tasks.create_task(continuous_rollouts(run), name=f"rollouts-{i}"))
             with suppress(Interrupted):
-                await evaluation.after(0, weights)
+                await evaluation.after(recorder.step, weights)
                 del weights  # they take up room in the object store for as long as they are held
-                await continuous_training(services, pacer, evaluation, config, recorder, shutdown)
+                await continuous_training(run, recovery, evaluation, checkpoints)
             evaluation.cancel()
             for task in background:
                 task.cancel()
+            await checkpoints.finish(recorder.step)
+            watching.cancel()
     except BaseExceptionGroup as group:
         first = first_error(group)
         raise first from first.__cause__  # an error from another process has its traceback there
 
 
-async def continuous_rollouts(
-    services: Services,
-    pacer: Pacer,
-    prompts: PromptQueue,
-    config: RunConfig,
-    recorder: Recorder,
-    shutdown: asyncio.Event,
-) -> None:
+async def continuous_rollouts(run: Run) -> None:
     """Make groups, one after another, until `shutdown` is set or the training ends and cancels it.
 
     Consumes tickets and prompts, leaves groups in the replay buffer. Waits for a ticket (woken when a step has been
-    trained and published), then for the generator, the reward and the reference.
+    trained and published, or a group was lost), then for the generator, the reward and the reference.
     """
-    while not shutdown.is_set():
+    services, pacer, config, recorder = run.services, run.pacer, run.config, run.recorder
+    run.activities.begin("rollouts")
+    while not run.shutdown.is_set():
         ticket = await pacer.admit()
-        prompt = await prompts.next()
+        prompt = await run.prompts.prompt_for(ticket)
         params = sampling_params(config.rollout, config.seed, prompt)
         try:
             group, scores, report = await rollout(prompt, params, services, config.loss)
+            await services.replay_buffer.add.call_one(ticket, group)
         except RewardError as error:
             if config.reward.on_error == "fail":
                 raise
-            recorder.group_dropped(error)
+            recorder.group_dropped(ticket, error)
             await services.replay_buffer.skip.call_one(ticket)
             pacer.drop(ticket, error.reason)
-            continue
-        recorder.group_finished(group, scores, report)
-        await services.replay_buffer.add.call_one(ticket, group)
+        except PayloadLost as error:
+            recorder.payload_lost(ticket, error)
+            pacer.begin_again([ticket], "payload")
+        else:
+            pacer.is_buffered(ticket)
+            recorder.group_finished(group, scores, report)
 
 
-async def continuous_training(
-    services: Services,
-    pacer: Pacer,
-    evaluation: Evaluation,
-    config: RunConfig,
-    recorder: Recorder,
-    shutdown: asyncio.Event,
-) -> None:
-    """Train on batch after batch, publish the weights, hand the tickets back, evaluate where it is due.
+async def continuous_training(run: Run, recovery: Recovery, evaluation: Evaluation, checkpoints: Checkpoints) -> None:
+    """Train on batch after batch, publish the weights, hand the tickets back; evaluate and keep what is due.
 
     Consumes batches of P groups. Waits for the replay buffer (woken when the P-th group is there), for the trainer,
     and for every generator to acknowledge the new weights: only then are tickets released, so new work is born fresh.
     A shutdown ends the wait for a batch or an evaluation with Interrupted, but lets a step that has begun finish.
     """
-    for step in range(1, config.trainer.max_steps + 1):
-        async with watchdog(config.watchdog.seconds, f"step {step}"):
-            times = recorder.stopwatch()
-            sample = services.replay_buffer.sample.call_one(config.trainer.groups_per_step)
-            with times("time/trainer_wait_s"):
-                batch, taken = await unless(shutdown, sample)
-            with times("time/train_step_s"):
-                metrics, *_ = await services.trainer.train_step.call(batch)
-            with times("time/weight_sync_s"):
-                weights, stats = await publish_weights(services)
-        pacer.release(taken.tickets)
+    services, pacer, config, recorder = run.services, run.pacer, run.config, run.recorder
+    for step in range(recorder.step + 1, config.trainer.max_steps + 1):
+        times = recorder.stopwatch()
+        sample = services.replay_buffer.sample.call_one(config.trainer.groups_per_step)
+        with times("time/trainer_wait_s"):
+            batch, taken = await unless(run.shutdown, sample)
+        pacer.are_training(taken.tickets)
+        with times("time/train_step_s"):
+            metrics, *_ = await services.trainer.train_step.call(batch)
+        with times("time/weight_sync_s"):  # the trainer's state is copied while the generators load
+            (weights, stats), _ = await together(publish_weights(services), recovery.step_trained(step, batch))
         with recorder.metrics_line(step, metrics, taken, stats, times):
+            pacer.release(taken.tickets)
+            run.watchdog.feed()
             await evaluation.after(step, weights)
-        del weights
+        del weights, batch
+        await checkpoints.after(step)
+        run.watchdog.feed()
 
 
 async def publish_weights(services: Services) -> tuple[Any, list[GeneratorStats]]:

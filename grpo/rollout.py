@@ -1,34 +1,63 @@
-"""One group from prompt to advantages."""
+"""One group from ticket to advantages."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from grpo.algorithms.advantages import ADVANTAGES
 from grpo.config import LossConfig, RolloutConfig
+from grpo.pacing import Pacer
 from grpo.services import Handle, Services
 from grpo.structured import together
-from grpo.types import GenerationReport, Group, Prompt, SamplingParams, Scores
+from grpo.types import GenerationReport, Group, Prompt, PromptBatch, SamplingParams, Scores, Ticket
 
 
 class PromptQueue:
-    """Prompts fetched ahead in bulk, so that a group costs a fraction of a call to the dataloader."""
+    """Prompts by ticket, fetched ahead in bulk, so that a group costs a fraction of a call to the dataloader."""
 
-    def __init__(self, dataloader: Handle, bulk: int) -> None:
-        self._dataloader, self._bulk = dataloader, bulk
+    def __init__(self, dataloader: Handle, pacer: Pacer, bulk: int) -> None:
+        self.handed_out = 0
+        self._dataloader, self._pacer, self._bulk = dataloader, pacer, bulk
         self._prompts: deque[Prompt] = deque()
+        self._next_serial = 0  # behind those fetched
         self._fetching = asyncio.Lock()
 
-    async def next(self) -> Prompt:
-        """The next prompt, in the dataloader's order. The first to find the queue empty fetches for all."""
+    async def prompt_for(self, ticket: Ticket) -> Prompt:
+        """The ticket's prompt if it has one, else the next of the stream.
+
+        The first to find the queue empty fetches for all.
+        """
+        if (serial := self._pacer.prompt_of(ticket)) is not None:
+            prompt: Prompt = await self._dataloader.prompt.call_one(serial)
+            return prompt
         async with self._fetching:
             if not self._prompts:
-                self._prompts.extend(await self._dataloader.sample.call_one(self._bulk))
-            return self._prompts.popleft()
+                batch: PromptBatch = await self._dataloader.sample.call_one(self._next_serial, self._bulk)
+                self._prompts.extend(batch.prompts)
+                self._next_serial = batch.next_serial
+            prompt = self._prompts.popleft()
+        self._pacer.has_prompt(ticket, prompt.serial)
+        self.handed_out += 1
+        return prompt
+
+    @property
+    def next_serial(self) -> int:
+        """Where the stream goes on for somebody who has not fetched ahead."""
+        return self._prompts[0].serial if self._prompts else self._next_serial
+
+    def state(self) -> dict[str, int]:
+        """The place in the stream, and how many prompts were handed out on the way there; the others were skipped."""
+        return {"next_serial": self.next_serial, "handed_out": self.handed_out}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Go on from a `state`."""
+        self._prompts.clear()
+        self._next_serial, self.handed_out = state["next_serial"], state["handed_out"]
 
 
 def sampling_params(config: RolloutConfig, seed: int, prompt: Prompt, n: int | None = None) -> SamplingParams:

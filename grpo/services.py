@@ -5,12 +5,13 @@
     await services.generator.generate.route(prompt, params)    one replica of a service, the least loaded
     await services.generator.update_weights.fanout(weights)    every replica, results by replica
 
-An exception in the actor is raised at the await, with its type.
+An exception in the actor is raised at the await, with its type. A call that a dying process takes with it is made
+again, by another replica or by the replacement.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -29,10 +30,31 @@ class Method(Protocol):
     async def fanout(self, *args: Any, **kwargs: Any) -> list[Any]: ...
 
 
+class Newcomer(Protocol):
+    """A process that replaces one that died, before it serves: its methods by name, of which `call_one` works."""
+
+    def __getattr__(self, method: str) -> OneCall: ...
+
+
+class OneCall(Protocol):
+    async def call_one(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+Restore = Callable[[Any], Awaitable[None]]  # takes a Newcomer
+
+
 class Handle(Protocol):
     """An actor or a service: its methods by name."""
 
     def __getattr__(self, method: str) -> Method: ...
+
+    def on_restart(self, restore: Restore) -> None:
+        """Have `restore` called with every replacement of a process that died."""
+        ...
+
+    def session(self) -> Handle:
+        """A handle whose routed calls keep to one replica, as long as that lives."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -40,7 +62,7 @@ class Services:
     """The nouns of the picture.
 
     The reference exists only when the loss has a KL term. The evaluator is a generator that only evaluations use; a
-    run without one borrows the training's.
+    run without one borrows the training's. The checkpointer is there when checkpoints are written or resumed from.
     """
 
     dataloader: Handle
@@ -50,6 +72,7 @@ class Services:
     trainer: Handle
     reference: Handle | None = None
     evaluator: Handle | None = None
+    checkpointer: Handle | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +82,12 @@ class EvaluationServices:
     dataloader: Handle
     generator: Handle
     reward: Handle
+
+
+def brings_up_to_date(method: F) -> F:
+    """Mark an actor method whose last fanout a new replica gets before it serves."""
+    method.brings_up_to_date = True  # type: ignore[attr-defined]
+    return method
 
 
 def returns_payload(method: F) -> F:

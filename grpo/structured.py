@@ -1,9 +1,9 @@
-"""What asyncio lacks: waiting for several, racing a shutdown, a deadline with a name, the one error of a task group."""
+"""What asyncio lacks: waiting for several or for a change, racing a shutdown, the one error of a task group."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -14,6 +14,23 @@ R = TypeVar("R")
 
 class Interrupted(Exception):
     """The shutdown came first."""
+
+
+class Signal:
+    """Wakes everybody who waits for a change that was made outside of any lock."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Event()
+
+    def notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def wait_for(self, condition: Callable[[], R]) -> R:
+        """Return what `condition()` gives as soon as that is true; it is asked again at every `notify`."""
+        while not (value := condition()):
+            await self._changed.wait()
+        return value
 
 
 async def together(*work: Coroutine[Any, Any, R]) -> list[R]:
@@ -52,14 +69,14 @@ async def unless(shutdown: asyncio.Event, work: Coroutine[Any, Any, R]) -> R:
 
 
 @asynccontextmanager
-async def watchdog(seconds: float, what: str) -> AsyncIterator[asyncio.Timeout]:
-    """Raise StalledError when the block takes longer than `watchdog.seconds`; the deadline may be moved."""
-    deadline = asyncio.timeout(seconds)
+async def deadline(seconds: float, what: str) -> AsyncIterator[None]:
+    """Raise StalledError when the block takes longer than `watchdog.seconds`."""
+    timeout = asyncio.timeout(seconds)
     try:
-        async with deadline:
-            yield deadline
+        async with timeout:
+            yield
     except TimeoutError as error:
-        if not deadline.expired():
+        if not timeout.expired():
             raise
         raise StalledError(f"{what} was not finished within watchdog.seconds={seconds:g}") from error
 

@@ -7,7 +7,7 @@ Shape suffixes used throughout the package:
 A worked example, one group with G = 2:
 
     problem = Problem(question="sort: dbca", answer="abcd")
-    prompt = Prompt(serial=7, problem=problem, token_ids=np.array([5, 3, 2, 0, 4]))     # the 8th prompt handed out
+    prompt = Prompt(serial=7, problem=problem, token_ids=np.array([5, 3, 2, 0, 4]))     # the 8th of the stream
     right = Completion(token_ids=np.array([0, 2, 3, 5, 1]),                             # "abcd" and the eos token
                        logprobs=np.array([-0.4, -0.1, 0.0, 0.0, 0.0]),                  # under the weights that sampled
                        versions=((3, 2), (4, 3)),                                       # 2 tokens by v3, 3 tokens by v4
@@ -21,6 +21,7 @@ Trained on by a trainer at version 4, this group has age 4 - 3 = 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -45,11 +46,19 @@ class Problem:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A problem as tokens. `serial` counts the prompts handed out in this run and seeds the sampling."""
+    """A problem as tokens. `serial` is its place in the run's endless stream of problems, and seeds the sampling."""
 
     serial: int
     problem: Problem
     token_ids: Ints
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts handed out together, and where the stream goes on. Serials between them were skipped."""
+
+    prompts: tuple[Prompt, ...]
+    next_serial: int
 
 
 @dataclass(frozen=True)
@@ -149,10 +158,14 @@ class BatchReport:
 
 @dataclass(frozen=True)
 class GeneratorStats:
-    """Counters since the generator started: seconds of decoding work and tokens sampled."""
+    """Counters since the generator started: seconds of decoding work and tokens sampled.
+
+    `process` is a name that no other process has: a replacement counts from zero.
+    """
 
     busy_s: float
     tokens: int
+    process: str = ""
 
 
 @dataclass(frozen=True)
@@ -188,6 +201,13 @@ class EvaluationReport:
             "seconds": self.seconds,
             "tokens_per_s": self.token_count / self.seconds,
         }
+
+
+def evaluation_report(record: Mapping[str, Any]) -> EvaluationReport:
+    """The inverse of `dataclasses.asdict`, also of a record that JSON has held."""
+    pass_at = {int(k): value for k, value in record["pass_at"].items()}
+    stderr = record["reward_stderr"]
+    return EvaluationReport(**{**record, "pass_at": pass_at, "reward_stderr": math.nan if stderr is None else stderr})
 
 
 class GRPOError(Exception):
@@ -260,6 +280,10 @@ class PayloadLost(InfrastructureError):
 
 class CheckpointError(GRPOError):
     """A checkpoint that could not be written, or that is broken, half-written, or of another run."""
+
+
+class RecoveryError(GRPOError):
+    """An actor that died and can't be brought back to where it was."""
 
 
 class StalledError(InfrastructureError):

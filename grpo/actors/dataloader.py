@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
 from grpo.config import RunConfig
 from grpo.models.tokenizer import load_tokenizer
 from grpo.tasks.encoding import PromptEncoder, make_task
-from grpo.types import Problem, Prompt
+from grpo.types import Problem, Prompt, PromptBatch
 
 
 class Dataloader:
-    """One process; calls are answered in order. Prompts come in bulk, so that a group costs a fraction of a call."""
+    """One process that remembers nothing: the stream of prompts is a function of the seed, a prompt of its serial.
+
+    So the driver's ledger alone says what comes next, and a new process goes on where the old one died. Prompts come
+    in bulk: a group costs a fraction of a call.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
-        self._handed_out = 0
-        self.counts: Counter[str] = Counter()
 
     async def setup(self) -> None:
         config = self._config
@@ -27,17 +29,51 @@ class Dataloader:
         tokenizer = load_tokenizer(config.model)
         self._encoder = PromptEncoder(tokenizer, config.task, config.rollout.max_prompt_tokens)
         self._encoder.check_usable(self._task)
-        self._stream = self._prompts()
+        self._problems = self._task.problems("train")
+        self._order = lru_cache(maxsize=2)(self._permutation)
 
-    async def sample(self, count: int) -> list[Prompt]:
-        """The next prompts of the endless stream. Those over the length limit are skipped and counted."""
-        return [next(self._stream) for _ in range(count)]
+    async def sample(self, start: int, count: int) -> PromptBatch:
+        """The next `count` prompts of the endless stream from place `start` on, without those over the length limit."""
+        prompts: list[Prompt] = []
+        serial = start
+        while len(prompts) < count:
+            if (prompt := self._prompt(serial)) is not None:
+                prompts.append(prompt)
+            serial += 1
+        return PromptBatch(tuple(prompts), next_serial=serial)
+
+    async def prompt(self, serial: int) -> Prompt:
+        """The prompt that was handed out under this serial. Raises KeyError for one that was skipped."""
+        if (prompt := self._prompt(serial)) is None:
+            raise KeyError(serial)
+        return prompt
 
     async def held_out(self, count: int) -> list[Prompt]:
-        """The first held-out prompts under the length limit, at most `count`, always the same ones.
+        """The first held-out prompts under the length limit, at most `count`, always the same ones."""
+        return self._held_out(count)[0]
 
-        Those skipped for their length are counted once, however often they are asked for.
-        """
+    async def stats(self) -> dict[str, int]:
+        """Problems of an epoch, and held-out ones that were skipped for their length."""
+        _, skipped = self._held_out(self._config.eval.prompts)
+        return {"problems": len(self._problems), "held_out_skipped_length": skipped}
+
+    async def close(self) -> None:
+        """Nothing to end."""
+
+    def _prompt(self, serial: int) -> Prompt | None:
+        problem = self._problem(serial)
+        token_ids = self._encoder.encode(problem)
+        return None if token_ids is None else Prompt(serial, problem, token_ids)
+
+    def _problem(self, serial: int) -> Problem:
+        """Every problem once per epoch, each epoch in an order of its own that follows from the seed."""
+        epoch, place = divmod(serial, len(self._problems))
+        return self._problems[self._order(epoch)[place]]
+
+    def _permutation(self, epoch: int) -> Sequence[int]:
+        return np.random.default_rng([self._config.seed, epoch]).permutation(len(self._problems))
+
+    def _held_out(self, count: int) -> tuple[list[Prompt], int]:
         prompts: list[Prompt] = []
         skipped = 0
         for serial, problem in enumerate(self._task.problems("held_out")):
@@ -47,30 +83,4 @@ class Dataloader:
                 skipped += 1
             else:
                 prompts.append(Prompt(serial, problem, token_ids))
-        self.counts["held_out_skipped_length"] = max(self.counts["held_out_skipped_length"], skipped)
-        return prompts
-
-    async def stats(self) -> dict[str, int]:
-        """Prompts handed out, skipped for their length, of training and held out, and epochs begun."""
-        return {"handed_out": self._handed_out, **self.counts}
-
-    async def close(self) -> None:
-        """Nothing to end."""
-
-    def _prompts(self) -> Iterator[Prompt]:
-        for problem in self._problems():
-            token_ids = self._encoder.encode(problem)
-            if token_ids is None:
-                self.counts["skipped_length"] += 1
-                continue
-            self._handed_out += 1
-            yield Prompt(self._handed_out - 1, problem, token_ids)
-
-    def _problems(self) -> Iterator[Problem]:
-        """Every problem once per epoch, each epoch in an order of its own that follows from the seed."""
-        problems = self._task.problems("train")
-        while True:
-            order = np.random.default_rng([self._config.seed, self.counts["epochs"]]).permutation(len(problems))
-            self.counts["epochs"] += 1
-            for i in order:
-                yield problems[i]
+        return prompts, skipped

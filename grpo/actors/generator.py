@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
+from dataclasses import replace
 
 import torch
 
@@ -14,7 +16,7 @@ from grpo.engines.vllm_engine import VLLMEngine
 from grpo.imports import check_arguments
 from grpo.models.loading import load_model, load_skeleton, stop_token_ids
 from grpo.models.tokenizer import load_tokenizer
-from grpo.services import returns_payload
+from grpo.services import brings_up_to_date, returns_payload
 from grpo.types import Completion, GenerationReport, GeneratorStats, Prompt, SamplingParams
 from grpo.weights import Weights, parameter_shapes
 
@@ -24,6 +26,7 @@ class Generator:
 
     def __init__(self, config: RunConfig, *, device: str = "cpu", threads: int = 0) -> None:
         self._config, self._device, self._threads = config, device, threads
+        self._name = uuid.uuid4().hex
 
     async def setup(self) -> None:
         self._engine = await make_engine(self._config, self._device, self._threads)
@@ -41,10 +44,11 @@ class Generator:
             truncated_count=sum(completion.finish_reason == "length" for completion in completions),
         )
 
+    @brings_up_to_date
     async def update_weights(self, weights: Weights) -> GeneratorStats:
         """Returns once every further token is sampled under `weights`; the answer carries the counters so far."""
         await self._engine.update_weights(weights)
-        return self._engine.stats()
+        return replace(self._engine.stats(), process=self._name)
 
     async def close(self) -> None:
         await self._engine.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from grpo.services import returns_payload
 from grpo.types import Batch, BatchReport, Group, Ticket
@@ -12,7 +13,7 @@ class ReplayBuffer:
     """Groups leave in the order of their tickets; within a window of W places a finished one may overtake.
 
     With W = 1 a batch waits for its slowest group. The pacer bounds how many groups can lie here, and how old they
-    can be; the trainer checks it. Nothing is thrown away here.
+    can be; the trainer checks it. Nothing is thrown away here. A new process gets what it has to know by `restore`.
     """
 
     def __init__(self, window: int) -> None:
@@ -50,6 +51,23 @@ class ReplayBuffer:
             rewards=tuple(group.rewards for group in groups),
             groups_waiting=len(self._groups),
         )
+
+    @returns_payload
+    async def state(self) -> tuple[list[tuple[int, Group]], tuple[int, ...]]:
+        """The groups that lie here with the serials of their tickets; and those serials."""
+        groups = [(ticket.serial, self._groups[ticket]) for ticket in sorted(self._groups)]
+        return groups, tuple(serial for serial, _ in groups)
+
+    async def restore(
+        self, awaited: Sequence[Ticket], next_serial: int, groups: Sequence[tuple[int, Group]] = ()
+    ) -> None:
+        """Begin with `groups`, and wait for those of the tickets `awaited` and of all from `next_serial` on."""
+        async with self._changed:
+            self._groups = {Ticket(serial): group for serial, group in groups}
+            open_serials = {ticket.serial for ticket in (*awaited, *self._groups)}
+            self._head = min(open_serials, default=next_serial)
+            self._passed = set(range(self._head, next_serial)) - open_serials
+            self._changed.notify_all()
 
     async def close(self) -> None:
         """Nothing to end."""

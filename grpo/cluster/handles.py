@@ -1,50 +1,61 @@
-"""The four verbs, over any transport.
+"""The four verbs.
 
     call_one   the one actor behind the handle
     call       every rank of a multi-process actor, results by rank
     route      one replica of a service, the one with the fewest calls under way
-    fanout     every replica of a service, results by replica
+    fanout     every healthy replica of a service
 
-A transport is an `Endpoint`: a process to send a method call to. Ray's is in ray_actor.py; the one here calls an
-object in this process, so that tests run the real loop without a cluster.
+A call that a dying process takes with it is made again: by another replica, or by its replacement once that is
+restored. What was acknowledged before is the restorer's business, so no call is lost and none takes effect twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
+from grpo.cluster.endpoints import Endpoint
+from grpo.cluster.services import Call, Replica, Service
+from grpo.services import Restore
 from grpo.structured import together
-
-
-class Endpoint(Protocol):
-    """One process (or object) that takes method calls."""
-
-    async def invoke(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
-
-
-class LocalEndpoint:
-    """An object in this process. Payloads are passed as they are."""
-
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
-
-    async def invoke(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return await getattr(self._actor, method)(*args, **kwargs)
+from grpo.waiting import waiting_for
 
 
 class ActorHandle:
-    """A named actor or service. Attributes are its methods: `handle.method.verb(...)`."""
+    """An actor or a service. Attributes are its methods: `handle.method.verb(...)`."""
 
-    def __init__(self, name: str, endpoints: Sequence[Endpoint]) -> None:
-        self.name = name
-        self.endpoints = tuple(endpoints)
-        self.in_flight = [0] * len(endpoints)  # calls under way, by replica
+    def __init__(self, service: Service, *, sticky: bool = False) -> None:
+        self.service = service
+        self._sticky = sticky
+        self._replica: Replica | None = None  # the one that a session keeps to
+
+    @property
+    def name(self) -> str:
+        return self.service.name
+
+    def on_restart(self, restore: Restore) -> None:
+        """Have `restore` called with every replacement of a process that died, before that serves.
+
+        It gets a handle of which only `call_one` works. What it raises ends the run, unless the newcomer died too.
+        """
+        self.service.restore = lambda endpoint: restore(_Newcomer(endpoint))
+
+    def session(self) -> ActorHandle:
+        """A handle whose routed calls all go to one replica, as long as that lives."""
+        return ActorHandle(self.service, sticky=True)
 
     def __getattr__(self, method: str) -> BoundMethod:
         if method.startswith("_"):
             raise AttributeError(method)  # copy and pickle look for such names
         return BoundMethod(self, method)
+
+    async def _route(self, call: Call) -> Any:
+        while True:
+            replica = await self.service.available(self._replica)
+            if self._sticky:
+                self._replica = replica
+            answered, result = await self.service.attempt(replica, call)
+            if answered:
+                return result
 
 
 class BoundMethod:
@@ -54,26 +65,38 @@ class BoundMethod:
         self._handle, self._method = handle, method
 
     async def call_one(self, *args: Any, **kwargs: Any) -> Any:
-        if len(self._handle.endpoints) != 1:
-            raise TypeError(f"{self._handle.name} has {len(self._handle.endpoints)} processes; use call or route")
-        return await self._invoke(0, args, kwargs)
+        replicas = self._handle.service.replicas
+        if len(replicas) != 1:
+            raise TypeError(f"{self._handle.name} has {len(replicas)} processes; use call or route")
+        return await self.route(*args, **kwargs)
 
     async def route(self, *args: Any, **kwargs: Any) -> Any:
-        loads = self._handle.in_flight
-        return await self._invoke(loads.index(min(loads)), args, kwargs)
+        with waiting_for(f"{self._handle.name}.{self._method}"):
+            return await self._handle._route(Call(self._method, args, kwargs))
 
     async def call(self, *args: Any, **kwargs: Any) -> list[Any]:
-        return await self._invoke_all(args, kwargs)
+        service, call = self._handle.service, Call(self._method, args, kwargs)
+        with waiting_for(f"{self._handle.name}.{self._method}"):
+            return await together(*(service.insist(replica, call) for replica in service.replicas))
 
     async def fanout(self, *args: Any, **kwargs: Any) -> list[Any]:
-        return await self._invoke_all(args, kwargs)
+        with waiting_for(f"{self._handle.name}.{self._method}"):
+            return await self._handle.service.fanout(Call(self._method, args, kwargs))
 
-    async def _invoke_all(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        return await together(*(self._invoke(i, args, kwargs) for i in range(len(self._handle.endpoints))))
 
-    async def _invoke(self, replica: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._handle.in_flight[replica] += 1
-        try:
-            return await self._handle.endpoints[replica].invoke(self._method, args, kwargs)
-        finally:
-            self._handle.in_flight[replica] -= 1
+class _Newcomer:
+    """A process that does not serve yet."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+
+    def __getattr__(self, method: str) -> _NewcomerMethod:
+        return _NewcomerMethod(self._endpoint, method)
+
+
+class _NewcomerMethod:
+    def __init__(self, endpoint: Endpoint, method: str) -> None:
+        self._endpoint, self._method = endpoint, method
+
+    async def call_one(self, *args: Any, **kwargs: Any) -> Any:
+        return await self._endpoint.invoke(self._method, args, kwargs)

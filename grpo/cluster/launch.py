@@ -6,21 +6,21 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from itertools import chain
-from typing import Any
+from functools import partial
 
 import ray
 
 from grpo.cluster.handles import ActorHandle
 from grpo.cluster.plan import ActorSpec, actor_specs, check_capacity
 from grpo.cluster.ray_actor import RayEndpoint, host_class
+from grpo.cluster.services import Service, State, make_service
 from grpo.config import ClusterConfig, RunConfig
+from grpo.failures import Failures
 from grpo.services import Services
+from grpo.structured import together
 from grpo.types import LaunchError
-
-log = logging.getLogger(__name__)
 
 _CLOSE_TIMEOUT_S = 5.0
 _CALLS_PER_ACTOR = 10_000  # concurrent calls: more than tickets, so none queues inside Ray
@@ -71,77 +71,53 @@ def _signals_held_back() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def launch(config: RunConfig) -> AsyncIterator[Services]:
+async def launch(config: RunConfig, failures: Failures) -> AsyncIterator[Services]:
     """All actors of a run, set up; see `launch_actors`."""
-    async with launch_actors(actor_specs(config), config.cluster) as handles:
+    async with launch_actors(actor_specs(config), config, failures) as handles:
         yield Services(**handles)
 
 
 @asynccontextmanager
-async def launch_actors(specs: Sequence[ActorSpec], cluster: ClusterConfig) -> AsyncIterator[dict[str, ActorHandle]]:
-    """These actors by name, set up. Leaving the block ends every one of their processes.
+async def launch_actors(
+    specs: Sequence[ActorSpec], config: RunConfig, failures: Failures
+) -> AsyncIterator[dict[str, ActorHandle]]:
+    """These actors by name, set up, and replaced when they die. Leaving the block ends every one of their processes.
 
     Raises LaunchError when the cluster can't hold them, or when they are not up within `cluster.start_timeout_s`.
     """
     there = ray.cluster_resources()
     check_capacity(specs, there.get("CPU", 0.0), there.get("GPU", 0.0), "the Ray cluster")
-    actors = {spec.name: _start(spec) for spec in specs}
-    handles = {name: ActorHandle(name, endpoints) for name, endpoints in actors.items()}
+    services = {spec.name: make_service(spec, partial(_spawn, spec), failures, config) for spec in specs}
     patience_s = _CLOSE_TIMEOUT_S
     try:
-        await _set_up(handles, cluster.start_timeout_s)
-        yield handles
+        await _all_ready(services, config.cluster.start_timeout_s)
+        yield {name: ActorHandle(service) for name, service in services.items()}
     except asyncio.CancelledError:
         patience_s = 0.0  # somebody pressed Ctrl-C twice
         raise
     finally:
-        try:
-            await _close(handles, patience_s)
-        finally:
-            for endpoint in chain.from_iterable(actors.values()):
-                ray.kill(endpoint.actor)
+        await asyncio.gather(*(service.close(patience_s) for service in services.values()))
 
 
-def _start(spec: ActorSpec) -> list[RayEndpoint]:
-    names = [spec.name] if spec.replicas == 1 else [f"{spec.name}-{i}" for i in range(spec.replicas)]
+def _spawn(spec: ActorSpec, name: str) -> RayEndpoint:
     remote = ray.remote(host_class(spec.cls)).options(
         num_cpus=spec.num_cpus, num_gpus=spec.num_gpus, max_concurrency=_CALLS_PER_ACTOR
     )
-    return [RayEndpoint(name, spec.cls, remote.remote(spec.cls, dict(spec.kwargs))) for name in names]
+    return RayEndpoint(name, spec.cls, remote.remote(spec.cls, dict(spec.kwargs)))
 
 
-async def _set_up(handles: Mapping[str, ActorHandle], timeout_s: float) -> None:
-    starting = {asyncio.ensure_future(handle.setup.fanout()): name for name, handle in handles.items()}
+async def _all_ready(services: Mapping[str, Service], timeout_s: float) -> None:
     try:
-        done, pending = await asyncio.wait(starting, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
-        for task in done:
-            task.result()
-        if pending:
-            late = ", ".join(starting[task] for task in pending)
-            free = ray.available_resources()
-            raise LaunchError(
-                f"cluster.start_timeout_s: {late} not up after {timeout_s:g} s; the cluster has "
-                f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free, another job may hold the rest"
-            )
-    finally:
-        await _cancel(starting)
-
-
-async def _close(handles: Mapping[str, ActorHandle], patience_s: float) -> None:
-    """Ask every actor to close; one that does not is logged, its process is ended anyway."""
-    closing = {asyncio.ensure_future(handle.close.fanout()): name for name, handle in handles.items()}
-    try:
-        await asyncio.wait(closing, timeout=patience_s)
-        for task, name in closing.items():
-            if not task.done():
-                log.warning("%s did not close within %g s", name, patience_s)
-            elif not task.cancelled() and (error := task.exception()):
-                log.warning("%s did not close: %s", name, error)
-    finally:
-        await _cancel(closing)
-
-
-async def _cancel(tasks: Iterable[asyncio.Future[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+        async with asyncio.timeout(timeout_s):
+            await together(*(service.ready() for service in services.values()))
+    except TimeoutError:
+        late = ", ".join(
+            name
+            for name, service in services.items()
+            if any(replica.state is State.STARTING and not replica.optional for replica in service.replicas)
+        )
+        free = ray.available_resources()
+        raise LaunchError(
+            f"cluster.start_timeout_s: {late} not up after {timeout_s:g} s; the cluster has "
+            f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free, another job may hold the rest"
+        ) from None

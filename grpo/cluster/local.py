@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
-from grpo.cluster.handles import ActorHandle, LocalEndpoint
-from grpo.cluster.plan import actor_specs
+from grpo.cluster.endpoints import LocalEndpoint
+from grpo.cluster.handles import ActorHandle
+from grpo.cluster.plan import ActorSpec, actor_specs
+from grpo.cluster.services import make_service
 from grpo.config import RunConfig
+from grpo.failures import Failures
 from grpo.services import Services
+from grpo.structured import together
+
+_CLOSE_TIMEOUT_S = 5.0
 
 
 @asynccontextmanager
-async def launch_local(config: RunConfig, fakes: Mapping[str, Any] | None = None) -> AsyncIterator[Services]:
+async def launch_local(
+    config: RunConfig, failures: Failures, fakes: Mapping[str, Any] | None = None
+) -> AsyncIterator[Services]:
     """All actors of a run as objects of this process. `fakes` stand in for actors by name."""
-    handles: dict[str, ActorHandle] = {}
-    async with AsyncExitStack() as stack:
-        for spec in actor_specs(config):
-            if fakes and spec.name in fakes:
-                actors = [fakes[spec.name]]
-            else:
-                actors = [spec.cls(**spec.kwargs) for _ in range(spec.replicas)]
-                for actor in actors:
-                    await actor.setup()
-                    stack.push_async_callback(actor.close)
-            handles[spec.name] = ActorHandle(spec.name, [LocalEndpoint(actor) for actor in actors])
-        yield Services(**handles)
+    services = {
+        spec.name: make_service(spec, partial(_spawn, spec, (fakes or {}).get(spec.name)), failures, config)
+        for spec in actor_specs(config)
+    }
+    try:
+        await together(*(service.ready() for service in services.values()))
+        yield Services(**{name: ActorHandle(service) for name, service in services.items()})
+    finally:
+        await asyncio.gather(*(service.close(_CLOSE_TIMEOUT_S) for service in services.values()))
+
+
+def _spawn(spec: ActorSpec, fake: Any, name: str) -> LocalEndpoint:
+    return LocalEndpoint(spec.cls(**spec.kwargs) if fake is None else fake, name)

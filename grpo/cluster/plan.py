@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from grpo.actors.dataloader import Dataloader
@@ -18,7 +18,10 @@ from grpo.types import LaunchError
 
 @dataclass(frozen=True, eq=False)
 class ActorSpec:
-    """One noun: its class, how it is built, how many of it, and what each one needs."""
+    """One noun: its class, how it is built, how many of it, and what each one needs.
+
+    Optional replicas are started beyond the others as soon as the cluster has room for them.
+    """
 
     name: str
     cls: type
@@ -26,6 +29,7 @@ class ActorSpec:
     replicas: int = 1
     num_cpus: float = 0.0
     num_gpus: float = 0.0
+    optional_replicas: int = 0
 
     @property
     def config_group(self) -> str:
@@ -50,9 +54,11 @@ def actor_specs(config: RunConfig) -> list[ActorSpec]:
 def evaluation_specs(config: RunConfig) -> list[ActorSpec]:
     """The actors that hand out prompts, answer them and score the answers: all that a model is evaluated with."""
     common = {"config": config}
+    generator = _compute("generator", Generator, config, config.generator, config.generator.replicas)
+    most = config.generator.max_replicas or config.generator.replicas
     return [
         ActorSpec("dataloader", Dataloader, common),
-        _compute("generator", Generator, config, config.generator, config.generator.replicas),
+        replace(generator, optional_replicas=most - config.generator.replicas),
         ActorSpec("reward", Reward, common, config.reward.replicas, config.reward.num_cpus),
     ]
 

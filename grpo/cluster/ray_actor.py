@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import os
+import signal
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from typing import Any, NoReturn
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
-from grpo.types import ActorDied
+from grpo.types import ActorDied, PayloadLost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,29 +37,75 @@ class _Host:
         kwargs = {name: _fill(arg, payloads) for name, arg in kwargs.items()}
         return await getattr(self._actor, method)(*args, **kwargs)
 
+    async def where(self) -> tuple[str, int]:
+        """The node and the process."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    async def linger(self) -> None:
+        """Never returns: whoever calls it hears at once when the process dies."""
+        await asyncio.get_running_loop().create_future()
+
 
 class RayEndpoint:
     """A Ray actor that hosts an instance of `cls`."""
 
     def __init__(self, name: str, cls: type, actor: Any) -> None:
         self.name, self.actor = name, actor
+        self.pid: int | None = None  # where it runs on the driver's node
+        self._process: int | None = None  # a descriptor of it, which no later process of the same number can take over
         self._cls = cls
 
-    async def invoke(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    async def invoke(self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if method == "setup":
+            await self._find_process()
         payloads: list[ray.ObjectRef] = []
         args = tuple(_hoist(arg, payloads) for arg in args)
-        kwargs = {name: _hoist(arg, payloads) for name, arg in kwargs.items()}
+        kwargs = {name: _hoist(arg, payloads) for name, arg in (kwargs or {}).items()}
         returns_payload = getattr(getattr(self._cls, method, None), "returns_payload", False)
         remote = self.actor.invoke.options(num_returns=2 if returns_payload else 1, name=f"{self.name}.{method}")
+        if returns_payload:
+            payload, report = remote.remote(method, args, kwargs, *payloads)
+            return payload, await self._result(report)
+        return await self._result(remote.remote(method, args, kwargs, *payloads))
+
+    async def ping(self) -> None:
+        await self._result(self.actor.where.remote())
+
+    async def until_death(self) -> NoReturn:
+        await self._result(self.actor.linger.remote())
+        raise ActorDied(f"{self.name} ended")
+
+    def kill(self) -> None:
+        """Also where the process no longer answers Ray."""
+        ray.kill(self.actor)
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._process, signal.SIGKILL)
+            os.close(self._process)
+            self._process = None
+
+    async def _find_process(self) -> None:
+        node, pid = await self._result(self.actor.where.remote())
+        if node == ray.get_runtime_context().get_node_id():
+            with suppress(AttributeError, ProcessLookupError):  # not every system has it; or it just died
+                self._process = os.pidfd_open(pid)
+            self.pid = pid
+
+    async def _result(self, reference: ray.ObjectRef) -> Any:
         try:
-            if returns_payload:
-                payload, report = remote.remote(method, args, kwargs, *payloads)
-                return payload, await report
-            return await remote.remote(method, args, kwargs, *payloads)
+            return await reference
         except RayTaskError as error:
+            if isinstance(error.cause, ObjectLostError):
+                raise PayloadLost(f"{self.name}: {_first_line(error.cause)}") from error
             raise error.cause from error
         except RayActorError as error:
-            raise ActorDied(f"{self.name} died: {str(error).splitlines()[0]}") from error
+            raise ActorDied(f"{self.name} died: {_first_line(error)}") from error
+        except ObjectLostError as error:
+            raise PayloadLost(f"{self.name}: {_first_line(error)}") from error
+
+
+def _first_line(error: RayError) -> str:
+    return str(error).strip().splitlines()[0]
 
 
 def _hoist(arg: Any, payloads: list[ray.ObjectRef]) -> Any:

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
+from grpo.failures import Failures
 from grpo.observe.display import Display
 from grpo.observe.loop_lag import LoopLag
 from grpo.observe.run_dir import RunDirectory
 from grpo.pacing import Pacer
-from grpo.types import BatchReport, EvaluationReport, GenerationReport, GeneratorStats, Group, Scores
+from grpo.types import (
+    BatchReport,
+    EvaluationReport,
+    GenerationReport,
+    GeneratorStats,
+    Group,
+    PayloadLost,
+    RewardError,
+    Scores,
+    Ticket,
+    evaluation_report,
+)
 
 log = logging.getLogger(__name__)
 
@@ -38,15 +51,21 @@ class Stopwatch:
 class Recorder:
     """The driver's memory. All methods are quick and called on the event loop; files are written in a thread."""
 
-    def __init__(self, run_dir: RunDirectory, display: Display, pacer: Pacer) -> None:
+    def __init__(self, run_dir: RunDirectory, display: Display, pacer: Pacer, failures: Failures) -> None:
         self.loop_lag = LoopLag()
+        self.failures = failures
+        self.services: Mapping[str, Any] = {}  # figures of every replica, at the end
         self.evaluations: list[EvaluationReport] = []
         self.prompts: dict[str, int] = {}
         self.run_dir = run_dir
         self._display, self._pacer = display, pacer
         self._steps: list[Metrics] = []
         self._reports: list[GenerationReport] = []  # of groups finished since the last step
-        self._generators: list[GeneratorStats] = []
+        self._generators: dict[str, GeneratorStats] = {}  # by process, as of the last step
+        self._checkpoint_metrics: Metrics = {}  # since the last line
+        self._checkpoints = {"written": 0, "failed": 0, "skipped": 0}
+        self._resumed_at: list[int] = []
+        self._wall_s_before = 0.0  # of the run that this one goes on with
         self._evaluation_metrics: Metrics = {}  # since the last line
         self._evaluations_skipped = 0
         self._started = self._step_began = self._generators_seen = time.perf_counter()
@@ -55,12 +74,17 @@ class Recorder:
         return Stopwatch()
 
     @property
+    def step(self) -> int:
+        """The last step that was trained."""
+        return int(self._steps[-1]["step"]) if self._steps else 0
+
+    @property
     def wall_s(self) -> float:
-        return time.perf_counter() - self._started
+        return self._wall_s_before + time.perf_counter() - self._started
 
     def training_begins(self, generators: Sequence[GeneratorStats]) -> None:
         """Rates count from here; `wall_s` counts from the construction, the launch included."""
-        self._generators = list(generators)
+        self._generators = {stats.process: stats for stats in generators}
         self._step_began = self._generators_seen = time.perf_counter()
 
     def group_finished(self, group: Group, scores: Scores, report: GenerationReport) -> None:
@@ -81,9 +105,26 @@ class Recorder:
                 },
             )
 
-    def group_dropped(self, error: Exception) -> None:
-        log.warning("dropped a group: %s", error)
-        self._display.warn(f"dropped a group: {error}")
+    def group_dropped(self, ticket: Ticket, error: RewardError) -> None:
+        """Raises DataError when too many were, see Failures."""
+        self.warn(f"dropped a group: {error}")
+        self.run_dir.append("ledger.jsonl", {"dropped": self._pacer.entry(ticket), "reason": error.reason})
+        self.failures.reward_failed(error)
+
+    def payload_lost(self, ticket: Ticket, error: PayloadLost) -> None:
+        """A group whose tokens went with a node. Raises it when too much was lost, see Failures."""
+        self.groups_begun_again([ticket], "payload")
+        self.failures.payload_lost(error)
+
+    def groups_begun_again(self, tickets: Sequence[Ticket], reason: str) -> None:
+        """Groups that were lost, with a process or with the run."""
+        if tickets:
+            entries = [self._pacer.entry(ticket) for ticket in tickets]
+            self.run_dir.append("ledger.jsonl", {"begun_again": entries, "reason": reason})
+
+    def warn(self, message: str) -> None:
+        log.warning("%s", message)
+        self._display.warn(message)
 
     @contextmanager
     def evaluation_wait(self) -> Iterator[None]:
@@ -106,11 +147,27 @@ class Recorder:
     def evaluation_skipped(self, step: int) -> None:
         self._evaluations_skipped += 1
         self._evaluation_metrics["eval/skipped"] = self._evaluation_metrics.get("eval/skipped", 0) + 1
-        log.warning("no evaluation after step %d: the one before it still runs", step)
-        self._display.warn(
+        self.warn(
             f"no evaluation after step {step}: the one before it still runs; "
             "raise eval.every, or speed it up with fewer eval.prompts or more eval.replicas"
         )
+
+    def checkpoint_skipped(self, step: int) -> None:
+        self._checkpoints["skipped"] += 1
+        self.warn(f"no checkpoint of step {step}: the one before it is still being written; raise checkpoint.every")
+
+    def checkpoint_taken(self, seconds: float) -> None:
+        """How long the training waited for it."""
+        self._checkpoint_metrics["time/checkpoint_wait_s"] = seconds
+        self._step_began += seconds
+
+    def checkpoint_written(self, report: Mapping[str, float]) -> None:
+        self._checkpoints["written"] += 1
+        self._checkpoint_metrics |= {f"checkpoint/{name}": value for name, value in report.items()}
+
+    def checkpoint_failed(self, step: int, error: Exception) -> None:
+        self._checkpoints["failed"] += 1
+        self.warn(f"no checkpoint of step {step}: {error}; those before it are intact, and the training goes on")
 
     @contextmanager
     def metrics_line(
@@ -125,6 +182,8 @@ class Recorder:
 
         In the block the step is evaluated if that is due, so the last line carries the last evaluation.
         """
+        self.failures.step_trained()
+        self.run_dir.append("ledger.jsonl", {"step": step, "trained": [self._pacer.entry(t) for t in batch.tickets]})
         now = time.perf_counter()
         step_s, self._step_began = now - self._step_began, now
         rewards = [reward for group in batch.rewards for reward in group]
@@ -137,6 +196,8 @@ class Recorder:
             **times.seconds,
             "time/step_s": step_s,
             **self._generator_metrics(generators, now),
+            "recovery/restarts": len(self.failures.deaths),
+            "recovery/groups_begun_again": self._pacer.reissued.total(),
             "buffer/groups_waiting": batch.groups_waiting,
             "rollout/outstanding": self._pacer.outstanding,
             "driver/loop_lag_p99_ms": self.loop_lag.take_p99_ms(),
@@ -145,8 +206,8 @@ class Recorder:
         try:
             yield
         finally:
-            metrics |= self._evaluation_metrics
-            self._evaluation_metrics = {}
+            metrics |= self._evaluation_metrics | self._checkpoint_metrics
+            self._evaluation_metrics, self._checkpoint_metrics = {}, {}
             self.run_dir.append("metrics.jsonl", metrics)
             self._display.step(metrics)
 
@@ -168,28 +229,62 @@ class Recorder:
             "groups_admitted": ledger.admitted,
             "groups_trained": ledger.trained,
             "groups_dropped": dict(ledger.dropped),
+            "groups_begun_again": dict(ledger.reissued),
             "groups_in_flight": ledger.outstanding,
             "prompts": self.prompts,
             "max_policy_age_seen": max((step["policy_age/max"] for step in steps), default=None),
             "trainer_wait_fraction": sum(s["time/trainer_wait_s"] for s in steps) / total_s if steps else None,
             "generator_busy_fraction": _mean(steps, "generator/busy_fraction"),
             "weight_sync_s_mean": _mean(steps, "time/weight_sync_s"),
-            "restarts": {},
+            "restarts": self.failures.restarts,
+            "recovery": self._recovery(),
+            "checkpoints": self._checkpoints,
+            "resumed_at": self._resumed_at,
+            "services": self.services,
             "write_errors": self.run_dir.write_errors,
             "error": None if error is None else f"{type(error).__name__}: {error}",
         }
         self.run_dir.write_json("summary.json", summary)
         return summary
 
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs of the past, as JSON can hold it; the steps stand in metrics.jsonl."""
+        return {
+            "wall_s": self.wall_s,
+            "evaluations": [dataclasses.asdict(report) for report in self.evaluations],
+            "evaluations_skipped": self._evaluations_skipped,
+            "resumed_at": self._resumed_at,
+        }
+
+    def restore(self, step: int, state: Mapping[str, Any]) -> None:
+        """Go on from a `state` of the run in this folder, whose files were cut to that moment."""
+        self._steps = [line for line in self.run_dir.read("metrics.jsonl") if line["step"] <= step]
+        self.evaluations = [evaluation_report(record) for record in state["evaluations"]]
+        self._evaluations_skipped = state["evaluations_skipped"]
+        self._resumed_at = [*state["resumed_at"], step]
+        self._wall_s_before = state["wall_s"]
+
+    def _recovery(self) -> dict[str, Any]:
+        """Seconds from the death of an actor until its replacement served, and until the next trained step."""
+        summary: dict[str, Any] = {"deaths": [dataclasses.asdict(death) for death in self.failures.deaths]}
+        for name in ("back_s", "next_step_s"):
+            values = [death[name] for death in summary["deaths"] if death[name] is not None]
+            summary |= {f"{name}_median": median(values), f"{name}_max": max(values)} if values else {}
+        return summary
+
     def _generator_metrics(self, generators: Sequence[GeneratorStats], now: float) -> Metrics:
         """Rates since the last step, from counters that only grow; evaluations by these generators are part of it."""
         elapsed_s, self._generators_seen = now - self._generators_seen, now
-        busy_s = sum(stats.busy_s for stats in generators) - sum(stats.busy_s for stats in self._generators)
-        tokens = sum(stats.tokens for stats in generators) - sum(stats.tokens for stats in self._generators)
-        self._generators = list(generators)
+        busy_s = tokens = 0.0
+        for stats in generators:
+            before = self._generators.get(stats.process, GeneratorStats(0.0, 0))  # a replacement counts from zero
+            busy_s += stats.busy_s - before.busy_s
+            tokens += stats.tokens - before.tokens
+        self._generators = {stats.process: stats for stats in generators}
         reports, self._reports = self._reports, []
         metrics = {
             "generator/busy_fraction": min(1.0, busy_s / elapsed_s / len(generators)),
+            "generator/replicas": len(generators),
             "generator/tokens_per_s": tokens / elapsed_s,
         }
         completions = sum(report.completion_count for report in reports)

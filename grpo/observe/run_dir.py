@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import math
 import os
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,24 +16,54 @@ from grpo.types import ConfigError
 
 log = logging.getLogger(__name__)
 
+_GROWING = ("metrics.jsonl", "rollouts.jsonl", "ledger.jsonl")
+
 
 class RunDirectory:
     """`metrics.jsonl`, `rollouts.jsonl`, `summary.json` and whatever else is written, below one path."""
 
     def __init__(self, path: Path) -> None:
+        """Open it for a run, new or resumed. Raises ConfigError when it can't be written, or another run has it open."""
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            (path / ".writable").touch()
-            (path / ".writable").unlink()
+            self._lock = (path / ".lock").open("w")  # released when the process ends, however it does
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{path} is in use by another run; name another folder", key="hydra.run.dir") from None
         except OSError as error:
             raise ConfigError(
                 f"can't write to {path}: {error.strerror}; name another folder", key="hydra.run.dir"
             ) from error
-        if any((path / name).exists() for name in ("metrics.jsonl", "completions.jsonl")):
-            raise ConfigError(f"{path} already holds a run; name another folder", key="hydra.run.dir")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="run-dir")
         self.write_errors = 0
+
+    def refuse_old_runs(self) -> None:
+        """Raise ConfigError when a run has left something here."""
+        if any((self.path / name).exists() for name in ("metrics.jsonl", "completions.jsonl", "checkpoints")):
+            raise ConfigError(
+                f"{self.path} already holds a run; name another folder, or set resume=auto to go on with it",
+                key="hydra.run.dir",
+            )
+
+    def cut(self, sizes: Mapping[str, int]) -> None:
+        """Take the files that grow back to the moment at which `sizes` were taken."""
+        for name in _GROWING:
+            file, size = self.path / name, sizes.get(name, 0)
+            if file.exists() and (lost := file.stat().st_size - size) > 0:
+                log.info("resuming: cut %d bytes off %s, written after the checkpoint", lost, name)
+                os.truncate(file, size)
+
+    def sizes(self) -> Future[dict[str, int]]:
+        """Sizes in bytes of the files that grow, once everything queued so far is written."""
+        return self._writer.submit(
+            lambda: {name: (self.path / name).stat().st_size for name in _GROWING if (self.path / name).exists()}
+        )
+
+    def read(self, name: str) -> list[dict[str, Any]]:
+        """The records of a jsonl file; none when it is not there."""
+        file = self.path / name
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Queue one line of a jsonl file."""
@@ -47,6 +79,7 @@ class RunDirectory:
     def close(self) -> None:
         """Wait until everything queued is on disk."""
         self._writer.shutdown()
+        self._lock.close()
 
     def _submit(self, *work: Any) -> None:
         self._writer.submit(*work).add_done_callback(self._count_error)

@@ -1,0 +1,108 @@
+"""Checkpoints: taken between two steps, written beside the training, and the way back from one."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from grpo.config import RunConfig
+from grpo.observe.recorder import Recorder
+from grpo.pacing import Pacer
+from grpo.recovery import Recovery
+from grpo.rollout import PromptQueue
+from grpo.services import Services
+from grpo.types import CheckpointError
+
+
+class Checkpoints:
+    """Writes a checkpoint every `checkpoint.every` steps and at the end, and restores one at the start.
+
+    The training waits only until the state lies in the object store; a process of its own brings it to disk. One that
+    is due while another is being written is skipped and counted, the last one never. One that can't be written is a
+    warning: the training goes on.
+    """
+
+    def __init__(
+        self,
+        services: Services,
+        pacer: Pacer,
+        prompts: PromptQueue,
+        recovery: Recovery,
+        config: RunConfig,
+        recorder: Recorder,
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        self._services, self._pacer, self._prompts, self._recovery = services, pacer, prompts, recovery
+        self._config, self._recorder, self._tasks = config, recorder, tasks
+        self._every = config.checkpoint.every
+        self._writing: asyncio.Task[None] | None = None
+        self._newest = 0  # the step of the newest one that was begun
+
+    async def after(self, step: int) -> None:
+        """Take one of the trainer as it is after `step`, if it is due."""
+        if self._every == 0 or step % self._every:
+            return
+        if self._writing is not None and not self._writing.done():
+            self._recorder.checkpoint_skipped(step)
+            return
+        await self._begin(step)
+
+    async def finish(self, step: int) -> None:
+        """The last one, of `step`, unless it is there; returns when it is written."""
+        if self._every and step > self._newest:
+            await self._written()
+            await self._begin(step)
+        await self._written()
+
+    async def restore(self, path: Path, progress: Mapping[str, Any]) -> None:
+        """Bring the actors, the ledger and the records to where the checkpoint at `path` was taken."""
+        services = self._services
+        assert services.checkpointer is not None
+        state, _ = await services.checkpointer.load_trainer.call_one(str(path))
+        await services.trainer.restore.call(state)
+        self._recovery.go_on_from(progress["step"], state)
+        groups, serials = await services.checkpointer.load_groups.call_one(str(path))
+        self._prompts.restore(progress["prompts"])
+        self._pacer.restore(progress["ledger"], serials)
+        awaited = self._pacer.in_stage("rollout")
+        self._recorder.groups_begun_again(awaited, "resumed")
+        await services.replay_buffer.restore.call_one(awaited, self._pacer.admitted, groups)
+        self._recorder.restore(progress["step"], progress["records"])
+        self._newest = progress["step"]
+
+    async def _begin(self, step: int) -> None:
+        started = time.perf_counter()
+        state = await self._recovery.snapshot(step)
+        groups, serials = await self._services.replay_buffer.state.call_one()
+        # From here to the next await everything is of one moment; what joined the buffer just now is made again.
+        progress = {
+            "step": step,
+            "run_folder": str(self._recorder.run_dir.path),
+            "config": dataclasses.asdict(self._config),
+            "ledger": self._pacer.state(),
+            "prompts": self._prompts.state(),
+            "records": self._recorder.state(),
+        }
+        files = await asyncio.wrap_future(self._recorder.run_dir.sizes())
+        self._newest = step
+        self._recorder.checkpoint_taken(time.perf_counter() - started)
+        self._writing = self._tasks.create_task(
+            self._write(step, state, groups, progress | {"files": files}), name=f"checkpoint-{step}"
+        )
+
+    async def _write(self, step: int, state: Any, groups: Any, progress: dict[str, Any]) -> None:
+        assert self._services.checkpointer is not None
+        try:
+            report = await self._services.checkpointer.save.call_one(step, state, groups, progress)
+        except CheckpointError as error:  # a full disk must not end the training
+            self._recorder.checkpoint_failed(step, error)
+        else:
+            self._recorder.checkpoint_written(report)
+
+    async def _written(self) -> None:
+        if self._writing is not None:
+            await self._writing

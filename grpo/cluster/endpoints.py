@@ -1,0 +1,80 @@
+"""A process that takes method calls, whatever the transport: Ray's is in ray_actor.py, the one here is an object.
+
+The object in this process lets tests run the real loop without a cluster; it can be killed like a process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, NoReturn, Protocol
+
+from grpo.types import ActorDied
+
+
+class Endpoint(Protocol):
+    """One process. Every call raises ActorDied when the process is gone, also one that is under way as it dies."""
+
+    async def invoke(self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any: ...
+
+    async def ping(self) -> None:
+        """Returns when the process answers."""
+        ...
+
+    async def until_death(self) -> NoReturn:
+        """Raises ActorDied as soon as the process is gone."""
+        ...
+
+    def kill(self) -> None:
+        """End the process at once, whatever it does."""
+        ...
+
+
+class LocalEndpoint:
+    """An object in this process. Payloads are passed as they are; a fake needs neither `setup` nor `close`."""
+
+    def __init__(self, actor: Any, name: str = "actor") -> None:
+        self.actor, self._name = actor, name
+        self._calls: set[asyncio.Task[Any]] = set()
+        self._dead = asyncio.Event()
+        self._closing: asyncio.Future[Any] | None = None
+
+    async def invoke(self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        self._raise_if_dead()
+        if method in ("setup", "close") and not hasattr(self.actor, method):
+            return None
+        if method == "close":
+            self._closing = asyncio.get_running_loop().create_future()
+        call = asyncio.ensure_future(getattr(self.actor, method)(*args, **kwargs or {}))
+        self._calls.add(call)
+        try:
+            return await call
+        except asyncio.CancelledError:
+            self._raise_if_dead()
+            raise
+        finally:
+            self._calls.discard(call)
+
+    async def ping(self) -> None:
+        self._raise_if_dead()
+
+    async def until_death(self) -> NoReturn:
+        await self._dead.wait()
+        raise self._death()
+
+    def kill(self) -> None:
+        self._dead.set()
+        for call in self._calls:
+            call.cancel()
+        if self._closing is None and hasattr(self.actor, "close"):
+            self._closing = asyncio.ensure_future(self.actor.close())  # its threads, which a process takes with it
+
+    def _raise_if_dead(self) -> None:
+        if self._dead.is_set():
+            raise self._death()
+
+    def _death(self) -> ActorDied:
+        return ActorDied(f"{self._name} died: it was killed")
+
+
+Spawn = Callable[[str], Endpoint]  # starts a process of the given name

@@ -1,0 +1,79 @@
+"""What failed during a run, and how much more of it is tolerated.
+
+Two budgets, of actors that died and of groups whose reward failed. Every trained step fills both up again: a long run
+may lose many actors, but one that fails again and again without getting anywhere ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+from grpo.config import RecoveryConfig
+from grpo.types import DataError, InfrastructureError, PayloadLost, RewardError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Death:
+    """One actor that died: how long until its replacement served, and until the next step was trained, in seconds."""
+
+    actor: str
+    error: str
+    at: float  # on time.perf_counter's clock
+    back_s: float | None = None
+    next_step_s: float | None = None
+
+
+class Failures:
+    """Counts failures and holds the budgets."""
+
+    def __init__(self, config: RecoveryConfig) -> None:
+        self.deaths: list[Death] = []
+        self._config = config
+        self._restarts_left, self._data_failures_left = config.max_restarts, config.max_data_failures
+
+    @property
+    def restarts(self) -> dict[str, int]:
+        """How often each actor was replaced."""
+        return dict(Counter(death.actor for death in self.deaths))
+
+    def actor_died(self, actor: str, error: InfrastructureError) -> Death:
+        """Note it. Raises the error when the budget was spent before."""
+        log.warning("%s: %s", actor, error)
+        self._spend_restart(error)
+        self.deaths.append(Death(actor, str(error), time.perf_counter()))
+        return self.deaths[-1]
+
+    def payload_lost(self, error: PayloadLost) -> None:
+        """Note what has to be made again; out of the same budget."""
+        log.warning("%s", error)
+        self._spend_restart(error)
+
+    def actor_is_back(self, death: Death) -> None:
+        death.back_s = time.perf_counter() - death.at
+        log.info("%s is back after %.1f s", death.actor, death.back_s)
+
+    def reward_failed(self, error: RewardError) -> None:
+        """Note a group that is dropped. Raises DataError when the budget was spent before."""
+        if self._data_failures_left == 0:
+            limit = self._config.max_data_failures
+            raise DataError(f"{error}; recovery.max_data_failures={limit} between two steps are spent") from error
+        self._data_failures_left -= 1
+
+    def step_trained(self) -> None:
+        """Progress: the budgets are full again."""
+        now = time.perf_counter()
+        for death in self.deaths:
+            if death.next_step_s is None:
+                death.next_step_s = now - death.at
+        self._restarts_left, self._data_failures_left = self._config.max_restarts, self._config.max_data_failures
+
+    def _spend_restart(self, error: InfrastructureError) -> None:
+        if self._restarts_left == 0:
+            limit = self._config.max_restarts
+            raise type(error)(f"{error}; recovery.max_restarts={limit} between two steps are spent") from error
+        self._restarts_left -= 1

@@ -1,0 +1,69 @@
+"""What the driver does for actors with a memory, the replay buffer and the trainer, when a new process replaces one.
+
+A call is either acknowledged, and then part of what is restored here, or the service makes it again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from grpo.observe.recorder import Recorder
+from grpo.pacing import Pacer
+from grpo.services import Newcomer, Services
+from grpo.types import RecoveryError
+
+
+class Recovery:
+    """Keeps what a new trainer needs: a snapshot of its state, and the batches it was given since.
+
+    Both lie in the object store under the driver's name, so they outlive the trainer's process. The trainer takes the
+    same steps again; nothing is lost but time, and the versions that generators hold are its own.
+    """
+
+    def __init__(self, services: Services, pacer: Pacer, recorder: Recorder, snapshot_every: int) -> None:
+        self._services, self._pacer, self._recorder, self._every = services, pacer, recorder, snapshot_every
+        self._snapshot: Any = None
+        self._snapshot_step = -1
+        self._batches: list[Any] = []
+        services.replay_buffer.on_restart(self.restore_replay_buffer)
+        services.trainer.on_restart(self.restore_trainer)
+
+    async def step_trained(self, step: int, batch: Any) -> None:
+        """Remember the batch of a step, or take a snapshot behind it where that is due."""
+        if self._every > 0:
+            self._batches.append(batch)
+            if step % self._every == 0:
+                await self.snapshot(step)
+
+    async def snapshot(self, step: int) -> Any:
+        """A reference to the trainer's state after `step`, its last one."""
+        if self._snapshot_step == step:
+            return self._snapshot
+        (snapshot, _version), *_ = await self._services.trainer.snapshot.call()
+        self.go_on_from(step, snapshot)
+        return snapshot
+
+    def go_on_from(self, step: int, snapshot: Any) -> None:
+        """The trainer's state after `step`, all that a new one needs so far."""
+        if self._every > 0:
+            self._snapshot, self._snapshot_step = snapshot, step
+            self._batches.clear()
+
+    async def restore_trainer(self, newcomer: Newcomer) -> None:
+        """Raises RecoveryError when nothing was kept."""
+        if self._every == 0:
+            raise RecoveryError(
+                "the trainer died, and trainer.snapshot_every=0 keeps no copy of its state; resume=auto goes on from "
+                "the last checkpoint"
+            )
+        if self._snapshot is not None:
+            await newcomer.restore.call_one(self._snapshot)
+        for batch in self._batches:
+            await newcomer.train_step.call_one(batch)
+
+    async def restore_replay_buffer(self, newcomer: Newcomer) -> None:
+        """It awaits every group that is not in training; those that lay in the old one are made again."""
+        lost = self._pacer.in_stage("buffered")
+        await newcomer.restore.call_one(self._pacer.in_stage("rollout", "buffered"), self._pacer.admitted)
+        self._recorder.groups_begun_again(lost, "replay_buffer")
+        self._pacer.begin_again(lost, "replay_buffer")
