@@ -6,7 +6,6 @@ mapped read-only by every process of a node. So weights travel as bytes, whateve
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -15,23 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from grpo.flat_buffer import TensorSpec, buffer_for, lay_out, views
 from grpo.types import WeightsError
-
-_ALIGNMENT = 64  # bytes; lets every tensor be viewed in place
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Where one parameter lies in the buffer: `offset` in bytes from its start."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -44,12 +28,7 @@ class Weights:
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Views into the buffer by name. Read-only: the buffer may be shared by every process of the node."""
-        with warnings.catch_warnings():  # torch warns that it can't enforce what we only read
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            flat = torch.from_numpy(self.buffer)
-        for spec in self.specs:
-            part = flat[spec.offset : spec.offset + spec.nbytes]
-            yield spec.name, part.view(spec.dtype).view(spec.shape)
+        return views(self.specs, self.buffer)
 
 
 class WeightsWriter:
@@ -57,13 +36,8 @@ class WeightsWriter:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self._model = model
-        specs, offset = [], 0
-        for name, parameter in model.named_parameters():
-            spec = TensorSpec(name, tuple(parameter.shape), dtype, offset)
-            specs.append(spec)
-            offset += -(-spec.nbytes // _ALIGNMENT) * _ALIGNMENT
-        self._specs = tuple(specs)
-        self._buffer = np.zeros(offset, dtype=np.uint8)
+        self._specs = lay_out((name, parameter.shape, dtype) for name, parameter in model.named_parameters())
+        self._buffer = buffer_for(self._specs)
 
     @torch.no_grad()
     def write(self, version: int) -> Weights:

@@ -15,7 +15,8 @@ from grpo.algorithms.losses import LOSSES, LossOutput
 from grpo.config import LossConfig, TrainerConfig
 from grpo.learner.collate import MicroBatch, Sample, collate, plan, samples_of
 from grpo.learner.logprobs import token_logprobs
-from grpo.types import Batch, StalenessError
+from grpo.learner.state import StateWriter, TrainerState
+from grpo.types import Batch, CheckpointError, StalenessError
 from grpo.weights import Weights, WeightsWriter
 
 
@@ -50,6 +51,7 @@ class Learner:
         )
         schedule = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
         self._schedule = get_scheduler(schedule, self._optimizer, config.warmup_steps, config.max_steps)
+        self._states = StateWriter(model, self._optimizer)
 
     def train_step(self, batch: Batch) -> dict[str, float]:
         """Take one optimizer step; returns metrics by name.
@@ -89,6 +91,26 @@ class Learner:
         """A snapshot to publish; see WeightsWriter.write."""
         return self._writer.write(self.version)
 
+    def state(self) -> TrainerState:
+        """A snapshot for another learner to go on from, bit for bit. The next call overwrites its buffer."""
+        counters = {"nonfinite_steps": self.nonfinite_steps, "schedule_position": self._schedule.last_epoch}
+        return self._states.write(self.version, counters)
+
+    def restore(self, state: TrainerState) -> None:
+        """Go on from a snapshot; the learning rate is the config's at that point of the schedule.
+
+        Raises CheckpointError, before anything is changed, when it does not fit the model or holds NaN or infinity.
+        """
+        counters = state.counters
+        if missing := {"nonfinite_steps", "schedule_position", "optimizer_steps"} - counters.keys():
+            raise CheckpointError(f"the trainer's state lacks {sorted(missing)}")
+        self._states.check(state)
+        self._states.read(state)
+        self._optimizer.zero_grad(set_to_none=True)  # a step that failed half-way may have left some
+        self._move_schedule(counters["schedule_position"])
+        self.nonfinite_steps = counters["nonfinite_steps"]
+        self.version = state.version
+
     def _backward(self, samples: list[Sample], token_count: int) -> tuple[float, Mapping[str, float]]:
         loss, sums = 0.0, defaultdict[str, float](float)
         for part in plan([len(sample) for sample in samples], self._config.micro_batch_tokens):
@@ -126,6 +148,11 @@ class Learner:
             "same_version_tokens": same_BK.sum(),
             "same_version_gap": gap_BK[same_BK].sum(),
         }
+
+    def _move_schedule(self, position: int) -> None:
+        (settings,), schedule = self._optimizer.param_groups, self._schedule
+        settings["lr"] = schedule.base_lrs[0] * schedule.lr_lambdas[0](position)
+        schedule.load_state_dict(schedule.state_dict() | {"last_epoch": position, "_last_lr": [settings["lr"]]})
 
     def _update(self, *, finite: bool) -> None:
         if not finite:
