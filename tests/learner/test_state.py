@@ -12,7 +12,7 @@ import torch
 
 from grpo.flat_buffer import views
 from grpo.models.tiny import tiny_llama
-from grpo.types import Batch, CheckpointError
+from grpo.types import Batch, CheckpointError, NonFiniteError
 
 
 @pytest.fixture
@@ -150,6 +150,16 @@ def test_another_learning_rate_may_go_on_from_a_state(make_learner, idle_batches
     other = make_learner(other_model(), lr=0.1, lr_schedule="linear", max_steps=4)
     other.restore(stored(learner.state()))
     assert other.train_step(idle_batches[1])["trainer/lr"] == pytest.approx(0.075)
+
+
+def test_steps_that_are_not_finite_stay_counted(make_learner, make_group):
+    broken = Batch([make_group(3, [2], [math.nan])])
+    learner, other = (make_learner(of, age_bound=9, max_nonfinite_steps=1) for of in (None, other_model()))
+    learner.train_step(broken)
+    other.restore(stored(learner.state()))
+    assert other.nonfinite_steps == 1
+    with pytest.raises(NonFiniteError):
+        other.train_step(broken)
 
 
 def test_the_buffer_is_used_again(make_learner, batches):
