@@ -6,50 +6,34 @@ mapped read-only by every process of a node. So weights travel as bytes, whateve
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from grpo.checksum import buffer_checksum
+from grpo.flat_buffer import TensorSpec, buffer_for, lay_out, views
 from grpo.types import WeightsError
-
-_ALIGNMENT = 64  # bytes; lets every tensor be viewed in place
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Where one parameter lies in the buffer: `offset` in bytes from its start."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The parameters behind one policy version. `buffer` is uint8 [total bytes]; tied parameters appear once."""
+    """The parameters behind one policy version. `buffer` is uint8 [total bytes]; tied parameters appear once.
+
+    `checksum` is the buffer's; no engine that has a model loads weights whose checksum is another.
+    """
 
     version: int
     specs: tuple[TensorSpec, ...]
     buffer: NDArray[np.uint8]
+    checksum: int = 0
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Views into the buffer by name. Read-only: the buffer may be shared by every process of the node."""
-        with warnings.catch_warnings():  # torch warns that it can't enforce what we only read
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            flat = torch.from_numpy(self.buffer)
-        for spec in self.specs:
-            part = flat[spec.offset : spec.offset + spec.nbytes]
-            yield spec.name, part.view(spec.dtype).view(spec.shape)
+        return views(self.specs, self.buffer)
 
 
 class WeightsWriter:
@@ -57,13 +41,8 @@ class WeightsWriter:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self._model = model
-        specs, offset = [], 0
-        for name, parameter in model.named_parameters():
-            spec = TensorSpec(name, tuple(parameter.shape), dtype, offset)
-            specs.append(spec)
-            offset += -(-spec.nbytes // _ALIGNMENT) * _ALIGNMENT
-        self._specs = tuple(specs)
-        self._buffer = np.zeros(offset, dtype=np.uint8)
+        self._specs = lay_out((name, parameter.shape, dtype) for name, parameter in model.named_parameters())
+        self._buffer = buffer_for(self._specs)
 
     @torch.no_grad()
     def write(self, version: int) -> Weights:
@@ -78,7 +57,7 @@ class WeightsWriter:
             if not torch.isfinite(converted).all():
                 raise WeightsError(f"{name} holds NaN or infinity at version {version}: not published")
             target.copy_(converted)
-        return weights
+        return replace(weights, checksum=buffer_checksum(self._buffer))
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -94,13 +73,21 @@ def check_fit(expected: Mapping[str, tuple[int, ...]], weights: Weights) -> None
         raise WeightsError(f"version {weights.version} does not fit the model; it differs in {differing[:4]}")
 
 
+def check_intact(weights: Weights) -> None:
+    """Raise WeightsError when the buffer is not, byte for byte, the one that was published."""
+    if buffer_checksum(weights.buffer) != weights.checksum:
+        raise WeightsError(f"version {weights.version} was damaged on its way: its checksum is another; not loaded")
+
+
 @torch.no_grad()
 def load_weights(model: nn.Module, weights: Weights) -> None:
     """Copy published weights into a model in place.
 
-    Raises WeightsError, before anything is changed, when names or shapes are not exactly the model's.
+    Raises WeightsError, before anything is changed, when names or shapes are not exactly the model's, or when the
+    weights were damaged on their way.
     """
     check_fit(parameter_shapes(model), weights)
+    check_intact(weights)
     parameters = dict(model.named_parameters())
     for name, tensor in weights.tensors():
         parameters[name].copy_(tensor)

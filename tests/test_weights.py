@@ -185,6 +185,18 @@ def test_weights_of_another_model_are_refused_before_anything_changes(mismatch):
     assert_same(state(target), before)
 
 
+@pytest.mark.parametrize("place", [0, 77, -1])
+def test_damaged_weights_are_refused_before_anything_changes(place):
+    target, (_, weights, _) = tiny(seed=1), travelled(WeightsWriter(tiny(), torch.float32).write(2))
+    before = state(target)
+    buffer = weights.buffer.copy()
+    buffer[place] ^= 1
+    with pytest.raises(WeightsError, match="version 2 was damaged on its way"):
+        load_weights(target, dataclasses.replace(weights, buffer=buffer))
+    assert_same(state(target), before)
+    load_weights(target, weights)
+
+
 def test_loading_keeps_gradients_and_the_parameters_themselves():
     model = tiny(seed=1)
     parameter = model.model.norm.weight

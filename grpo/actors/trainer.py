@@ -9,6 +9,7 @@ import torch
 from grpo.compute import ComputeThread
 from grpo.config import RunConfig
 from grpo.learner.learner import Learner
+from grpo.learner.state import TrainerState
 from grpo.models.loading import load_model
 from grpo.services import returns_payload
 from grpo.types import Batch
@@ -41,6 +42,16 @@ class Trainer:
     async def push_weights(self) -> tuple[Weights, int]:
         """The present weights, and their version."""
         return await self._thread.run(self._learner.weights), self._learner.version
+
+    @returns_payload
+    async def snapshot(self) -> tuple[TrainerState, int]:
+        """All that another trainer needs to go on from here, and the version. See Learner.state."""
+        state = await self._thread.run(self._learner.state)
+        return state, state.version
+
+    async def restore(self, state: TrainerState) -> None:
+        """Go on from a snapshot. Raises CheckpointError, with nothing changed, when it can't be used."""
+        await self._thread.run(self._learner.restore, state)
 
     async def close(self) -> None:
         self._thread.close()

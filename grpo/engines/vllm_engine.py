@@ -25,7 +25,7 @@ from grpo.engines.shared_buffer import SharedBuffer
 from grpo.engines.vllm_words import as_completion, check_installed, cpu_settings, sampling_params, set_environment
 from grpo.structured import together
 from grpo.types import ActorDied, Completion, ConfigError, GeneratorStats, Ints, SamplingParams
-from grpo.weights import Weights, check_fit
+from grpo.weights import Weights, check_fit, check_intact
 
 R = TypeVar("R")
 
@@ -148,8 +148,8 @@ class VLLMEngine:
     async def update_weights(self, weights: Weights) -> None:
         """Swap weights between two decode steps; returns once they are in use.
 
-        Raises WeightsError, with the old weights in use, when they don't fit. After an update that fails later the
-        engine answers no more: half of its weights may be new.
+        Raises WeightsError, with the old weights in use, when they don't fit or were damaged. After an update that
+        fails later the engine answers no more: half of its weights may be new.
         """
         self._raise_if_ended()
         check_fit(self._shapes, weights)
@@ -191,8 +191,9 @@ class VLLMEngine:
     async def _update(self, weights: Weights) -> None:
         layout = [(s.name, list(s.shape), str(s.dtype).removeprefix("torch."), s.offset) for s in weights.specs]
         async with self._updating:
+            await asyncio.to_thread(check_intact, weights)
             memory = await self._shared_memory(weights.buffer.nbytes)
-            await asyncio.to_thread(memory.write, weights.buffer)  # generation goes on during this copy
+            await asyncio.to_thread(memory.write, weights.buffer)  # generation goes on meanwhile
             self._accepting.clear()
             try:
                 await self._llm.pause_generation(**_PAUSE[self._weight_update])

@@ -26,7 +26,8 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from grpo.engines.shared_buffer import read_shared
 from grpo.engines.vllm_engine import BACKEND
-from grpo.weights import TensorSpec, Weights
+from grpo.flat_buffer import TensorSpec
+from grpo.weights import Weights
 
 _PR_SET_PDEATHSIG = 1
 

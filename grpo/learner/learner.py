@@ -15,8 +15,11 @@ from grpo.algorithms.losses import LOSSES, LossOutput
 from grpo.config import LossConfig, TrainerConfig
 from grpo.learner.collate import MicroBatch, Sample, collate, plan, samples_of
 from grpo.learner.logprobs import token_logprobs
-from grpo.types import Batch, StalenessError
+from grpo.learner.state import StateWriter, TrainerState
+from grpo.types import Batch, CheckpointError, NonFiniteError, StalenessError
 from grpo.weights import Weights, WeightsWriter
+
+_COUNTERS = {"nonfinite_steps", "nonfinite_in_a_row", "schedule_position", "optimizer_steps"}
 
 
 class Learner:
@@ -37,7 +40,7 @@ class Learner:
             renamed = hasattr(model, "activation_checkpointing_enable")  # in transformers, after 5.20
             (model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable)()
         self.version = 0
-        self.nonfinite_steps = 0
+        self.nonfinite_steps, self._nonfinite_in_a_row = 0, 0
         self._config, self._temperature, self._age_bound = config, temperature, age_bound
         self._compute_dtype = compute_dtype
         self._device = next(model.parameters()).device
@@ -50,6 +53,7 @@ class Learner:
         )
         schedule = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
         self._schedule = get_scheduler(schedule, self._optimizer, config.warmup_steps, config.max_steps)
+        self._states = StateWriter(model, self._optimizer)
 
     def train_step(self, batch: Batch) -> dict[str, float]:
         """Take one optimizer step; returns metrics by name.
@@ -57,7 +61,7 @@ class Learner:
         The loss is divided by the number of completion tokens of the whole batch, so the split into micro-batches
         doesn't matter. Groups without any advantage count there, but cost no forward pass. A step whose gradient is
         not finite is skipped and counted. The version moves in any case. Raises StalenessError for a group that is
-        older than the bound.
+        older than the bound, NonFiniteError when more than `max_nonfinite_steps` in a row had to be skipped.
         """
         ages = [self.version - group.oldest_version for group in batch.groups]
         if max(ages) > self._age_bound:
@@ -70,7 +74,7 @@ class Learner:
         loss, sums = self._backward(trained, token_count)
         grad_norm = float(clip_grad_norm_(self.model.parameters(), self._config.max_grad_norm))
         lr = self._schedule.get_last_lr()[0]
-        self._update(finite=math.isfinite(loss) and math.isfinite(grad_norm))
+        self._update(loss, grad_norm)
         self._schedule.step()
         self.version += 1
         return {
@@ -88,6 +92,31 @@ class Learner:
     def weights(self) -> Weights:
         """A snapshot to publish; see WeightsWriter.write."""
         return self._writer.write(self.version)
+
+    def state(self) -> TrainerState:
+        """A snapshot for another learner to go on from, bit for bit. The next call overwrites its buffer."""
+        counters = {
+            "nonfinite_steps": self.nonfinite_steps,
+            "nonfinite_in_a_row": self._nonfinite_in_a_row,
+            "schedule_position": self._schedule.last_epoch,
+        }
+        return self._states.write(self.version, counters)
+
+    def restore(self, state: TrainerState) -> None:
+        """Go on from a snapshot; the learning rate is the config's at that point of the schedule.
+
+        Raises CheckpointError, before anything is changed, when it does not fit the model or holds NaN or infinity.
+        """
+        counters = state.counters
+        if missing := sorted(_COUNTERS - counters.keys()):
+            raise CheckpointError(f"the trainer's state lacks {missing}")
+        self._states.check(state)
+        self._states.read(state)
+        self._optimizer.zero_grad(set_to_none=True)  # a step that failed half-way may have left some
+        self._move_schedule(counters["schedule_position"])
+        self.nonfinite_steps = counters["nonfinite_steps"]
+        self._nonfinite_in_a_row = counters["nonfinite_in_a_row"]
+        self.version = state.version
 
     def _backward(self, samples: list[Sample], token_count: int) -> tuple[float, Mapping[str, float]]:
         loss, sums = 0.0, defaultdict[str, float](float)
@@ -127,10 +156,23 @@ class Learner:
             "same_version_gap": gap_BK[same_BK].sum(),
         }
 
-    def _update(self, *, finite: bool) -> None:
-        if not finite:
+    def _move_schedule(self, position: int) -> None:
+        (settings,), schedule = self._optimizer.param_groups, self._schedule
+        settings["lr"] = schedule.base_lrs[0] * schedule.lr_lambdas[0](position)
+        schedule.load_state_dict(schedule.state_dict() | {"last_epoch": position, "_last_lr": [settings["lr"]]})
+
+    def _update(self, loss: float, grad_norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self._nonfinite_in_a_row = 0
+        else:
             self.nonfinite_steps += 1
+            self._nonfinite_in_a_row += 1
             self._optimizer.zero_grad(set_to_none=True)
+        if self._nonfinite_in_a_row > self._config.max_nonfinite_steps:
+            raise NonFiniteError(
+                f"{self._nonfinite_in_a_row} steps in a row were not finite (the last: loss {loss}, gradient norm "
+                f"{grad_norm}); lower trainer.lr or trainer.max_grad_norm, and look for extreme rewards"
+            )
         self._optimizer.step()  # without gradients it changes nothing, but the schedule warns when it is left out
         self._optimizer.zero_grad(set_to_none=True)
 

@@ -85,3 +85,20 @@ async def test_the_age_bound_follows_from_the_buffer(make_trainer, make_group):
         await trainer.train_step(Batch([make_group(advantages=(0.0, 0.0), version=0)]))
     with pytest.raises(StalenessError):
         await trainer.train_step(Batch([make_group(version=0)]))
+
+
+async def test_a_new_trainer_goes_on_from_a_snapshot(make_trainer, make_group):
+    trainer, other = await make_trainer(), await make_trainer()
+    await trainer.train_step(Batch([make_group()]))
+    state, version = await trainer.snapshot()
+    assert version == state.version == 1
+    await other.restore(state)
+    again = Batch([make_group(version=1)])
+    assert await other.train_step(again) == await trainer.train_step(again)
+    (weights, version), (expected, _) = await other.push_weights(), await trainer.push_weights()
+    assert version == 2
+    assert (weights.buffer == expected.buffer).all()
+
+
+async def test_a_snapshot_is_a_payload():
+    assert Trainer.snapshot.returns_payload

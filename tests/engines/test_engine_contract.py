@@ -276,10 +276,17 @@ def incomplete(weights):
     return dataclasses.replace(weights, specs=weights.specs[:-1])
 
 
-@pytest.mark.parametrize("spoil", [renamed, incomplete])
-async def test_weights_that_do_not_fit_are_refused_and_the_old_ones_stay(bench, spoil):
+def damaged(weights):
+    weights.buffer[7] ^= 1
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"), [(renamed, "does not fit"), (incomplete, "does not fit"), (damaged, "was damaged on its way")]
+)
+async def test_weights_that_can_not_be_used_are_refused_and_the_old_ones_stay(bench, spoil, message):
     version = bench.engine.version
-    with pytest.raises(WeightsError, match="does not fit"):
+    with pytest.raises(WeightsError, match=message):
         await bench.engine.update_weights(spoil(weights_of(bench.model(seed=2), version + 1)))
     (completion,) = await bench.engine.generate(prompt_of(5), greedy(8))
     assert completion.versions == ((version, 8),)

@@ -80,10 +80,10 @@ def slow_logprobs():
 
 @pytest.fixture
 def make_learner(model):
-    def make(*, temperature=1.0, age_bound=0, dtype=torch.float32, beta=0.0, **trainer):
+    def make(of=None, *, temperature=1.0, age_bound=0, dtype=torch.float32, beta=0.0, **trainer):
         settings = TrainerConfig(**({"lr": 1e-3, "max_grad_norm": 1e9} | trainer))
         loss = LossConfig(beta=beta, clip_low=0.2, clip_high=0.2)
-        return Learner(model, settings, loss, temperature=temperature, age_bound=age_bound, compute_dtype=dtype)
+        return Learner(of or model, settings, loss, temperature=temperature, age_bound=age_bound, compute_dtype=dtype)
 
     return make
 

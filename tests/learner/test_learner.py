@@ -9,7 +9,7 @@ import torch
 
 from grpo.algorithms.advantages import ADVANTAGES
 from grpo.learner import learner as learner_module
-from grpo.types import Batch, Completion, Group, Problem, Prompt, StalenessError
+from grpo.types import Batch, Completion, Group, NonFiniteError, Problem, Prompt, StalenessError
 
 
 @pytest.fixture
@@ -194,6 +194,26 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(make_learne
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     assert metrics["trainer/nonfinite_steps"] == 1
     assert learner.weights().version == 2
+
+
+def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(make_learner, make_group, model, batch):
+    learner, broken = make_learner(age_bound=9, max_nonfinite_steps=2), Batch([make_group(3, [2], [math.nan])])
+    for good in (batch, batch):  # each sets the count back
+        assert math.isnan(learner.train_step(broken)["loss"])
+        learner.train_step(broken)
+        learner.train_step(good)
+    before = snapshot(model)
+    learner.train_step(broken)
+    metrics = learner.train_step(broken)
+    assert metrics["trainer/nonfinite_steps"] == 6
+    with pytest.raises(NonFiniteError, match=r"3 steps in a row .*loss nan.*trainer\.lr or trainer\.max_grad_norm"):
+        learner.train_step(broken)
+    assert unchanged(model, before)
+
+
+def test_the_first_step_that_is_not_finite_may_end_the_run(make_learner, make_group):
+    with pytest.raises(NonFiniteError, match="1 steps in a row"):
+        make_learner(max_nonfinite_steps=0).train_step(Batch([make_group(3, [2], [math.inf])]))
 
 
 def test_a_gradient_beyond_the_bound_is_clipped(make_learner, batch, steps_taken):

@@ -1,0 +1,51 @@
+"""Many tensors in one flat host buffer, so that they cross the object store at the speed of a copy of memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+_ALIGNMENT = 64  # bytes; lets every tensor be viewed in place
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Where one tensor lies in the buffer: `offset` in bytes from its start."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def lay_out(entries: Iterable[tuple[str, Sequence[int], torch.dtype]]) -> tuple[TensorSpec, ...]:
+    """Places for tensors of the given (name, shape, dtype), one behind the other in this order."""
+    specs, offset = [], 0
+    for name, shape, dtype in entries:
+        specs.append(TensorSpec(name, tuple(shape), dtype, offset))
+        offset += -(-specs[-1].nbytes // _ALIGNMENT) * _ALIGNMENT
+    return tuple(specs)
+
+
+def buffer_for(specs: Sequence[TensorSpec]) -> NDArray[np.uint8]:
+    """uint8 [bytes] of zeros, with room for all of them."""
+    return np.zeros(max((spec.offset + spec.nbytes for spec in specs), default=0), dtype=np.uint8)
+
+
+def views(specs: Iterable[TensorSpec], buffer: NDArray[np.uint8]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors by name, as views into the buffer."""
+    with warnings.catch_warnings():  # torch warns that it can't enforce what we only read
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        flat = torch.from_numpy(buffer)
+    for spec in specs:
+        part = flat[spec.offset : spec.offset + spec.nbytes]
+        yield spec.name, part.view(spec.dtype).view(spec.shape)
