@@ -77,7 +77,7 @@ class Checkpoints:
     async def _begin(self, step: int) -> None:
         started = time.perf_counter()
         state = await self._recovery.snapshot(step)
-        groups, serials = await self._services.replay_buffer.state.call_one()
+        groups, _ = await self._services.replay_buffer.state.call_one()
         # From here to the next await everything is of one moment; what joined the buffer just now is made again.
         progress = {
             "step": step,

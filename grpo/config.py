@@ -219,3 +219,7 @@ class RunConfig:
     @property
     def uses_evaluator(self) -> bool:
         return self.eval.prompts > 0 and self.eval.every > 0 and self.eval.replicas > 0
+
+    @property
+    def uses_checkpointer(self) -> bool:
+        return self.checkpoint.every > 0 or self.resume is not None

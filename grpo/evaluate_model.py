@@ -78,23 +78,24 @@ async def _answer_all(
 ) -> EvaluationReport:
     """Raises StalledError when no prompt is done for `watchdog.seconds`; the whole may take as long as it needs."""
     activities = Activities()
-    watchdog = Watchdog(config.watchdog, activities, lambda message: console.print(message, style="yellow"))
-    watching = asyncio.create_task(watchdog.watch())
-    try:
+    watchdog = Watchdog(
+        config.watchdog, failures.progress, activities, lambda message: console.print(message, style="yellow")
+    )
+
+    async def answer_all() -> EvaluationReport:
         activities.begin("evaluation")
         prompts = await held_out_prompts(services, config)
         with AnswerProgress(console, len(prompts)) as progress:
 
             def on_answer(prompt: Prompt, scores: Scores | None) -> None:
-                watchdog.feed()
                 failures.step_trained()  # an answer is the progress that fills the budgets up
                 progress.advance()
                 if scores is not None:
                     run_dir.append("completions.jsonl", _completions_record(prompt, scores))
 
             return await evaluate(services, config, prompts, _VERSION, on_answer)
-    finally:
-        watching.cancel()
+
+    return await watchdog.over(answer_all())
 
 
 def _completions_record(prompt: Prompt, scores: Scores) -> dict[str, object]:

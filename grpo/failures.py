@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from grpo.config import RecoveryConfig
+from grpo.structured import Signal
 from grpo.types import DataError, InfrastructureError, PayloadLost, RewardError
 
 log = logging.getLogger(__name__)
@@ -29,10 +30,11 @@ class Death:
 
 
 class Failures:
-    """Counts failures and holds the budgets."""
+    """Counts failures and holds the budgets. `progress` is what fills them up; a watchdog waits for it."""
 
     def __init__(self, config: RecoveryConfig) -> None:
         self.deaths: list[Death] = []
+        self.progress = Signal()
         self._config = config
         self._restarts_left, self._data_failures_left = config.max_restarts, config.max_data_failures
 
@@ -65,12 +67,13 @@ class Failures:
         self._data_failures_left -= 1
 
     def step_trained(self) -> None:
-        """Progress: the budgets are full again."""
+        """The budgets are full again."""
         now = time.perf_counter()
         for death in self.deaths:
             if death.next_step_s is None:
                 death.next_step_s = now - death.at
         self._restarts_left, self._data_failures_left = self._config.max_restarts, self._config.max_data_failures
+        self.progress.notify()
 
     def _spend_restart(self, error: InfrastructureError) -> None:
         if self._restarts_left == 0:

@@ -42,12 +42,10 @@ class Run:
     recorder: Recorder
     shutdown: asyncio.Event
     activities: Activities
-    watchdog: Watchdog
 
 
 async def run(
     services: Services,
-    pacer: Pacer,
     config: RunConfig,
     recorder: Recorder,
     shutdown: asyncio.Event,
@@ -58,11 +56,11 @@ async def run(
     Every task belongs to one task group: the first error ends them all and is raised as it is. Actors that die are
     replaced behind `services`; what only the driver knows of them is in `Recovery`.
     """
-    prompts = PromptQueue(services.dataloader, pacer, bulk=config.trainer.groups_per_step)
+    pacer, prompts = recorder.pacer, PromptQueue(services.dataloader, recorder.pacer, config.trainer.groups_per_step)
     recovery = Recovery(services, pacer, recorder, config.trainer.snapshot_every)
     activities = Activities()
-    watchdog = Watchdog(config.watchdog, activities, recorder.warn)
-    run = Run(services, pacer, prompts, config, recorder, shutdown, activities, watchdog)
+    watchdog = Watchdog(config.watchdog, recorder.failures.progress, activities, recorder.warn)
+    run = Run(services, pacer, prompts, config, recorder, shutdown, activities)
     try:
         async with asyncio.TaskGroup() as tasks:
             watching = tasks.create_task(watchdog.watch(), name="watchdog")
@@ -88,6 +86,8 @@ async def run(
     except BaseExceptionGroup as group:
         first = first_error(group)
         raise first from first.__cause__  # an error from another process has its traceback there
+    finally:
+        recorder.prompts = prompts.counts()
 
 
 async def continuous_rollouts(run: Run) -> None:
@@ -109,8 +109,8 @@ async def continuous_rollouts(run: Run) -> None:
             if config.reward.on_error == "fail":
                 raise
             recorder.group_dropped(ticket, error)
-            await services.replay_buffer.skip.call_one(ticket)
             pacer.drop(ticket, error.reason)
+            await services.replay_buffer.skip.call_one(ticket)
         except PayloadLost as error:
             recorder.payload_lost(ticket, error)
             pacer.begin_again([ticket], "payload")
@@ -139,11 +139,9 @@ async def continuous_training(run: Run, recovery: Recovery, evaluation: Evaluati
             (weights, stats), _ = await together(publish_weights(services), recovery.step_trained(step, batch))
         with recorder.metrics_line(step, metrics, taken, stats, times):
             pacer.release(taken.tickets)
-            run.watchdog.feed()
             await evaluation.after(step, weights)
         del weights, batch
         await checkpoints.after(step)
-        run.watchdog.feed()
 
 
 async def publish_weights(services: Services) -> tuple[Any, list[GeneratorStats]]:
@@ -151,5 +149,5 @@ async def publish_weights(services: Services) -> tuple[Any, list[GeneratorStats]
 
     The weights are a reference to them, good until the next call: their buffer is written to again.
     """
-    (weights, _version), *_ = await services.trainer.push_weights.call()
+    (weights, _), *_ = await services.trainer.push_weights.call()
     return weights, await services.generator.update_weights.fanout(weights)

@@ -83,8 +83,10 @@ class Pacer:
         self._out[ticket].prompt = serial
 
     def is_buffered(self, ticket: Ticket) -> None:
-        """Its group lies in the replay buffer."""
-        self._out[ticket].stage = "buffered"
+        """Its group lies in the replay buffer, unless a batch took it before this was known."""
+        work = self._out.get(ticket)
+        if work is not None and work.stage == "rollout":
+            work.stage = "buffered"
 
     def are_training(self, tickets: Iterable[Ticket]) -> None:
         """Their groups have left the replay buffer as a batch."""

@@ -22,6 +22,7 @@ from grpo.imports import check_arguments, import_target
 from grpo.models.loading import check_architecture, check_weights, context_length, load_settings, load_skeleton
 from grpo.models.tokenizer import load_tokenizer
 from grpo.observe.run_dir import RunDirectory
+from grpo.resume import ResumePoint, check_compatible
 from grpo.tasks.base import Task
 from grpo.tasks.encoding import PromptEncoder, make_task
 from grpo.types import ConfigError
@@ -38,11 +39,23 @@ def check(config: RunConfig, specs: Sequence[ActorSpec]) -> Task:
     return task
 
 
-def open_run(config: RunConfig, task: Task, folder: Path) -> tuple[RunConfig, RunDirectory]:
-    """The config that the actors get, its model made and checked; and the run's folder, with that config in it."""
+def open_run(
+    config: RunConfig, task: Task, folder: Path, resume: ResumePoint | None = None
+) -> tuple[RunConfig, RunDirectory]:
+    """The config that the actors get, its model made and checked; and the run's folder, with that config in it.
+
+    Raises ConfigError when the folder holds another run, or the settings differ from those of the run to resume.
+    """
     run_dir = RunDirectory(folder)
+    if resume is None:
+        run_dir.refuse_old_runs()
     config = prepare_model(config, task)
+    checkpoints = Path(config.checkpoint.dir or folder / "checkpoints").expanduser().absolute()
+    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, dir=str(checkpoints)))
     check_model(config, task)
+    if resume is not None:
+        check_compatible(config, resume.progress)
+        run_dir.cut(resume.progress["files"] if resume.folder == folder else {})
     run_dir.write("config.yaml", to_yaml(config))
     return config, run_dir
 

@@ -70,7 +70,7 @@ def check_compatible(config: RunConfig, progress: Mapping[str, Any]) -> None:
     ]
     if differing:
         raise ConfigError(
-            f"the checkpoint is of a run with other settings: {'; '.join(differing)}; set them back, or start a new run",
+            f"the checkpoint has other settings: {'; '.join(differing)}; set them back, or start a new run",
             key="resume",
         )
     if progress["step"] >= config.trainer.max_steps:
@@ -87,7 +87,9 @@ def _at(path: Path, new_folder: Path) -> tuple[ResumePoint, list[str]]:
         if checkpoints(folder):
             return _newest_in(folder, new_folder)
     if not (path / "progress.json").exists():
-        raise ConfigError(f"no checkpoint at {str(path)!r}; name a run's folder or one of its checkpoints", key="resume")
+        raise ConfigError(
+            f"no checkpoint at {str(path)!r}; name a run's folder or one of its checkpoints", key="resume"
+        )
     verify(path)
     return _point(path, new_folder), []
 

@@ -50,6 +50,10 @@ class PromptQueue:
         """Where the stream goes on for somebody who has not fetched ahead."""
         return self._prompts[0].serial if self._prompts else self._next_serial
 
+    def counts(self) -> dict[str, int]:
+        """Prompts handed out to rollouts, and those before them that were over the length limit."""
+        return {"handed_out": self.handed_out, "skipped_length": self.next_serial - self.handed_out}
+
     def state(self) -> dict[str, int]:
         """The place in the stream, and how many prompts were handed out on the way there; the others were skipped."""
         return {"next_serial": self.next_serial, "handed_out": self.handed_out}

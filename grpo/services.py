@@ -12,7 +12,7 @@ again, by another replica or by the replacement.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -52,6 +52,14 @@ class Handle(Protocol):
         """Have `restore` called with every replacement of a process that died."""
         ...
 
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """State, requests, failures, calls under way and mean latency of every replica, by its name."""
+        ...
+
+    def scale(self, replicas: int) -> None:
+        """Start replicas, or let the last ones leave when they have finished what they have."""
+        ...
+
     def session(self) -> Handle:
         """A handle whose routed calls keep to one replica, as long as that lives."""
         ...
@@ -73,6 +81,11 @@ class Services:
     reference: Handle | None = None
     evaluator: Handle | None = None
     checkpointer: Handle | None = None
+
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """Those of every replica of every actor."""
+        handles = (getattr(self, field.name) for field in fields(self))
+        return {name: figures for handle in handles if handle for name, figures in handle.figures().items()}
 
 
 @dataclass(frozen=True)

@@ -26,14 +26,18 @@ class Signal:
         self._changed.set()
         self._changed = asyncio.Event()
 
+    async def wait(self) -> None:
+        """Until the next `notify`."""
+        await self._changed.wait()
+
     async def wait_for(self, condition: Callable[[], R]) -> R:
         """Return what `condition()` gives as soon as that is true; it is asked again at every `notify`."""
         while not (value := condition()):
-            await self._changed.wait()
+            await self.wait()
         return value
 
 
-async def together(*work: Coroutine[Any, Any, R]) -> list[R]:
+async def together(*work: Coroutine[Any, Any, Any]) -> list[Any]:
     """Results in order. The first error cancels the others, waits for them to end, and is raised as it is.
 
     Not an asyncio.TaskGroup: there an error hides a cancellation of the caller that comes at the same moment.

@@ -18,12 +18,14 @@ from grpo.cluster.launch import launch
 from grpo.cluster.plan import ActorSpec, actor_specs
 from grpo.config import RunConfig
 from grpo.driver import EXIT_CODES, drive
+from grpo.failures import Failures
 from grpo.loop import run
 from grpo.observe.display import Display, make_display
 from grpo.observe.output import Screen, chatter_to
 from grpo.observe.recorder import Recorder
 from grpo.observe.run_dir import RunDirectory
 from grpo.pacing import Pacer
+from grpo.resume import ResumePoint, find_resume_point
 from grpo.services import Services
 from grpo.structured import unless
 from grpo.types import InfrastructureError
@@ -47,39 +49,46 @@ def train(config: RunConfig, folder: Path) -> int:
     if config.dry_run:
         print_plan(config, console)
         return EXIT_CODES["completed"]
-    config, run_dir = preflight.open_run(config, task, folder)
+    resume, found = find_resume_point(config, folder)
+    for warning in found:
+        console.print(f"warning: {warning}", style="yellow", markup=False)
+    if resume is not None:
+        console.print(f"going on from {resume.path}, step {resume.step}", highlight=False, markup=False)
+    config, run_dir = preflight.open_run(config, task, resume.folder if resume else folder, resume)
     try:
-        summary = _train(config, run_dir)
+        summary = _train(config, run_dir, resume)
     finally:
         run_dir.close()
     _print_outcome(summary, run_dir.path)
     return EXIT_CODES[summary["status"]]
 
 
-def _train(config: RunConfig, run_dir: RunDirectory) -> dict[str, Any]:
+def _train(config: RunConfig, run_dir: RunDirectory, resume: ResumePoint | None) -> dict[str, Any]:
     """Run on the cluster; whatever ends it, the summary says so."""
-    pacer = Pacer(config.ticket_capacity)
     with chatter_to(run_dir.path / "run.log") as console:
         console.print("starting Ray and the actors ...", style="dim")
         display = make_display(console, config.trainer.max_steps, config.observe.log_every)
-        recorder = Recorder(run_dir, display, pacer)
+        recorder = Recorder(run_dir, display, Pacer(config.ticket_capacity), Failures(config.recovery))
         status, error = drive(
             config.cluster,
-            lambda shutdown: _run(config, pacer, recorder, display, shutdown),
+            lambda shutdown: _run(config, recorder, display, shutdown, resume),
             lambda: display.warn("stopping after this step; press Ctrl-C again to stop at once"),
         )
         return recorder.write_summary(status, error)
 
 
-async def _run(config: RunConfig, pacer: Pacer, recorder: Recorder, display: Display, shutdown: asyncio.Event) -> None:
+async def _run(
+    config: RunConfig, recorder: Recorder, display: Display, shutdown: asyncio.Event, resume: ResumePoint | None
+) -> None:
     async with AsyncExitStack() as stack:
-        services = await unless(shutdown, stack.enter_async_context(launch(config)))
+        services = await unless(shutdown, stack.enter_async_context(launch(config, recorder.failures)))
         gc.freeze()  # what is loaded by now stays; walking it in a full collection would block the loop for 0.2 s
         try:
             with display:
-                await run(services, pacer, config, recorder, shutdown)
+                await run(services, config, recorder, shutdown, resume)
         finally:
-            recorder.prompts = await _prompt_counts(services)
+            recorder.services = services.figures()
+            recorder.prompts |= await _prompt_counts(services)
 
 
 async def _prompt_counts(services: Services) -> dict[str, int]:

@@ -3,43 +3,51 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any, NoReturn, TypeVar
 
 from grpo.config import WatchdogConfig
+from grpo.structured import Signal
 from grpo.types import StalledError
 from grpo.waiting import Activities
 
-log = logging.getLogger(__name__)
+R = TypeVar("R")
 
 
 class Watchdog:
-    """Fed by progress. Where none came for `watchdog.seconds`, `watch` raises, or warns and waits on."""
+    """Waits for progress. Where none came for `watchdog.seconds`, `watch` raises, or warns and waits on."""
 
-    def __init__(self, config: WatchdogConfig, activities: Activities, warn: Callable[[str], None]) -> None:
-        self._config, self._activities, self._warn = config, activities, warn
-        self._fed = asyncio.Event()
+    def __init__(
+        self, config: WatchdogConfig, progress: Signal, activities: Activities, warn: Callable[[str], None]
+    ) -> None:
+        self._config, self._progress, self._activities, self._warn = config, progress, activities, warn
 
-    def feed(self) -> None:
-        self._fed.set()
+    async def over(self, work: Coroutine[Any, Any, R]) -> R:
+        """Await `work` under this watch."""
+        watching, working = asyncio.ensure_future(self.watch()), asyncio.ensure_future(work)
+        try:
+            done, _ = await asyncio.wait((watching, working), return_when=asyncio.FIRST_COMPLETED)
+            return working.result() if working in done else watching.result()
+        finally:
+            watching.cancel()
+            working.cancel()
+            await asyncio.gather(watching, working, return_exceptions=True)
 
-    async def watch(self) -> None:
+    async def watch(self) -> NoReturn:
         """Until cancelled. Raises StalledError, unless `watchdog.action` is warn."""
         silent_s = 0.0
         while True:
             try:
                 async with asyncio.timeout(self._config.seconds):
-                    await self._fed.wait()
+                    await self._progress.wait()
             except TimeoutError:
                 silent_s += self._config.seconds
                 error = StalledError(self._message(silent_s))
                 if self._config.action == "fail":
                     raise error from None
-                log.warning("%s", error)
                 self._warn(str(error))
             else:
                 silent_s = 0.0
-                self._fed.clear()
 
     def _message(self, silent_s: float) -> str:
         return f"nothing was done for {silent_s:g} s (watchdog.seconds): {self._activities.describe()}"

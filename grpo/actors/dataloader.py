@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from grpo.config import RunConfig
 from grpo.models.tokenizer import load_tokenizer
 from grpo.tasks.encoding import PromptEncoder, make_task
-from grpo.types import Problem, Prompt, PromptBatch
+from grpo.types import Ints, Problem, Prompt, PromptBatch
 
 
 class Dataloader:
@@ -70,7 +69,7 @@ class Dataloader:
         epoch, place = divmod(serial, len(self._problems))
         return self._problems[self._order(epoch)[place]]
 
-    def _permutation(self, epoch: int) -> Sequence[int]:
+    def _permutation(self, epoch: int) -> Ints:
         return np.random.default_rng([self._config.seed, epoch]).permutation(len(self._problems))
 
     def _held_out(self, count: int) -> tuple[list[Prompt], int]:

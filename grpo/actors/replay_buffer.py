@@ -28,8 +28,9 @@ class ReplayBuffer:
 
     async def add(self, ticket: Ticket, group: Group) -> None:
         async with self._changed:
-            self._groups[ticket] = group
-            self._changed.notify_all()
+            if not self._is_passed(ticket.serial):  # a batch may have taken it out of the process before this one
+                self._groups[ticket] = group
+                self._changed.notify_all()
 
     async def skip(self, ticket: Ticket) -> None:
         """This ticket's group was dropped: nobody need wait for it."""
@@ -90,7 +91,12 @@ class ReplayBuffer:
                 head += 1
         return chosen
 
+    def _is_passed(self, serial: int) -> bool:
+        return serial < self._head or serial in self._passed
+
     def _pass(self, ticket: Ticket) -> None:
+        if self._is_passed(ticket.serial):
+            return
         self._passed.add(ticket.serial)
         while self._head in self._passed:
             self._passed.remove(self._head)

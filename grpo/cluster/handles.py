@@ -39,6 +39,12 @@ class ActorHandle:
         """
         self.service.restore = lambda endpoint: restore(_Newcomer(endpoint))
 
+    def figures(self) -> dict[str, dict[str, Any]]:
+        return self.service.figures()
+
+    def scale(self, replicas: int) -> None:
+        self.service.scale(replicas)
+
     def session(self) -> ActorHandle:
         """A handle whose routed calls all go to one replica, as long as that lives."""
         return ActorHandle(self.service, sticky=True)

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from grpo.cluster.handles import ActorHandle
 from grpo.cluster.plan import ActorSpec, actor_specs, check_capacity
@@ -100,8 +101,12 @@ async def launch_actors(
 
 
 def _spawn(spec: ActorSpec, name: str) -> RayEndpoint:
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote = ray.remote(host_class(spec.cls)).options(
-        num_cpus=spec.num_cpus, num_gpus=spec.num_gpus, max_concurrency=_CALLS_PER_ACTOR
+        num_cpus=spec.num_cpus,
+        num_gpus=spec.num_gpus,
+        max_concurrency=_CALLS_PER_ACTOR,
+        scheduling_strategy=here if spec.beside else "DEFAULT",
     )
     return RayEndpoint(name, spec.cls, remote.remote(spec.cls, dict(spec.kwargs)))
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from grpo.actors.checkpointer import Checkpointer
 from grpo.actors.dataloader import Dataloader
 from grpo.actors.generator import Generator
 from grpo.actors.reference import Reference
@@ -20,7 +21,8 @@ from grpo.types import LaunchError
 class ActorSpec:
     """One noun: its class, how it is built, how many of it, and what each one needs.
 
-    Optional replicas are started beyond the others as soon as the cluster has room for them.
+    Optional replicas are started beyond the others as soon as the cluster has room for them. One that is `beside` the
+    driver runs on its node.
     """
 
     name: str
@@ -30,6 +32,7 @@ class ActorSpec:
     num_cpus: float = 0.0
     num_gpus: float = 0.0
     optional_replicas: int = 0
+    beside: bool = False
 
     @property
     def config_group(self) -> str:
@@ -38,12 +41,15 @@ class ActorSpec:
 
 
 def actor_specs(config: RunConfig) -> list[ActorSpec]:
-    """The actors of a run, in the order of the dataflow; reference and evaluator only where the config uses them."""
+    """The actors of a run, in the order of the dataflow; some only where the config uses them."""
     specs = evaluation_specs(config)
     if config.uses_reference:
         specs.append(_compute("reference", Reference, config, config.reference, config.reference.replicas))
     if config.uses_evaluator:
         specs.append(_compute("evaluator", Generator, config, config.eval, config.eval.replicas))
+    if config.uses_checkpointer:
+        kwargs = {"config": config, "folder": str(config.checkpoint.dir)}
+        specs.append(ActorSpec("checkpointer", Checkpointer, kwargs, beside=True))
     return [
         *specs,
         ActorSpec("replay_buffer", ReplayBuffer, {"window": config.buffer.window}),

@@ -58,7 +58,7 @@ class Recorder:
         self.evaluations: list[EvaluationReport] = []
         self.prompts: dict[str, int] = {}
         self.run_dir = run_dir
-        self._display, self._pacer = display, pacer
+        self.pacer, self._display = pacer, display
         self._steps: list[Metrics] = []
         self._reports: list[GenerationReport] = []  # of groups finished since the last step
         self._generators: dict[str, GeneratorStats] = {}  # by process, as of the last step
@@ -108,7 +108,7 @@ class Recorder:
     def group_dropped(self, ticket: Ticket, error: RewardError) -> None:
         """Raises DataError when too many were, see Failures."""
         self.warn(f"dropped a group: {error}")
-        self.run_dir.append("ledger.jsonl", {"dropped": self._pacer.entry(ticket), "reason": error.reason})
+        self.run_dir.append("ledger.jsonl", {"dropped": self.pacer.entry(ticket), "reason": error.reason})
         self.failures.reward_failed(error)
 
     def payload_lost(self, ticket: Ticket, error: PayloadLost) -> None:
@@ -119,7 +119,7 @@ class Recorder:
     def groups_begun_again(self, tickets: Sequence[Ticket], reason: str) -> None:
         """Groups that were lost, with a process or with the run."""
         if tickets:
-            entries = [self._pacer.entry(ticket) for ticket in tickets]
+            entries = [self.pacer.entry(ticket) for ticket in tickets]
             self.run_dir.append("ledger.jsonl", {"begun_again": entries, "reason": reason})
 
     def warn(self, message: str) -> None:
@@ -141,6 +141,7 @@ class Recorder:
     def evaluated(self, report: EvaluationReport) -> None:
         """Its numbers go into the next line of metrics; where there are two by then, those of the newer one."""
         self.evaluations.append(report)
+        self.failures.progress.notify()
         self._evaluation_metrics |= {f"eval/{name}": value for name, value in report.as_record().items()}
         self._display.evaluated(report)
 
@@ -183,7 +184,7 @@ class Recorder:
         In the block the step is evaluated if that is due, so the last line carries the last evaluation.
         """
         self.failures.step_trained()
-        self.run_dir.append("ledger.jsonl", {"step": step, "trained": [self._pacer.entry(t) for t in batch.tickets]})
+        self.run_dir.append("ledger.jsonl", {"step": step, "trained": [self.pacer.entry(t) for t in batch.tickets]})
         now = time.perf_counter()
         step_s, self._step_began = now - self._step_began, now
         rewards = [reward for group in batch.rewards for reward in group]
@@ -197,9 +198,9 @@ class Recorder:
             "time/step_s": step_s,
             **self._generator_metrics(generators, now),
             "recovery/restarts": len(self.failures.deaths),
-            "recovery/groups_begun_again": self._pacer.reissued.total(),
+            "recovery/groups_begun_again": self.pacer.reissued.total(),
             "buffer/groups_waiting": batch.groups_waiting,
-            "rollout/outstanding": self._pacer.outstanding,
+            "rollout/outstanding": self.pacer.outstanding,
             "driver/loop_lag_p99_ms": self.loop_lag.take_p99_ms(),
         }
         self._steps.append(metrics)
@@ -213,7 +214,7 @@ class Recorder:
 
     def write_summary(self, status: str, error: BaseException | None = None) -> dict[str, Any]:
         """Leave `summary.json`; also after a failure."""
-        steps, ledger = self._steps, self._pacer
+        steps, ledger = self._steps, self.pacer
         tenth = max(1, len(steps) // 10)
         total_s = sum(step["time/step_s"] for step in steps)
         summary = {

@@ -23,7 +23,7 @@ class RunDirectory:
     """`metrics.jsonl`, `rollouts.jsonl`, `summary.json` and whatever else is written, below one path."""
 
     def __init__(self, path: Path) -> None:
-        """Open it for a run, new or resumed. Raises ConfigError when it can't be written, or another run has it open."""
+        """Open it for a run, new or resumed. Raises ConfigError when it can't be written, or another run uses it."""
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
