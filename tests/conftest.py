@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from grpo.config import RunConfig
+from grpo.failures import Failures
 from grpo.models.tiny import character_tokenizer, tiny_llama
 from grpo.observe.display import PlainDisplay
 from grpo.observe.recorder import Recorder
@@ -43,20 +44,20 @@ def tiny_config(tiny_model_path) -> RunConfig:
     config.reward.functions = {"tests.fakes:vowel_share": 1.0}
     config.observe.rollouts_every = 1
     config.watchdog.seconds = 60.0
+    config.checkpoint.every = 0
     return config
 
 
 @pytest.fixture
 def make_recorder(tmp_path):
-    """Build a (pacer, recorder) pair for a config; run directories are closed at the end of the test."""
+    """Build a recorder for a config; run directories are closed at the end of the test."""
     opened = []
 
-    def make(config: RunConfig, folder: Path | None = None) -> tuple[Pacer, Recorder]:
+    def make(config: RunConfig, folder: Path | None = None) -> Recorder:
         run_dir = RunDirectory(folder or tmp_path / f"run-{len(opened)}")
         opened.append(run_dir)
-        pacer = Pacer(config.ticket_capacity)
         display = PlainDisplay(Console(file=io.StringIO()), config.trainer.max_steps, log_every=1)
-        return pacer, Recorder(run_dir, display, pacer)
+        return Recorder(run_dir, display, Pacer(config.ticket_capacity), Failures(config.recovery))
 
     yield make
     for run_dir in opened:

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from grpo.cluster.handles import LocalEndpoint
+from grpo.cluster.endpoints import LocalEndpoint
 from grpo.services import returns_payload
 from grpo.types import Batch, GeneratorStats, RewardError, RewardTimeout, SamplingParams
 from grpo.weights import Weights
@@ -66,6 +66,12 @@ class CountingTrainer:
     async def push_weights(self) -> tuple[Weights, int]:
         return Weights(self.version, (), None), self.version
 
+    async def snapshot(self) -> tuple[int, int]:
+        return self.version, self.version
+
+    async def restore(self, state: int) -> None:
+        self.version = state
+
 
 class GatedGenerator:
     """Wraps a generator; loading new weights waits until the test opens the gate."""
@@ -109,7 +115,8 @@ class GatedAnswers:
         self.open, self.close = self._open.set, self._open.clear
 
     def guard(self, handle) -> None:
-        handle.endpoints = tuple(LocalEndpoint(_Guarded(self, endpoint._actor)) for endpoint in handle.endpoints)
+        for replica in handle.service.replicas:
+            replica.endpoint = LocalEndpoint(_Guarded(self, replica.endpoint.actor))
 
     async def generate(self, generator, prompt, params):
         if params.seed < EVALUATION_SEEDS:

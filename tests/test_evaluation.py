@@ -10,6 +10,7 @@ import pytest
 
 from grpo.cluster.local import launch_local
 from grpo.evaluation import evaluate, held_out_prompts, pass_at_k, summarize
+from grpo.failures import Failures
 from grpo.loop import run
 from grpo.services import EvaluationServices
 from grpo.types import (
@@ -40,17 +41,18 @@ class Run:
 
     def __init__(self, config, make_recorder):
         self.config = config
-        self.pacer, self.recorder = make_recorder(config)
+        self.recorder = make_recorder(config)
+        self.pacer = self.recorder.pacer
         self.trainer = CountingTrainer()
         self.shutdown = asyncio.Event()
 
     async def __call__(self, gate=None):
         """With a `gate`, who answers held-out prompts waits in front of it."""
-        async with launch_local(self.config, {"trainer": self.trainer}) as services:
+        async with launch_local(self.config, self.recorder.failures, {"trainer": self.trainer}) as services:
             if gate is not None:
                 gate.guard(services.evaluator or services.generator)
             try:
-                await run(services, self.pacer, self.config, self.recorder, self.shutdown)
+                await run(services, self.config, self.recorder, self.shutdown)
             finally:
                 self.summary = self.recorder.write_summary("over")
                 self.recorder.run_dir.close()
@@ -91,7 +93,7 @@ def skipped(loop):
 
 async def test_without_prompts_nothing_is_evaluated(loop):
     loop.config.eval.prompts = 0
-    async with launch_local(loop.config, {"trainer": loop.trainer}) as services:
+    async with launch_local(loop.config, loop.recorder.failures, {"trainer": loop.trainer}) as services:
         assert services.evaluator is None
     await loop()
     assert loop.evaluated == []
@@ -128,7 +130,8 @@ class OpeningTrainer(CountingTrainer):
 async def test_the_last_evaluation_waits_for_the_one_that_runs(loop):
     gate = GatedAnswers()
     running = asyncio.ensure_future(loop(gate))
-    await asyncio.sleep(0.5)
+    while loop.trainer.version < 20:
+        await asyncio.sleep(0.01)
     assert (loop.trainer.version, len(loop.lines)) == (20, 19)  # the last line waits for the last evaluation
     gate.open()
     await running
@@ -271,7 +274,7 @@ async def test_prompts_whose_reward_fails_are_left_out_and_counted(loop):
 
 async def test_a_reward_that_fails_is_raised_unless_it_may_be_dropped(config):
     config.reward.functions = {"tests.fakes:raising": 1.0}
-    async with launch_local(config, {"trainer": CountingTrainer()}) as launched:
+    async with launch_local(config, Failures(config.recovery), {"trainer": CountingTrainer()}) as launched:
         services = EvaluationServices(launched.dataloader, launched.generator, launched.reward)
         prompts = await held_out_prompts(services, config)
         with pytest.raises(RewardError, match="cannot score this"):
@@ -289,7 +292,7 @@ async def test_every_prompt_is_told_of_as_it_is_done(config):
     def tell(prompt, scores):
         told[prompt.serial] = scores
 
-    async with launch_local(config, {"trainer": CountingTrainer()}) as launched:
+    async with launch_local(config, Failures(config.recovery), {"trainer": CountingTrainer()}) as launched:
         services = EvaluationServices(launched.dataloader, launched.generator, launched.reward)
         prompts = await held_out_prompts(services, config)
         report = await evaluate(services, config, prompts, 0, tell)
@@ -319,7 +322,9 @@ class Crowd:
 async def test_prompts_are_answered_side_by_side_but_begun_one_a_turn_of_the_loop(config):
     config.task.args["held_out_size"] = config.eval.prompts = 150
     crowd = Crowd(150)
-    async with launch_local(config, {"trainer": CountingTrainer(), "generator": crowd}) as launched:
+    async with launch_local(
+        config, Failures(config.recovery), {"trainer": CountingTrainer(), "generator": crowd}
+    ) as launched:
         services = EvaluationServices(launched.dataloader, launched.generator, launched.reward)
         prompts = await held_out_prompts(services, config)
         counting = asyncio.ensure_future(crowd.count_turns())

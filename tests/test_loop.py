@@ -9,7 +9,7 @@ import torch
 
 from grpo.actors.generator import Generator
 from grpo.algorithms.advantages import ADVANTAGES
-from grpo.cluster.handles import ActorHandle, LocalEndpoint
+from grpo.cluster.endpoints import LocalEndpoint
 from grpo.cluster.local import launch_local
 from grpo.cluster.plan import actor_specs
 from grpo.loop import run
@@ -20,12 +20,12 @@ from tests.fakes import CountingTrainer, GatedGenerator
 
 async def run_loop(config, make_recorder, fakes=None, shutdown=None):
     """Run to the end; returns (pacer, recorder, path of the run folder, final weights)."""
-    pacer, recorder = make_recorder(config)
-    async with launch_local(config, fakes) as services:
-        await run(services, pacer, config, recorder, shutdown or asyncio.Event())
+    recorder = make_recorder(config)
+    async with launch_local(config, recorder.failures, fakes) as services:
+        await run(services, config, recorder, shutdown or asyncio.Event())
         weights, _ = await services.trainer.push_weights.call_one()
     recorder.run_dir.close()
-    return pacer, recorder, recorder.run_dir.path, weights
+    return recorder.pacer, recorder, recorder.run_dir.path, weights
 
 
 def lines(path, name):
@@ -39,12 +39,14 @@ async def sequential(config):
     for actor in actors.values():
         await actor.setup()
     dataloader, generator, trainer = actors["dataloader"], actors["generator"], actors["trainer"]
-    losses = []
+    losses, next_serial = [], 0
     weights, _ = await trainer.push_weights()
     for _ in range(config.trainer.max_steps):
         await generator.update_weights(weights)
         groups = []
-        for prompt in await dataloader.sample(config.trainer.groups_per_step):
+        batch = await dataloader.sample(next_serial, config.trainer.groups_per_step)
+        next_serial = batch.next_serial
+        for prompt in batch.prompts:
             params = sampling_params(config.rollout, config.seed, prompt)
             completions, report = await generator.generate(prompt, params)
             rewards = (await actors["reward"].score(prompt, completions)).rewards
@@ -131,11 +133,13 @@ async def test_tickets_return_only_after_every_generator_has_the_new_weights(sim
     for generator in generators:
         await generator.setup()
     slow = GatedGenerator(generators[1], gate)
-    pacer, recorder = make_recorder(simulated)
-    async with launch_local(simulated, {"trainer": CountingTrainer()}) as services:
-        services.generator.endpoints = (LocalEndpoint(generators[0]), LocalEndpoint(slow))
-        services.generator.in_flight = [0, 0]
-        task = asyncio.ensure_future(run(services, pacer, simulated, recorder, asyncio.Event()))
+    simulated.generator.replicas = 2
+    recorder = make_recorder(simulated)
+    pacer = recorder.pacer
+    async with launch_local(simulated, recorder.failures, {"trainer": CountingTrainer()}) as services:
+        for replica, actor in zip(services.generator.service.replicas, (generators[0], slow), strict=True):
+            replica.endpoint = LocalEndpoint(actor)
+        task = asyncio.ensure_future(run(services, simulated, recorder, asyncio.Event()))
         await slow.asked.wait()
         await asyncio.sleep(0.01)
         assert (pacer.trained, pacer.admitted) == (0, pacer.capacity)
@@ -214,7 +218,7 @@ async def test_a_shutdown_ends_the_wait_for_a_batch(simulated, make_recorder):
 async def test_a_stalled_run_fails(simulated, make_recorder):
     simulated.generator.args = {"latency_s": 3600.0}
     simulated.watchdog.seconds = 0.1
-    with pytest.raises(StalledError, match="step 1 was not finished"):
+    with pytest.raises(StalledError, match=r"training: waits for replay_buffer.sample, .*; 8 rollouts wait for generator.generate, oldest"):
         await run_loop(simulated, make_recorder, {"trainer": CountingTrainer()})
 
 
@@ -228,12 +232,8 @@ async def test_a_kl_term_brings_in_the_reference(tiny_config, make_recorder):
 
 async def test_two_generators_share_the_work(simulated, make_recorder):
     simulated.generator.replicas = 2
-    pacer, recorder = make_recorder(simulated)
-    async with launch_local(simulated, {"trainer": CountingTrainer()}) as services:
-        await run(services, pacer, simulated, recorder, asyncio.Event())
-        stats = [endpoint._actor._engine.stats().tokens for endpoint in services.generator.endpoints]
+    recorder = make_recorder(simulated)
+    async with launch_local(simulated, recorder.failures, {"trainer": CountingTrainer()}) as services:
+        await run(services, simulated, recorder, asyncio.Event())
+        stats = [replica.endpoint.actor._engine.stats().tokens for replica in services.generator.service.replicas]
     assert min(stats) > 0.25 * sum(stats)
-
-
-def test_local_handles_are_the_same_handles(tiny_config):
-    assert isinstance(ActorHandle("x", [LocalEndpoint(object())]), ActorHandle)

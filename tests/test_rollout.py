@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from grpo.cluster.local import launch_local
+from grpo.failures import Failures
 from grpo.rollout import PromptQueue, rollout, sampling_params
 from grpo.types import Problem, Prompt, RewardError
 
@@ -55,7 +56,7 @@ def test_seeds_differ_by_run_and_prompt_only(tiny_config):
 
 
 async def test_a_group_has_rewards_advantages_and_the_oldest_version(tiny_config):
-    async with launch_local(tiny_config) as services:
+    async with launch_local(tiny_config, Failures(tiny_config.recovery)) as services:
         (prompt,) = await services.dataloader.sample.call_one(1)
         params = sampling_params(tiny_config.rollout, 0, prompt)
         group, scores, report = await rollout(prompt, params, services, tiny_config.loss)
@@ -84,7 +85,9 @@ async def test_the_reference_runs_side_by_side_with_the_reward(tiny_config):
             await asked["reward"].wait()
             return [], None
 
-    async with launch_local(tiny_config, {"reward": Reward(), "reference": Reference()}) as services:
+    async with launch_local(
+        tiny_config, Failures(tiny_config.recovery), {"reward": Reward(), "reference": Reference()}
+    ) as services:
         (prompt,) = await services.dataloader.sample.call_one(1)
         params = sampling_params(tiny_config.rollout, 0, prompt)
         with pytest.raises(RewardError, match="both were asked"):

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from grpo.engines.kv_grid import KVGrid
+from grpo.engines.kv_grid import KVGrid, cache_argument
 from grpo.engines.sampling import RowSampler, uniforms
 from grpo.types import Completion, Ints, SamplingParams
 
@@ -67,6 +67,7 @@ class DecodeBatch:
         self.max_prompt_tokens, self.max_completion_tokens = max_prompt_tokens, max_completion_tokens
         self.device = next(model.parameters()).device
         self._stop_token_ids = tuple(stop_token_ids)
+        self._cache_argument = cache_argument(model)
         self._kv = KVGrid(max_rows, max_prompt_tokens + max_completion_tokens + _SLACK_COLUMNS)
         self._kv.end = max_prompt_tokens
         grid = (max_rows, self._kv.max_columns)
@@ -119,9 +120,9 @@ class DecodeBatch:
             input_ids=self._tokens_RC[:rows, end : end + 1],
             attention_mask=(columns_C >= self._start_B[:, None]).long(),
             position_ids=(end - self._start_B)[:, None],
-            past_key_values=self._kv.cache(),
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: self._kv.cache()},
         ).logits[:, -1]
         self._kv.end += 1
         return self._sample(logits_BV, torch.arange(rows, device=self.device), self._sampler)
@@ -163,9 +164,9 @@ class DecodeBatch:
                 input_ids=tokens_BT[part],
                 attention_mask=(columns_T >= starts_B[part, None]).long(),
                 position_ids=(columns_T - starts_B[part, None]).clamp(min=0),
-                past_key_values=prefix,
                 use_cache=True,
                 logits_to_keep=1,
+                **{self._cache_argument: prefix},
             )
             logits.append(output.logits[:, -1])
             pairs = [(source, row) for source, rows in enumerate(targets[part]) for row in rows]

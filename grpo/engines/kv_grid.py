@@ -14,10 +14,11 @@ used ones move back to the left edge.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 
@@ -91,3 +92,8 @@ class KVGrid:
             return torch.zeros(self.max_rows, heads, self.max_columns, size, dtype=like.dtype, device=like.device)
 
         self._layers = [_Layer(self, empty(layer.keys), empty(layer.values)) for layer in prefix.layers]
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The name under which the model takes its keys and values: `cache` from transformers 5.24 on."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from threading import Lock
 
 import torch
 from transformers import (
@@ -22,6 +23,7 @@ from grpo.types import ConfigError
 
 transformers_logging.disable_progress_bar()
 
+_LOADING = Lock()  # from_pretrained puts the whole process into a state in which no other thread can load
 _ALIBI = ("bloom", "mpt")  # they look at distances, so it doesn't matter where a row begins
 
 
@@ -34,14 +36,15 @@ def load_model(config: ModelConfig, dtype: torch.dtype, device: str) -> PreTrain
     for name in list(vars(settings)):
         if name.endswith(("dropout", "pdrop", "dropout_prob", "layerdrop")):
             setattr(settings, name, 0.0)
-    model = AutoModelForCausalLM.from_pretrained(
-        config.path,
-        config=settings,
-        dtype=dtype,
-        trust_remote_code=config.trust_remote_code,
-        use_safetensors=None if config.pickled_weights else True,
-        weights_only=True,  # of pickled weights: tensors, and no code
-    )
+    with _LOADING:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.path,
+            config=settings,
+            dtype=dtype,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=None if config.pickled_weights else True,
+            weights_only=True,  # of pickled weights: tensors, and no code
+        )
     return model.to(device).eval()
 
 
@@ -78,7 +81,8 @@ def check_architecture(model: PreTrainedModel, engine: str) -> None:
     if "logits_to_keep" not in takes:
         raise ConfigError(f"{name} can't be trained: its forward pass has no logits_to_keep", key="model.path")
     placed = "position_ids" in takes or model.config.model_type in _ALIBI
-    if engine == "torch" and (model._is_stateful or not placed or "past_key_values" not in takes):
+    keeps = not {"cache", "past_key_values"}.isdisjoint(takes)  # the newer name and the older one
+    if engine == "torch" and (model._is_stateful or not placed or not keeps):
         raise ConfigError(
             f"the torch engine can't run {name}, which is recurrent or takes no position_ids; use vllm",
             key="generator.engine",

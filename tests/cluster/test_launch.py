@@ -11,6 +11,7 @@ import pytest
 from grpo.cluster.launch import launch, ray_cluster
 from grpo.cluster.local import launch_local
 from grpo.config import ClusterConfig
+from grpo.failures import Failures
 from grpo.loop import run
 from grpo.types import ActorDied, ConfigError, LaunchError, RewardError
 
@@ -19,21 +20,21 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 async def run_on(launched, config, make_recorder):
     """Losses by step, and the final weights."""
-    pacer, recorder = make_recorder(config)
-    async with launched as services:
-        await run(services, pacer, config, recorder, asyncio.Event())
+    recorder = make_recorder(config)
+    async with launched(config, recorder.failures) as services:
+        await run(services, config, recorder, asyncio.Event())
         ((payload, _),) = await services.trainer.push_weights.call()
         checks = await services.generator.update_weights.fanout(payload)
     recorder.run_dir.close()
     steps = [json.loads(line) for line in (recorder.run_dir.path / "metrics.jsonl").read_text().splitlines()]
-    return pacer, steps, checks
+    return recorder.pacer, steps, checks
 
 
 async def test_the_loop_on_ray_equals_the_loop_in_one_process(tiny_config, make_recorder):
     tiny_config.buffer.max_policy_age = 0
     tiny_config.rollout.concurrency = 1
-    _, local, _ = await run_on(launch_local(tiny_config), tiny_config, make_recorder)
-    _, remote, _ = await run_on(launch(tiny_config), tiny_config, make_recorder)
+    _, local, _ = await run_on(launch_local, tiny_config, make_recorder)
+    _, remote, _ = await run_on(launch, tiny_config, make_recorder)
     assert [step["loss"] for step in remote] == [step["loss"] for step in local]
 
 
@@ -43,7 +44,7 @@ async def test_replicas_reference_and_many_rollouts(tiny_config, make_recorder):
     tiny_config.reward.replicas = 2
     tiny_config.loss.beta = 0.05
     tiny_config.trainer.max_steps = 5
-    pacer, steps, checks = await run_on(launch(tiny_config), tiny_config, make_recorder)
+    pacer, steps, checks = await run_on(launch, tiny_config, make_recorder)
     assert len(steps) == 5
     assert pacer.trained == 10
     assert max(step["policy_age/max"] for step in steps) <= 1
@@ -56,42 +57,42 @@ async def test_replicas_reference_and_many_rollouts(tiny_config, make_recorder):
 async def test_an_error_in_user_code_keeps_its_type_across_processes(tiny_config, make_recorder):
     tiny_config.reward.functions = {"tests.fakes:raising": 1.0}
     with pytest.raises(RewardError, match="cannot score this"):
-        await run_on(launch(tiny_config), tiny_config, make_recorder)
+        await run_on(launch, tiny_config, make_recorder)
 
 
 async def test_a_process_that_dies_ends_the_run_with_its_name(tiny_config, make_recorder):
     tiny_config.reward.functions = {"tests.fakes:dying": 1.0}
     with pytest.raises(ActorDied, match="reward"):
-        await run_on(launch(tiny_config), tiny_config, make_recorder)
+        await run_on(launch, tiny_config, make_recorder)
 
 
 async def test_a_setup_that_fails_is_raised_with_its_type(tiny_config):
     tiny_config.task.target = "grpo.tasks.sorting:Sorted"
     with pytest.raises(ConfigError, match=r"task\.target"):
-        async with launch(tiny_config):
+        async with launch(tiny_config, Failures(tiny_config.recovery)):
             pass
 
 
 async def test_resources_that_others_hold_are_a_clear_error(tiny_config):
     tiny_config.trainer.num_cpus = len(os.sched_getaffinity(0)) - 0.5
     tiny_config.generator.num_cpus = 0.25
-    async with launch(tiny_config):
+    async with launch(tiny_config, Failures(tiny_config.recovery)):
         tiny_config.cluster.start_timeout_s = 4
         with pytest.raises(LaunchError, match=r"cluster.start_timeout_s: .*trainer.* not up after 4 s"):
-            async with launch(tiny_config):
+            async with launch(tiny_config, Failures(tiny_config.recovery)):
                 pass
 
 
 async def test_more_than_the_cluster_has_is_refused_at_once(tiny_config):
     tiny_config.trainer.num_gpus = 4
     with pytest.raises(LaunchError, match=r"trainer.num_gpus: the actors ask for 4 GPUs"):
-        async with launch(tiny_config):
+        async with launch(tiny_config, Failures(tiny_config.recovery)):
             pass
 
 
 async def test_leaving_ends_every_process(tiny_config):
-    async with launch(tiny_config) as services:
-        processes = [endpoint.actor for endpoint in services.generator.endpoints]
+    async with launch(tiny_config, Failures(tiny_config.recovery)) as services:
+        processes = [replica.endpoint for replica in services.generator.service.replicas]
         assert processes
     with pytest.raises(ActorDied):
         await services.generator.setup.fanout()

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from grpo.engines.base import Limits
+from grpo.engines.kv_grid import cache_argument
 from grpo.engines.torch_engine import TorchEngine
 from grpo.models.tiny import tiny_llama
 from grpo.types import SamplingParams
@@ -137,8 +138,8 @@ def chosen_logprobs(logits_TV, token_ids, temperature=1.0):
 def logprobs_over_kept_cache(old, new, prompt_ids, token_ids, swap):
     """What tokens [swap, T) get when the first `swap` were sampled by `old` and its keys and values are kept."""
     cache = DynamicCache()
-    old(torch.tensor([*prompt_ids, *token_ids[: swap - 1]])[None], past_key_values=cache)
-    logits_TV = new(torch.tensor(token_ids[swap - 1 : -1])[None], past_key_values=cache).logits[0]
+    old(torch.tensor([*prompt_ids, *token_ids[: swap - 1]])[None], **{cache_argument(old): cache})
+    logits_TV = new(torch.tensor(token_ids[swap - 1 : -1])[None], **{cache_argument(old): cache}).logits[0]
     return chosen_logprobs(logits_TV, token_ids[swap:])
 
 
