@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "evaluation": {"types", "services", "config", "structured", "rollout", "observe"},
     "loop": {"types", "services", "config", "pacing", "structured", "rollout", "observe", "evaluation"},
     "driver": {"config", "structured", "cluster"},
+    "export": {"types", "config", "learner", "models"},
     "command_line": {"types", "config", "composition"},
 }  # fmt: skip
 
