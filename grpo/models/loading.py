@@ -36,8 +36,17 @@ def load_model(config: ModelConfig, dtype: torch.dtype, device: str) -> PreTrain
     for name in list(vars(settings)):
         if name.endswith(("dropout", "pdrop", "dropout_prob", "layerdrop")):
             setattr(settings, name, 0.0)
+    return _load(config, settings, dtype).to(device).eval()
+
+
+def load_original(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal LM at `config.path` with all settings as its authors published them, to be written again."""
+    return _load(config, load_settings(config), dtype)
+
+
+def _load(config: ModelConfig, settings: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     with _LOADING:
-        model = AutoModelForCausalLM.from_pretrained(
+        return AutoModelForCausalLM.from_pretrained(
             config.path,
             config=settings,
             dtype=dtype,
@@ -45,7 +54,6 @@ def load_model(config: ModelConfig, dtype: torch.dtype, device: str) -> PreTrain
             use_safetensors=None if config.pickled_weights else True,
             weights_only=True,  # of pickled weights: tensors, and no code
         )
-    return model.to(device).eval()
 
 
 def load_settings(config: ModelConfig) -> PreTrainedConfig:

@@ -30,6 +30,7 @@ from grpo.engines.torch_engine import TorchEngine
 from grpo.learner.collate import collate, samples_of
 from grpo.learner.learner import Learner
 from grpo.learner.logprobs import token_logprobs
+from grpo.models.export import export_model
 from grpo.models.loading import check_architecture, load_model, load_skeleton, stop_token_ids
 from grpo.models.tiny import character_tokenizer
 from grpo.models.tokenizer import load_tokenizer
@@ -165,6 +166,16 @@ async def test_sampled_trained_on_and_published_back(config):
         updated = [await greedy(parts.engine, prompt) for prompt in prompts]
         assert updated == [expected(parts.learner.model, prompt, parts.stops) for prompt in prompts]
         assert updated != said
+
+
+async def test_trained_on_and_exported(config, tmp_path):
+    async with parts_of(config) as parts:
+        parts.learner.train_step(Batch([await group_of(parts.engine, length) for length in PROMPT_LENGTHS]))
+    export_model(config, parts.learner.state().parameters(), torch.float32, tmp_path / "exported")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    tokens_1T = torch.tensor(prompt_of(9).token_ids)[None]
+    with torch.no_grad():
+        assert torch.equal(exported(tokens_1T).logits, parts.learner.model.eval()(tokens_1T).logits)
 
 
 async def test_every_eos_token_ends_a_completion_and_is_kept(config):

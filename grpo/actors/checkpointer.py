@@ -1,0 +1,69 @@
+"""Writes the run's checkpoints, and reads them when a run goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo.compute import ComputeThread
+from grpo.config import RunConfig
+from grpo.learner import checkpoint
+from grpo.learner.manifest import total_bytes
+from grpo.learner.state import TrainerState
+from grpo.services import returns_payload
+from grpo.types import Group
+
+
+class Checkpointer:
+    """One piece of work at a time, in a thread of its own. It lives where `folder` is: on the driver's node."""
+
+    def __init__(self, config: RunConfig, folder: str) -> None:
+        self._config, self._folder = config, Path(folder)
+        self._thread = ComputeThread("checkpointer", 1)
+
+    async def setup(self) -> None:
+        """Nothing to load before the first checkpoint."""
+
+    async def save(
+        self, step: int, state: TrainerState, groups: Iterable[tuple[int, Group]], progress: Mapping[str, Any]
+    ) -> dict[str, float]:
+        """Write the checkpoint of a step, then remove all but the newest ones; how many `seconds` and `bytes` it took.
+
+        `groups` are pairs (ticket serial, group with its values). Raises CheckpointError when it can't be written.
+        """
+        return await self._thread.run(self._save, step, state, groups, progress)
+
+    @returns_payload
+    async def load_trainer(self, path: str) -> tuple[TrainerState, None]:
+        """The learner's state of the checkpoint at `path`. Raises CheckpointError."""
+        return await self._thread.run(checkpoint.load_trainer, Path(path)), None
+
+    @returns_payload
+    async def load_groups(self, path: str) -> tuple[list[tuple[int, Group]], list[int]]:
+        """The (ticket serial, group) pairs of the checkpoint at `path`, and the serials. Raises CheckpointError."""
+        groups = await self._thread.run(checkpoint.load_groups, Path(path))
+        return groups, [serial for serial, _ in groups]
+
+    async def close(self) -> None:
+        """Wait for a checkpoint that is being written."""
+        await asyncio.to_thread(self._thread.close)
+
+    def _save(
+        self, step: int, state: TrainerState, groups: Iterable[tuple[int, Group]], progress: Mapping[str, Any]
+    ) -> dict[str, float]:
+        from grpo.models.export import export_model  # a second of imports that only a run with checkpoints needs
+
+        started = time.perf_counter()
+        dtype = getattr(torch, self._config.model.dtype)
+
+        def export(parameters: Mapping[str, torch.Tensor], target: Path) -> None:
+            export_model(self._config.model, parameters, dtype, target)
+
+        path = checkpoint.save_checkpoint(self._folder, step, state, groups, progress, export)
+        checkpoint.prune(self._folder, self._config.checkpoint.keep)
+        return {"seconds": time.perf_counter() - started, "bytes": float(total_bytes(path))}

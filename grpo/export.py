@@ -1,0 +1,49 @@
+"""From any checkpoint to an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from grpo.config import ModelConfig
+from grpo.learner.checkpoint import MODEL, checkpoints, latest_good, load_trainer, verify
+from grpo.models.export import export_model
+from grpo.types import CheckpointError
+
+
+def export(source: Path, out: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> tuple[Path, list[str]]:
+    """Write the trained weights of `source` to `out`: the checkpoint that they are from, and warnings.
+
+    `source` is a checkpoint, a folder of checkpoints, or a run's folder. Weights are the trainer's own in float32,
+    rounded once to `dtype`. Raises CheckpointError when there is none that is whole, when `out` is in use or can't
+    be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} is already there; name a folder that is new or empty")
+    checkpoint, warnings = find_checkpoint(source)
+    model = ModelConfig(path=str(checkpoint / MODEL), trust_remote_code=trust_remote_code)
+    parameters = load_trainer(checkpoint).parameters()
+    try:
+        export_model(model, parameters, dtype, out)
+    except Exception as error:
+        shutil.rmtree(out, ignore_errors=True)
+        raise CheckpointError(f"{out} can't be written: {' '.join(str(error).split())}") from error
+    return checkpoint, warnings
+
+
+def find_checkpoint(source: Path) -> tuple[Path, list[str]]:
+    """A checkpoint itself, or the newest whole one of a run; and what is wrong with newer ones.
+
+    Raises CheckpointError, naming the fix, when there is none.
+    """
+    if (source / MODEL).is_dir():
+        verify(source)
+        return source, []
+    folder = source if checkpoints(source) else source / "checkpoints"
+    newest, warnings = latest_good(folder)
+    if newest is None:
+        found = "; ".join(warnings) or f"no step_* in {folder}"
+        raise CheckpointError(f"no whole checkpoint: {found}; name a checkpoint, or the run that has one")
+    return newest, warnings

@@ -1,0 +1,192 @@
+"""Checkpoints: folders that a run goes on from, written whole or not at all.
+
+    checkpoints/step_000100/
+        model/                              an ordinary Hugging Face folder
+        trainer.safetensors, trainer.json   the learner's state: tensors in float32; version and counters
+        groups.safetensors, groups.json     finished groups that wait to be trained on
+        progress.json                       the driver's own
+        manifest.json                       size and checksum of every other file; written last
+
+A folder whose name begins with a dot is one that was not finished, or one that is being replaced.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from grpo.flat_buffer import buffer_for, lay_out, views
+from grpo.learner import group_file
+from grpo.learner.manifest import check_manifest, saved_at, sync, write_manifest
+from grpo.learner.state import TrainerState
+from grpo.types import CheckpointError, Group
+
+MODEL = "model"
+_TENSORS, _COUNTERS, _PROGRESS = "trainer.safetensors", "trainer.json", "progress.json"
+_PARTS = (f"{MODEL}/config.json", _TENSORS, _COUNTERS, group_file.TENSORS, group_file.RECORDS, _PROGRESS)
+_NAME = re.compile(r"step_\d{6,}")
+_UNFINISHED, _REPLACED = "unfinished", "replaced"
+
+ExportModel = Callable[[Mapping[str, Tensor], Path], None]
+"""Writes an ordinary Hugging Face folder that holds the given parameters."""
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    state: TrainerState,
+    groups: Iterable[tuple[int, Group]],
+    progress: Mapping[str, Any],
+    export_model: ExportModel,
+) -> Path:
+    """Write `step_<step>` under `folder` and return its path; one of the same step is replaced.
+
+    `groups` are pairs (ticket serial, group with its values); `progress` is JSON-able. Removes what an earlier crash
+    left unfinished. Raises CheckpointError, with other checkpoints untouched, when it can't be written.
+    """
+    final, unfinished = folder / f"step_{step:06d}", folder / f".step_{step:06d}.{_UNFINISHED}"
+    with _all_or_nothing(folder, step):
+        folder.mkdir(parents=True, exist_ok=True)
+        _tidy(folder)
+        unfinished.mkdir()
+        export_model(state.parameters(), unfinished / MODEL)
+        save_file(dict(state.tensors()), unfinished / _TENSORS)
+        _write_json(unfinished / _COUNTERS, {"version": state.version, "counters": state.counters})
+        group_file.write_groups(unfinished, groups)
+        _write_json(unfinished / _PROGRESS, progress)
+        write_manifest(unfinished)
+        _publish(unfinished, final)
+    return final
+
+
+def load_trainer(path: Path) -> TrainerState:
+    """The learner's state of a checkpoint, in a buffer of its own. Raises CheckpointError."""
+    with _reading(path):
+        about, tensors = _read_json(path / _COUNTERS), load_file(path / _TENSORS)
+        specs = lay_out((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
+        buffer = buffer_for(specs)
+        for name, target in views(specs, buffer):
+            target.copy_(tensors.pop(name))
+        return TrainerState(int(about["version"]), specs, buffer, dict(about["counters"]))
+
+
+def load_groups(path: Path) -> list[tuple[int, Group]]:
+    """The (ticket serial, group) pairs of a checkpoint; problems are without metadata. Raises CheckpointError."""
+    with _reading(path):
+        return group_file.read_groups(path)
+
+
+def load_progress(path: Path) -> dict[str, Any]:
+    """What the driver gave to be kept. Raises CheckpointError."""
+    with _reading(path):
+        return dict(_read_json(path / _PROGRESS))
+
+
+def verify(path: Path) -> None:
+    """Raise CheckpointError, naming the file, when one is missing, short, or not what was written."""
+    check_manifest(path, _PARTS)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, the last one written first; unfinished ones are left out.
+
+    A run that goes on from an older checkpoint writes newer ones of lower steps, and they are what counts.
+    """
+    found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: (saved_at(path), int(path.name.removeprefix("step_"))), reverse=True)
+
+
+def latest_good(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, or None; and a warning for each newer one that is not."""
+    warnings = []
+    _put_back(folder)
+    for path in checkpoints(folder):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            warnings.append(f"{error}; trying the checkpoint before it")
+        else:
+            return path, warnings
+    return None, warnings
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the `keep` checkpoints that were written last. Raises OSError."""
+    for path in checkpoints(folder)[keep:]:
+        aside = _aside(path, _UNFINISHED)
+        path.rename(aside)  # at no time is there half a checkpoint under a complete name
+        shutil.rmtree(aside)
+
+
+def _publish(unfinished: Path, final: Path) -> None:
+    replaced = _aside(final, _REPLACED)
+    if final.exists():
+        final.rename(replaced)
+    unfinished.rename(final)
+    sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _put_back(folder: Path) -> None:
+    """A crash while a checkpoint was replaced may have left the old one under its other name."""
+    for replaced in folder.glob(f".step_*.{_REPLACED}"):
+        final = folder / replaced.name.removeprefix(".").removesuffix(f".{_REPLACED}")
+        if not final.exists():
+            replaced.rename(final)
+
+
+def _tidy(folder: Path) -> None:
+    _put_back(folder)
+    for leftover in folder.glob(".step_*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _aside(path: Path, ending: str) -> Path:
+    return path.with_name(f".{path.name}.{ending}")
+
+
+@contextmanager
+def _all_or_nothing(folder: Path, step: int) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        _tidy(folder)
+        if _disk_full(error):
+            raise CheckpointError(
+                f"no space left in {folder} for the checkpoint of step {step}: free some or set checkpoint.dir"
+            ) from error
+        if isinstance(error, OSError | SafetensorError):
+            raise CheckpointError(f"the checkpoint of step {step} can't be written: {error}") from error
+        raise
+
+
+def _disk_full(error: BaseException) -> bool:
+    """Libraries written in Rust give the system's error as text."""
+    number = error.errno if isinstance(error, OSError) else None
+    return number in (errno.ENOSPC, errno.EDQUOT) or f"os error {errno.ENOSPC}" in str(error)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"the checkpoint {path} can't be read: {type(error).__name__}: {error}") from error
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(dict(value), ensure_ascii=False), encoding="utf-8")
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
