@@ -8,9 +8,23 @@ from functools import partial
 import numpy as np
 
 from grpo.cluster.endpoints import LocalEndpoint
+from grpo.cluster.services import Patience, Replica, Service, State
+from grpo.config import RecoveryConfig
+from grpo.failures import Failures
 from grpo.services import returns_payload
+from grpo.structured import Signal
 from grpo.types import Batch, GeneratorStats, RewardError, RewardTimeout, SamplingParams
 from grpo.weights import Weights
+
+
+def lone_service(actor, name="actor"):
+    """A service of one object in this process, as it is; it serves at once and is never replaced."""
+    service = Service(name, lambda name: LocalEndpoint(actor, name), 0, Failures(RecoveryConfig()), Patience())
+    replica = Replica(name)
+    replica.endpoint, replica.state = LocalEndpoint(actor, name), State.HEALTHY
+    service._keepers[replica] = None
+    return service
+
 
 EVALUATION_SEEDS = 1 << 60  # those of held-out prompts lie above it
 
@@ -55,12 +69,17 @@ class CountingTrainer:
         self.version = 0
         self.batches: list[Batch] = []
         self.ages: list[int] = []
+        self._stepped = Signal()
+
+    async def until(self, version: int) -> None:
+        await self._stepped.wait_for(lambda: self.version >= version)
 
     async def train_step(self, batch: Batch) -> dict[str, float]:
         self.batches.append(batch)
         ages = [self.version - group.oldest_version for group in batch.groups]
         self.ages += ages
         self.version += 1
+        self._stepped.notify()
         return {"loss": 0.0, "policy_age/max": float(max(ages)), "policy_age/mean": sum(ages) / len(ages)}
 
     async def push_weights(self) -> tuple[Weights, int]:

@@ -130,8 +130,8 @@ class OpeningTrainer(CountingTrainer):
 async def test_the_last_evaluation_waits_for_the_one_that_runs(loop):
     gate = GatedAnswers()
     running = asyncio.ensure_future(loop(gate))
-    while loop.trainer.version < 20:
-        await asyncio.sleep(0.01)
+    await loop.trainer.until(20)
+    await asyncio.sleep(0.01)
     assert (loop.trainer.version, len(loop.lines)) == (20, 19)  # the last line waits for the last evaluation
     gate.open()
     await running
@@ -182,7 +182,7 @@ async def test_without_an_evaluator_the_training_waits_and_the_generators_hold_s
     assert loop.evaluated == [0, 5, 10, 15, 20]
     waits = [line["step"] for line in loop.lines if "time/eval_s" in line]
     assert waits == [1, 5, 10, 15, 20]
-    assert loop.lines[0]["time/eval_s"] > 0.04
+    assert loop.lines[0]["time/eval_s"] > 0
     assert loop.lines[0]["time/step_s"] < loop.lines[0]["wall_s"] - 0.04
 
 

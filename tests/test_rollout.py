@@ -3,48 +3,82 @@ import asyncio
 import numpy as np
 import pytest
 
+from grpo.cluster.handles import ActorHandle
 from grpo.cluster.local import launch_local
 from grpo.failures import Failures
+from grpo.pacing import Pacer
 from grpo.rollout import PromptQueue, rollout, sampling_params
-from grpo.types import Problem, Prompt, RewardError
+from grpo.types import Problem, Prompt, PromptBatch, RewardError
+from tests.fakes import lone_service
 
 
 class CountingDataloader:
-    def __init__(self):
-        self.calls, self.serial = [], 0
+    """A stream in which every prompt whose serial is divisible by `skips` is too long."""
 
-    async def sample(self, count):
-        self.calls.append(count)
+    def __init__(self, skips=1_000_000):
+        self.calls, self._skips = [], skips
+
+    async def sample(self, start, count):
+        self.calls.append((start, count))
         await asyncio.sleep(0)
-        prompts = [Prompt(self.serial + i, Problem("q", "a"), np.array([1])) for i in range(count)]
-        self.serial += count
-        return prompts
+        serials = [serial for serial in range(start, start + 2 * count + 2) if serial == 0 or serial % self._skips][
+            :count
+        ]
+        return PromptBatch(tuple(self._prompt(serial) for serial in serials), serials[-1] + 1)
+
+    async def prompt(self, serial):
+        return self._prompt(serial)
+
+    def _prompt(self, serial):
+        return Prompt(serial, Problem("q", "a"), np.array([1]))
 
 
-class Bound:
-    """Just enough of a handle for the queue."""
-
-    def __init__(self, dataloader):
-        self.sample = self
-        self.call_one = dataloader.sample
+def make_queue(dataloader, pacer, bulk):
+    return PromptQueue(ActorHandle(lone_service(dataloader)), pacer, bulk)
 
 
 async def test_prompts_come_in_bulk_and_in_order_however_many_wait():
-    dataloader = CountingDataloader()
-    queue = PromptQueue(Bound(dataloader), bulk=8)
-    prompts = await asyncio.gather(*(queue.next() for _ in range(20)))
+    dataloader, pacer = CountingDataloader(), Pacer(30)
+    queue = make_queue(dataloader, pacer, bulk=8)
+    tickets = [await pacer.admit() for _ in range(20)]
+    prompts = await asyncio.gather(*map(queue.prompt_for, tickets))
     assert [prompt.serial for prompt in prompts] == list(range(20))
-    assert dataloader.calls == [8, 8, 8]
+    assert dataloader.calls == [(0, 8), (8, 8), (16, 8)]
 
 
 async def test_a_cancelled_waiter_costs_no_prompt():
-    queue = PromptQueue(Bound(CountingDataloader()), bulk=4)
-    waiters = [asyncio.ensure_future(queue.next()) for _ in range(3)]
+    pacer = Pacer(30)
+    queue = make_queue(CountingDataloader(), pacer, bulk=4)
+    tickets = [await pacer.admit() for _ in range(4)]
+    waiters = [asyncio.ensure_future(queue.prompt_for(ticket)) for ticket in tickets[:3]]
     await asyncio.sleep(0)
     waiters[1].cancel()
     await asyncio.gather(*waiters, return_exceptions=True)
     assert [waiters[0].result().serial, waiters[2].result().serial] == [0, 1]
-    assert (await queue.next()).serial == 2
+    assert (await queue.prompt_for(tickets[3])).serial == 2
+
+
+async def test_a_group_that_is_made_again_gets_the_same_prompt_and_counts_once():
+    pacer = Pacer(30)
+    queue = make_queue(CountingDataloader(), pacer, bulk=4)
+    tickets = [await pacer.admit() for _ in range(3)]
+    before = [(await queue.prompt_for(ticket)).serial for ticket in tickets]
+    pacer.begin_again(tickets[1:], "lost")
+    again = [await pacer.admit() for _ in range(2)]
+    assert again == tickets[1:]
+    assert [(await queue.prompt_for(ticket)).serial for ticket in again] == before[1:]
+    assert queue.counts() == {"handed_out": 3, "skipped_length": 0}
+
+
+async def test_a_queue_goes_on_from_the_first_prompt_that_nobody_has():
+    pacer = Pacer(30)
+    queue = make_queue(CountingDataloader(skips=3), pacer, bulk=8)
+    assert [(await queue.prompt_for(await pacer.admit())).serial for _ in range(4)] == [0, 1, 2, 4]
+    assert queue.counts() == {"handed_out": 4, "skipped_length": 1}
+    other = make_queue(CountingDataloader(skips=3), pacer, bulk=8)
+    other.restore(queue.state())
+    assert [(await other.prompt_for(await pacer.admit())).serial for _ in range(3)] == [5, 7, 8]
+    assert other.counts() == {"handed_out": 7, "skipped_length": 3}  # with 9, which was fetched ahead of 10
 
 
 def test_seeds_differ_by_run_and_prompt_only(tiny_config):
@@ -57,7 +91,7 @@ def test_seeds_differ_by_run_and_prompt_only(tiny_config):
 
 async def test_a_group_has_rewards_advantages_and_the_oldest_version(tiny_config):
     async with launch_local(tiny_config, Failures(tiny_config.recovery)) as services:
-        (prompt,) = await services.dataloader.sample.call_one(1)
+        (prompt,) = (await services.dataloader.sample.call_one(0, 1)).prompts
         params = sampling_params(tiny_config.rollout, 0, prompt)
         group, scores, report = await rollout(prompt, params, services, tiny_config.loss)
     assert len(group.completions) == len(group.rewards) == len(group.advantages) == 4
@@ -88,7 +122,7 @@ async def test_the_reference_runs_side_by_side_with_the_reward(tiny_config):
     async with launch_local(
         tiny_config, Failures(tiny_config.recovery), {"reward": Reward(), "reference": Reference()}
     ) as services:
-        (prompt,) = await services.dataloader.sample.call_one(1)
+        (prompt,) = (await services.dataloader.sample.call_one(0, 1)).prompts
         params = sampling_params(tiny_config.rollout, 0, prompt)
         with pytest.raises(RewardError, match="both were asked"):
             async with asyncio.timeout(30):

@@ -19,8 +19,8 @@ def make_loader(config):
     return make
 
 
-async def questions(loader, count):
-    return [prompt.problem.question for prompt in await loader.sample(count)]
+async def questions(loader, count, start=0):
+    return [prompt.problem.question for prompt in (await loader.sample(start, count)).prompts]
 
 
 async def test_the_seed_decides_the_order(make_loader):
@@ -31,56 +31,66 @@ async def test_the_seed_decides_the_order(make_loader):
 
 
 async def test_how_prompts_are_bundled_does_not_matter(make_loader):
-    whole, parts = await make_loader(), await make_loader()
-    assert await questions(whole, 9) == [question for count in (1, 5, 3) for question in await questions(parts, count)]
+    loader = await make_loader()
+    parts = [
+        question for start, count in ((0, 1), (1, 5), (6, 3)) for question in await questions(loader, count, start)
+    ]
+    assert await questions(loader, 9) == parts
+
+
+async def test_a_new_process_goes_on_where_another_was(make_loader):
+    first, second = await make_loader(), await make_loader()
+    before = await first.sample(0, 5)
+    after = await second.sample(before.next_serial, 50)
+    whole = await (await make_loader()).sample(0, 55)
+    assert [p.problem for p in before.prompts + after.prompts] == [p.problem for p in whole.prompts]
+
+
+async def test_a_prompt_is_found_again_by_its_serial(make_loader):
+    loader = await make_loader()
+    for prompt in (await loader.sample(0, 30)).prompts:
+        again = await loader.prompt(prompt.serial)
+        assert (again.serial, again.problem) == (prompt.serial, prompt.problem)
+        assert again.token_ids.tolist() == prompt.token_ids.tolist()
 
 
 async def test_every_epoch_holds_every_problem_once_in_an_order_of_its_own(make_loader):
     loader = await make_loader()
-    epochs = [await questions(loader, 12) for _ in range(3)]
+    epochs = [await questions(loader, 12, start) for start in (0, 12, 24)]
     assert len(set(epochs[0])) == 12
     assert all(set(epoch) == set(epochs[0]) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    assert (await loader.stats())["epochs"] == 3
+    assert (await loader.stats())["problems"] == 12
 
 
 async def test_one_call_may_ask_for_several_epochs(make_loader):
-    loader = await make_loader()
-    prompts = await loader.sample(50)
-    assert [prompt.serial for prompt in prompts] == list(range(50))
-    assert await loader.stats() == {"handed_out": 50, "epochs": 5}
+    batch = await (await make_loader()).sample(0, 50)
+    assert [prompt.serial for prompt in batch.prompts] == list(range(50))
+    assert batch.next_serial == 50
 
 
-async def test_serials_count_up_over_calls(make_loader):
-    loader = await make_loader()
-    prompts = await loader.sample(5) + await loader.sample(3)
-    assert [prompt.serial for prompt in prompts] == list(range(8))
-
-
-async def test_prompts_over_the_limit_are_skipped_and_counted(make_loader):
-    everything = set(await questions(await make_loader(), 12))
-    short = {question for question in everything if len(question) <= 5}
-    assert 0 < len(short) < 12
+async def test_prompts_over_the_limit_are_skipped_and_leave_gaps(make_loader):
+    whole = (await (await make_loader()).sample(0, 24)).prompts
+    short = {prompt.serial: prompt.problem for prompt in whole if len(prompt.token_ids) <= 5}
+    assert 0 < len(short) < 24
     loader = await make_loader(max_prompt_tokens=5)
-    prompts = await loader.sample(2 * len(short))
-    assert {prompt.problem.question for prompt in prompts} == short
-    assert max(len(prompt.token_ids) for prompt in prompts) <= 5
-    assert [prompt.serial for prompt in prompts] == list(range(2 * len(short)))
-    await loader.sample(1)  # the third epoch has begun, so two of them have been gone through
-    stats = await loader.stats()
-    assert stats["skipped_length"] >= 2 * (12 - len(short))
-    assert stats["handed_out"] == 2 * len(short) + 1
+    batch = await loader.sample(0, len(short))
+    assert {prompt.serial: prompt.problem for prompt in batch.prompts} == short
+    assert batch.next_serial == max(short) + 1
+    skipped = next(serial for serial in range(24) if serial not in short)
+    with pytest.raises(KeyError):
+        await loader.prompt(skipped)
 
 
 async def test_prompts_are_the_questions_as_tokens(make_loader, tokenizer):
-    for prompt in await (await make_loader()).sample(3):
+    for prompt in (await (await make_loader()).sample(0, 3)).prompts:
         assert tokenizer.decode(prompt.token_ids) == prompt.problem.question
 
 
 async def test_held_out_prompts_are_stable_and_apart_from_training(make_loader):
     loader, other = await make_loader(seed=0), await make_loader(seed=1)
     held_out = await loader.held_out(3)
-    await loader.sample(5)
+    await loader.sample(0, 5)
     for prompts in (await loader.held_out(3), await other.held_out(3)):
         assert [(p.serial, p.problem) for p in prompts] == [(p.serial, p.problem) for p in held_out]
     assert len(held_out) == 3
@@ -98,24 +108,12 @@ async def test_held_out_gives_what_there_is_and_nothing_too_long(make_loader):
     assert [p.problem for p in await (await make_loader(max_prompt_tokens=limit)).held_out(100)] == short
 
 
-async def test_held_out_prompts_over_the_limit_are_counted_once_however_often_they_are_asked_for(make_loader):
+async def test_held_out_prompts_over_the_limit_are_counted(make_loader, config):
     lengths = [len(prompt.token_ids) for prompt in await (await make_loader()).held_out(100)]
     limit = max(lengths) - 1
-    too_long = sum(length > limit for length in lengths)
+    config.eval.prompts = 100
     loader = await make_loader(max_prompt_tokens=limit)
-    for count in (100, 100, 0, 1):
-        await loader.held_out(count)
-    stats = await loader.stats()
-    assert stats["held_out_skipped_length"] == too_long
-    assert "skipped_length" not in stats
-
-
-async def test_held_out_prompts_do_not_count_as_handed_out(make_loader):
-    loader = await make_loader()
-    await loader.held_out(4)
-    assert (await loader.stats())["handed_out"] == 0
-    assert (await loader.sample(1))[0].serial == 0
-    await loader.close()
+    assert (await loader.stats())["held_out_skipped_length"] == sum(length > limit for length in lengths)
 
 
 async def test_no_prompt_that_fits_is_an_error_at_the_start(make_loader):
