@@ -1,4 +1,5 @@
 import asyncio
+import json
 
 import pytest
 
@@ -65,6 +66,54 @@ async def test_a_ticket_cannot_come_back_twice():
         pacer.drop(ticket, "again")
     with pytest.raises(KeyError):
         pacer.release([Ticket(99)])
+
+
+async def test_lost_groups_come_before_new_ones_the_oldest_first_and_keep_their_prompts():
+    pacer = Pacer(capacity=3)
+    tickets = [await pacer.admit() for _ in range(3)]
+    for ticket in tickets:
+        pacer.has_prompt(ticket, 10 + ticket.serial)
+        pacer.is_buffered(ticket)
+    waiter = asyncio.ensure_future(pacer.admit())
+    await asyncio.sleep(0)
+    pacer.begin_again([tickets[2], tickets[0]], "lost")
+    assert await waiter == tickets[0]
+    assert await pacer.admit() == tickets[2]
+    assert [pacer.prompt_of(ticket) for ticket in tickets] == [10, 11, 12]
+    assert (pacer.admitted, pacer.outstanding, pacer.reissued) == (3, 3, {"lost": 2})
+    pacer.release(tickets[:1])
+    assert (await pacer.admit()).serial == 3
+
+
+async def test_a_ledger_goes_on_from_its_state_and_begins_again_what_was_under_way():
+    pacer = Pacer(capacity=4)
+    tickets = [await pacer.admit() for _ in range(4)]
+    for ticket in tickets[:3]:
+        pacer.has_prompt(ticket, 10 + ticket.serial)
+    pacer.release(tickets[:1])
+    pacer.drop(await pacer.admit(), "reward_error")
+    state = json.loads(json.dumps(pacer.state()))
+
+    resumed = Pacer(capacity=4)
+    resumed.restore(state, buffered=[1])
+    assert (resumed.admitted, resumed.trained, resumed.dropped) == (5, 1, {"reward_error": 1})
+    assert resumed.in_stage("buffered") == [Ticket(1)]
+    assert resumed.reissued == {"resumed": 2}
+    again = [await resumed.admit() for _ in range(2)]
+    assert [(ticket.serial, resumed.prompt_of(ticket)) for ticket in again] == [(2, 12), (3, None)]
+    assert (await resumed.admit()).serial == 5
+    assert resumed.admitted == resumed.trained + resumed.dropped.total() + resumed.outstanding
+
+
+async def test_a_batch_that_is_faster_than_the_answer_of_the_buffer_keeps_its_tickets():
+    pacer = Pacer(capacity=2)
+    ticket, other = await pacer.admit(), await pacer.admit()
+    pacer.are_training([ticket, other])
+    pacer.is_buffered(ticket)
+    pacer.release([other])
+    pacer.is_buffered(other)
+    assert pacer.in_stage("buffered") == []
+    assert pacer.in_stage("training") == [ticket]
 
 
 @pytest.mark.parametrize(("age", "window", "bound"), [(0, 1, 0), (1, 1, 1), (1, 2, 2), (1, 5, 2), (1, 6, 3), (4, 4, 5)])

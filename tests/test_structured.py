@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from grpo.structured import Interrupted, first_error, together, unless, watchdog
+from grpo.structured import Interrupted, Signal, deadline, first_error, together, unless
 from grpo.types import StalledError
 
 
@@ -96,15 +96,29 @@ async def test_unless_passes_a_cancellation_on_and_leaves_no_task():
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-async def test_the_watchdog_names_what_was_late():
+async def test_a_signal_wakes_everybody_whose_condition_has_become_true():
+    signal, there = Signal(), []
+    waiting = [asyncio.ensure_future(signal.wait_for(lambda n=n: len(there) >= n and there)) for n in (1, 1, 2)]
+    await asyncio.sleep(0)
+    there.append("a")
+    signal.notify()
+    await asyncio.wait_for(asyncio.gather(*waiting[:2]), 1)
+    assert not waiting[2].done()
+    there.append("b")
+    signal.notify()
+    assert await asyncio.wait_for(waiting[2], 1) == ["a", "b"]
+    assert await signal.wait_for(lambda: "at once") == "at once"
+
+
+async def test_a_deadline_names_what_was_late():
     with pytest.raises(StalledError, match=r"step 3 .* watchdog.seconds=0.01"):
-        async with watchdog(0.01, "step 3"):
+        async with deadline(0.01, "step 3"):
             await asyncio.Event().wait()
 
 
-async def test_the_watchdog_leaves_other_timeouts_alone():
+async def test_a_deadline_leaves_other_timeouts_alone():
     with pytest.raises(TimeoutError, match="theirs"):
-        async with watchdog(60, "step 3"):
+        async with deadline(60, "step 3"):
             raise TimeoutError("theirs")
 
 

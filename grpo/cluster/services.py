@@ -105,6 +105,7 @@ class Service:
         self._numbers = count()
         self._alone = replicas + optional_replicas == 1
         self._keepers: dict[Replica, asyncio.Task[None]] = {}
+        self._former: set[asyncio.Task[None]] = set()  # of replicas that were taken back
         for i in range(replicas + optional_replicas):
             self._add(optional=i >= replicas)
 
@@ -169,8 +170,11 @@ class Service:
         for _ in range(replicas - len(there)):
             self._add(optional=True)
         for replica in there[max(1, replicas) :]:
-            if replica.state is not State.HEALTHY:  # nobody waits for it
-                self._keepers[replica].cancel()
+            if replica.state is not State.HEALTHY:  # it has nothing to finish
+                keeper = self._keepers.pop(replica)
+                keeper.cancel()
+                self._former.add(keeper)
+                _kill(replica)
             replica.state = State.STOPPED
         self._changed.notify()
 
@@ -181,7 +185,7 @@ class Service:
     async def close(self, patience_s: float) -> None:
         """Ask every process to close, and end those that don't."""
         replicas = self.replicas
-        await _cancel(self._keepers.values())
+        await _cancel([*self._keepers.values(), *self._former])
         await asyncio.gather(*(self._close(replica, patience_s) for replica in replicas))
 
     def _add(self, *, optional: bool) -> None:

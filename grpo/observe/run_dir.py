@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from grpo.types import ConfigError
 
@@ -27,8 +27,7 @@ class RunDirectory:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / ".lock").open("w")  # released when the process ends, however it does
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = _locked(path / ".lock")
         except BlockingIOError:
             raise ConfigError(f"{path} is in use by another run; name another folder", key="hydra.run.dir") from None
         except OSError as error:
@@ -98,6 +97,17 @@ class RunDirectory:
         if error := written.exception():
             self.write_errors += 1
             log.error("could not write to %s: %s", self.path, error)
+
+
+def _locked(path: Path) -> IO[str]:
+    """Held until it is closed or the process ends, however it does. Raises BlockingIOError while another holds it."""
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 def to_json(record: dict[str, Any], indent: int | None = None) -> str:

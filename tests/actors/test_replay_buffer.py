@@ -163,3 +163,40 @@ async def test_a_sample_that_is_cancelled_takes_nothing(add):
     await add(buffer, 1)
     assert await taken(buffer, 2) == [0, 1]
     await buffer.close()
+
+
+async def test_a_new_process_waits_for_the_groups_that_are_still_to_come(add):
+    """Of ten tickets handed out, 0 to 2 and 5 were trained on; the group of 4 was saved."""
+    old = ReplayBuffer(window=1)
+    await add(old, 4)
+    groups, serials = await old.state()
+    assert serials == (4,)
+    new = ReplayBuffer(window=1)
+    await new.restore([Ticket(3), Ticket(6)], next_serial=7, groups=groups)
+    waiting = asyncio.ensure_future(new.sample(4))
+    await add(new, 6, 7)
+    await settle()
+    assert not waiting.done()
+    await add(new, 3)
+    _, report = await result_now(waiting)
+    assert [ticket.serial for ticket in report.tickets] == [3, 4, 6, 7]
+
+
+async def test_a_new_process_with_nothing_to_wait_for_goes_on_with_the_next_ticket(add):
+    buffer = ReplayBuffer(window=1)
+    await buffer.restore([], next_serial=7)
+    await add(buffer, 7)
+    _, report = await sample(buffer, 1)
+    assert report.tickets == (Ticket(7),)
+
+
+async def test_a_group_that_a_batch_took_out_of_the_process_before_is_not_kept_twice(add):
+    buffer = ReplayBuffer(window=1)
+    await buffer.restore([Ticket(5)], next_serial=6)
+    await add(buffer, 3, 5)  # the answer to the first `add` of 3 was lost with the old process
+    assert (await buffer.state())[1] == (5,)
+    await buffer.skip(Ticket(3))
+    _, report = await sample(buffer, 1)
+    assert report.tickets == (Ticket(5),)
+    await add(buffer, 5)
+    assert (await buffer.state())[1] == ()

@@ -6,6 +6,7 @@ import pytest
 
 from grpo.observe.loop_lag import LoopLag
 from grpo.types import (
+    ActorDied,
     BatchReport,
     EvaluationReport,
     GenerationReport,
@@ -13,12 +14,28 @@ from grpo.types import (
     Group,
     Problem,
     Prompt,
+    RewardTimeout,
     Scores,
     Ticket,
 )
 
 
+@pytest.fixture(autouse=True)
+def many_tickets(tiny_config):
+    tiny_config.trainer.groups_per_step = 30
+
+
+def hand_out_tickets(recorder):
+    """30 of them, for prompts of the serials 100 to 129."""
+    outstanding = [[serial, 100 + serial] for serial in range(30)]
+    recorder.pacer.restore(
+        {"admitted": 30, "trained": 0, "dropped": {}, "reissued": {}, "outstanding": outstanding}, ()
+    )
+    recorder.pacer.reissued.clear()
+
+
 def record_steps(recorder, rewards):
+    hand_out_tickets(recorder)
     for step, reward in enumerate(rewards, start=1):
         recorder.group_finished(*finished_group(step, reward))
         times = recorder.stopwatch()
@@ -44,7 +61,7 @@ def evaluation(step, reward):
 
 @pytest.fixture
 def recorded(tiny_config, make_recorder):
-    _, recorder = make_recorder(tiny_config)
+    recorder = make_recorder(tiny_config)
     record_steps(recorder, [i / 20 for i in range(20)])
     recorder.evaluated(evaluation(0, reward=0.25))
     summary = recorder.write_summary("failed", ValueError("what went wrong"))
@@ -96,7 +113,7 @@ def lines(recorder):
 
 
 def test_an_evaluation_goes_into_the_next_line_under_its_own_step(tiny_config, make_recorder):
-    _, recorder = make_recorder(tiny_config)
+    recorder = make_recorder(tiny_config)
     record_steps(recorder, [0.1])
     recorder.evaluated(evaluation(0, reward=0.25))
     record_steps(recorder, [0.1, 0.1])
@@ -107,7 +124,7 @@ def test_an_evaluation_goes_into_the_next_line_under_its_own_step(tiny_config, m
 
 
 def test_of_two_evaluations_the_newer_is_in_the_line_and_both_are_in_the_summary(tiny_config, make_recorder):
-    _, recorder = make_recorder(tiny_config)
+    recorder = make_recorder(tiny_config)
     recorder.evaluated(evaluation(5, reward=0.25))
     recorder.evaluated(evaluation(10, reward=0.75))
     record_steps(recorder, [0.1])
@@ -118,7 +135,7 @@ def test_of_two_evaluations_the_newer_is_in_the_line_and_both_are_in_the_summary
 
 
 def test_skipped_evaluations_are_counted(tiny_config, make_recorder):
-    _, recorder = make_recorder(tiny_config)
+    recorder = make_recorder(tiny_config)
     recorder.evaluation_skipped(5)
     record_steps(recorder, [0.1, 0.1])
     summary = recorder.write_summary("completed")
@@ -128,7 +145,7 @@ def test_skipped_evaluations_are_counted(tiny_config, make_recorder):
 
 def test_waiting_for_an_evaluation_is_no_part_of_a_step(tiny_config, make_recorder):
     """The generators' rates span it all the same: they worked meanwhile."""
-    _, recorder = make_recorder(tiny_config)
+    recorder = make_recorder(tiny_config)
     recorder.training_begins([GeneratorStats(0.0, 0)])
     with recorder.evaluation_wait():
         time.sleep(0.05)
@@ -141,7 +158,8 @@ def test_waiting_for_an_evaluation_is_no_part_of_a_step(tiny_config, make_record
 
 
 def test_the_line_is_written_when_the_evaluation_after_the_step_fails(tiny_config, make_recorder):
-    _, recorder = make_recorder(tiny_config)
+    recorder = make_recorder(tiny_config)
+    hand_out_tickets(recorder)
     batch = BatchReport((Ticket(0),), ((0.1, 0.1),), groups_waiting=0)
     trained = {"loss": 0.1, "policy_age/max": 0, "policy_age/mean": 0.0}
     times = recorder.stopwatch()
@@ -156,7 +174,7 @@ def test_the_line_is_written_when_the_evaluation_after_the_step_fails(tiny_confi
 
 
 def test_a_run_without_a_step_has_a_summary_too(tiny_config, make_recorder):
-    _, recorder = make_recorder(tiny_config)
+    recorder = make_recorder(tiny_config)
     summary = recorder.write_summary("interrupted")
     assert (summary["steps"], summary["reward_last"], summary["error"]) == (0, None, None)
 
@@ -170,3 +188,66 @@ async def test_loop_lag_sees_a_blocked_loop():
     watching.cancel()
     assert lag.take_p99_ms() > 100
     assert lag.take_p99_ms() == 0
+
+
+def test_the_ledger_names_every_group_that_was_trained_dropped_or_begun_again(tiny_config, make_recorder):
+    recorder = make_recorder(tiny_config)
+    record_steps(recorder, [0.5])
+    recorder.group_dropped(Ticket(7), RewardTimeout("slow"))
+    recorder.groups_begun_again([Ticket(3), Ticket(4)], "replay_buffer")
+    recorder.groups_begun_again([], "replay_buffer")
+    recorder.run_dir.close()
+    assert recorder.run_dir.read("ledger.jsonl") == [
+        {"step": 1, "trained": [[1, 101]]},
+        {"dropped": [7, 107], "reason": "reward_timeout"},
+        {"begun_again": [[3, 103], [4, 104]], "reason": "replay_buffer"},
+    ]
+
+
+def test_a_generator_that_replaces_another_counts_from_zero(tiny_config, make_recorder):
+    recorder = make_recorder(tiny_config)
+    hand_out_tickets(recorder)
+    recorder.training_begins([GeneratorStats(50.0, 50_000, "old"), GeneratorStats(10.0, 9_000, "other")])
+    times = recorder.stopwatch()
+    for name in ("time/trainer_wait_s", "time/train_step_s", "time/weight_sync_s"):
+        with times(name):
+            pass
+    batch = BatchReport((Ticket(1),), ((0.5, 0.5),), groups_waiting=0)
+    trained = {"loss": 0.1, "policy_age/max": 0, "policy_age/mean": 0.0}
+    after = [GeneratorStats(0.001, 70, "new"), GeneratorStats(10.001, 9_030, "other")]
+    with recorder.metrics_line(1, trained, batch, after, times):
+        pass
+    recorder.run_dir.close()
+    (line,) = recorder.run_dir.read("metrics.jsonl")
+    assert line["generator/tokens_per_s"] * line["time/step_s"] == pytest.approx(100, rel=0.2)
+    assert line["generator/busy_fraction"] >= 0
+
+
+def test_a_resumed_run_goes_on_from_what_the_files_and_the_state_hold(tiny_config, make_recorder, tmp_path):
+    recorder = make_recorder(tiny_config, tmp_path / "run")
+    record_steps(recorder, [0.1, 0.2, 0.3])
+    recorder.evaluated(evaluation(0, reward=0.25))
+    state = json.loads(json.dumps(recorder.state()))
+    recorder.run_dir.close()
+    again = make_recorder(tiny_config, tmp_path / "run")
+    again.restore(3, state)
+    assert again.step == 3
+    assert again.evaluations == recorder.evaluations
+    assert again.wall_s > state["wall_s"] > 0
+    summary = again.write_summary("completed")
+    assert (summary["steps"], summary["reward_first"], summary["resumed_at"]) == (3, 0.1, [3])
+
+
+def test_the_summary_tells_deaths_and_how_fast_all_was_well_again(tiny_config, make_recorder):
+    recorder = make_recorder(tiny_config)
+    recorder.failures.actor_is_back(recorder.failures.actor_died("trainer", ActorDied("trainer died: killed")))
+    recorder.failures.actor_died("reward", ActorDied("reward died: killed"))
+    record_steps(recorder, [0.5])
+    summary = recorder.write_summary("completed")
+    assert summary["restarts"] == {"trainer": 1, "reward": 1}
+    assert [death["error"] for death in summary["recovery"]["deaths"]] == [
+        "trainer died: killed",
+        "reward died: killed",
+    ]
+    assert summary["recovery"]["back_s_max"] == summary["recovery"]["back_s_median"] > 0
+    assert summary["recovery"]["next_step_s_max"] >= summary["recovery"]["next_step_s_median"] > 0

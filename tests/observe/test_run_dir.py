@@ -33,8 +33,33 @@ def test_a_folder_that_cannot_be_written_is_a_clear_error(tmp_path):
 
 def test_a_folder_that_holds_a_run_is_not_used_again(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
+    run_dir = RunDirectory(tmp_path)
     with pytest.raises(ConfigError, match="already holds a run"):
+        run_dir.refuse_old_runs()
+    run_dir.close()
+
+
+def test_two_runs_cannot_have_one_folder(tmp_path):
+    run_dir = RunDirectory(tmp_path)
+    with pytest.raises(ConfigError, match="in use by another run"):
         RunDirectory(tmp_path)
+    run_dir.close()
+    RunDirectory(tmp_path).close()
+
+
+def test_a_resumed_run_cuts_what_was_written_after_the_checkpoint(tmp_path):
+    run_dir = RunDirectory(tmp_path)
+    run_dir.append("metrics.jsonl", {"step": 1})
+    sizes = run_dir.sizes().result()
+    run_dir.append("metrics.jsonl", {"step": 2})
+    run_dir.append("ledger.jsonl", {"step": 2})
+    run_dir.close()
+    assert sizes == {"metrics.jsonl": len('{"step": 1}\n')}
+    resumed = RunDirectory(tmp_path)
+    resumed.cut(sizes)
+    assert resumed.read("metrics.jsonl") == [{"step": 1}]
+    assert resumed.read("ledger.jsonl") == resumed.read("nothing.jsonl") == []
+    resumed.close()
 
 
 def test_a_write_that_fails_is_counted_and_logged_but_does_not_raise(tmp_path, caplog):
