@@ -22,8 +22,8 @@ from grpo.imports import check_arguments, import_target
 from grpo.models.loading import check_architecture, check_weights, context_length, load_settings, load_skeleton
 from grpo.models.tokenizer import load_tokenizer
 from grpo.observe.run_dir import RunDirectory
-from grpo.tasks.base import Task
-from grpo.tasks.encoding import PromptEncoder, make_task
+from grpo.tasks.base import Task, make_task
+from grpo.tasks.encoding import PromptEncoder
 from grpo.types import ConfigError
 
 T = TypeVar("T")
