@@ -125,10 +125,25 @@ class OpeningTrainer(CountingTrainer):
         return await super().train_step(batch)
 
 
+class EndingTrainer(CountingTrainer):
+    """Says when it has published version `at`."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.ended, self._at = asyncio.Event(), at
+
+    async def push_weights(self):
+        if self.version == self._at:
+            self.ended.set()
+        return await super().push_weights()
+
+
 async def test_the_last_evaluation_waits_for_the_one_that_runs(loop):
     gate = GatedAnswers()
+    loop.trainer = EndingTrainer(at=20)
     running = asyncio.ensure_future(loop(gate))
-    await asyncio.sleep(0.5)
+    await loop.trainer.ended.wait()
+    await asyncio.sleep(0.2)
     assert (loop.trainer.version, len(loop.lines)) == (20, 19)  # the last line waits for the last evaluation
     gate.open()
     await running
@@ -172,6 +187,7 @@ async def test_without_an_evaluator_the_training_waits_and_the_generators_hold_s
     loop.config.eval.replicas = 0
     gate = GatedAnswers()
     running = asyncio.ensure_future(loop(gate))
+    await gate.asked.wait()
     await asyncio.sleep(0.05)
     assert loop.trainer.version == 0
     gate.open()
@@ -216,7 +232,8 @@ async def test_temperature_and_samples_are_the_evaluations_own(loop):
 
 
 async def test_a_shutdown_cancels_an_evaluation_beside_the_training(loop):
-    asyncio.get_running_loop().call_later(0.1, loop.shutdown.set)
+    loop.trainer = EndingTrainer(at=10)
+    loop.shutdown = loop.trainer.ended
     loop.config.trainer.max_steps = 10**6
     await loop(GatedAnswers())
     assert loop.evaluated == []
@@ -260,7 +277,7 @@ async def test_the_watchdog_bounds_an_evaluation(loop):
 
 
 async def test_prompts_whose_reward_fails_are_left_out_and_counted(loop):
-    loop.config.reward.functions = {"tests.fakes:sometimes_raising": 1.0}
+    loop.config.reward.functions = {"tests.fake_rewards:sometimes_raising": 1.0}
     loop.config.reward.on_error = "drop"
     await loop()
     report = loop.recorder.evaluations[0]
@@ -270,7 +287,7 @@ async def test_prompts_whose_reward_fails_are_left_out_and_counted(loop):
 
 
 async def test_a_reward_that_fails_is_raised_unless_it_may_be_dropped(config):
-    config.reward.functions = {"tests.fakes:raising": 1.0}
+    config.reward.functions = {"tests.fake_rewards:raising": 1.0}
     async with launch_local(config, {"trainer": CountingTrainer()}) as launched:
         services = EvaluationServices(launched.dataloader, launched.generator, launched.reward)
         prompts = await held_out_prompts(services, config)
@@ -282,7 +299,7 @@ async def test_a_reward_that_fails_is_raised_unless_it_may_be_dropped(config):
 
 
 async def test_every_prompt_is_told_of_as_it_is_done(config):
-    config.reward.functions = {"tests.fakes:sometimes_raising": 1.0}
+    config.reward.functions = {"tests.fake_rewards:sometimes_raising": 1.0}
     config.reward.on_error = "drop"
     told = {}
 
