@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from grpo.actors.reward import reward_function
+from grpo.actors.scoring import reward_function
 from grpo.algorithms.advantages import ADVANTAGES
 from grpo.algorithms.losses import LOSSES
 from grpo.cluster.plan import ActorSpec, check_capacity

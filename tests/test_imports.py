@@ -50,7 +50,6 @@ ONLY_IN = {
     "datasets": {"tasks"},
     "huggingface_hub": {"tasks"},
     "math_verify": {"rewards"},
-    "pebble": {"rewards"},
 }
 
 
