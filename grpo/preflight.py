@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from grpo.actors.reward import reward_function
+from grpo.actors.scoring import reward_function
 from grpo.algorithms.advantages import ADVANTAGES
 from grpo.algorithms.losses import LOSSES
 from grpo.cluster.plan import ActorSpec, check_capacity
@@ -23,8 +23,8 @@ from grpo.models.loading import check_architecture, check_weights, context_lengt
 from grpo.models.tokenizer import load_tokenizer
 from grpo.observe.run_dir import RunDirectory
 from grpo.resume import ResumePoint, check_compatible
-from grpo.tasks.base import Task
-from grpo.tasks.encoding import PromptEncoder, make_task
+from grpo.tasks.base import Task, make_task
+from grpo.tasks.encoding import PromptEncoder
 from grpo.types import ConfigError
 
 T = TypeVar("T")

@@ -182,8 +182,8 @@ def warnings(config: RunConfig) -> list[str]:
         found.append("rollout.temperature=0 makes all completions of a group equal: there will be nothing to learn")
     if "math_verify" in config.reward.functions and config.reward.on_error == "fail":
         found.append(
-            "reward.functions: math_verify gives up on a few completions, and one of them ends the run; "
-            "reward.on_error=drop leaves its group out instead"
+            "reward.functions: math_verify takes for ever on a few completions, and one of them ends the run after "
+            "reward.timeout_s; reward.on_error=drop leaves its group out instead"
         )
     if config.eval.every > 0 and config.eval.prompts == 0:
         found.append(f"eval.every={config.eval.every}: nothing is evaluated, eval.prompts is 0")

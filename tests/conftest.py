@@ -41,7 +41,7 @@ def tiny_config(tiny_model_path) -> RunConfig:
     config.trainer.max_steps = 3
     config.trainer.groups_per_step = 2
     config.trainer.lr = 1e-2
-    config.reward.functions = {"tests.fakes:vowel_share": 1.0}
+    config.reward.functions = {"tests.fake_rewards:vowel_share": 1.0}
     config.observe.rollouts_every = 1
     config.watchdog.seconds = 60.0
     config.checkpoint.every = 0

@@ -1,4 +1,4 @@
-"""Rewards and actors that the tests put in place of real ones."""
+"""Actors that the tests put in place of real ones."""
 
 import asyncio
 import os
@@ -13,7 +13,7 @@ from grpo.config import RecoveryConfig
 from grpo.failures import Failures
 from grpo.services import returns_payload
 from grpo.structured import Signal
-from grpo.types import Batch, GeneratorStats, RewardError, RewardTimeout, SamplingParams
+from grpo.types import Batch, GeneratorStats, RewardError, SamplingParams
 from grpo.weights import Weights
 
 
@@ -27,39 +27,6 @@ def lone_service(actor, name="actor"):
 
 
 EVALUATION_SEEDS = 1 << 60  # those of held-out prompts lie above it
-
-
-def vowel_share(problem, completions):
-    """Varies within a group even for a random model, so that there is something to learn."""
-    return [sum(letter in "aeiou" for letter in text) / max(1, len(text)) for text in completions]
-
-
-def raising(problem, completions):
-    raise ValueError("cannot score this")
-
-
-def sometimes_raising(problem, completions):
-    if len(problem.question) % 2:
-        raise ValueError("an odd question")
-    return vowel_share(problem, completions)
-
-
-def sometimes_timing_out(problem, completions):
-    if len(problem.question) == 5:
-        raise RewardTimeout("timeout: took longer than 1 s and was killed")
-    return sometimes_raising(problem, completions)
-
-
-def not_a_number(problem, completions):
-    return [float("nan")] * len(completions)
-
-
-def too_few(problem, completions):
-    return [0.0]
-
-
-def dying(problem, completions):
-    os._exit(7)
 
 
 class CountingTrainer:

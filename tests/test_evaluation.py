@@ -175,6 +175,7 @@ async def test_without_an_evaluator_the_training_waits_and_the_generators_hold_s
     loop.config.eval.replicas = 0
     gate = GatedAnswers()
     running = asyncio.ensure_future(loop(gate))
+    await gate.asked.wait()
     await asyncio.sleep(0.05)
     assert loop.trainer.version == 0
     gate.open()
@@ -219,9 +220,11 @@ async def test_temperature_and_samples_are_the_evaluations_own(loop):
 
 
 async def test_a_shutdown_cancels_an_evaluation_beside_the_training(loop):
-    asyncio.get_running_loop().call_later(0.1, loop.shutdown.set)
     loop.config.trainer.max_steps = 10**6
-    await loop(GatedAnswers())
+    running = asyncio.ensure_future(loop(GatedAnswers()))
+    await loop.trainer.until(10)
+    loop.shutdown.set()
+    await running
     assert loop.evaluated == []
     assert len(loop.lines) == loop.trainer.version > 0
     assert nothing_is_left_running()
@@ -263,7 +266,7 @@ async def test_the_watchdog_bounds_an_evaluation(loop):
 
 
 async def test_prompts_whose_reward_fails_are_left_out_and_counted(loop):
-    loop.config.reward.functions = {"tests.fakes:sometimes_raising": 1.0}
+    loop.config.reward.functions = {"tests.fake_rewards:sometimes_raising": 1.0}
     loop.config.reward.on_error = "drop"
     await loop()
     report = loop.recorder.evaluations[0]
@@ -273,7 +276,7 @@ async def test_prompts_whose_reward_fails_are_left_out_and_counted(loop):
 
 
 async def test_a_reward_that_fails_is_raised_unless_it_may_be_dropped(config):
-    config.reward.functions = {"tests.fakes:raising": 1.0}
+    config.reward.functions = {"tests.fake_rewards:raising": 1.0}
     async with launch_local(config, Failures(config.recovery), {"trainer": CountingTrainer()}) as launched:
         services = EvaluationServices(launched.dataloader, launched.generator, launched.reward)
         prompts = await held_out_prompts(services, config)
@@ -285,7 +288,7 @@ async def test_a_reward_that_fails_is_raised_unless_it_may_be_dropped(config):
 
 
 async def test_every_prompt_is_told_of_as_it_is_done(config):
-    config.reward.functions = {"tests.fakes:sometimes_raising": 1.0}
+    config.reward.functions = {"tests.fake_rewards:sometimes_raising": 1.0}
     config.reward.on_error = "drop"
     told = {}
 

@@ -64,7 +64,6 @@ ONLY_IN = {
     "datasets": {"tasks"},
     "huggingface_hub": {"tasks"},
     "math_verify": {"rewards"},
-    "pebble": {"rewards"},
 }
 
 

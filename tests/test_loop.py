@@ -171,7 +171,7 @@ async def test_a_failed_weight_update_ends_the_run_instead_of_serving_stale_weig
 
 
 async def test_reward_errors_end_the_run_or_drop_the_group(simulated, make_recorder):
-    simulated.reward.functions = {"tests.fakes:sometimes_raising": 1.0}
+    simulated.reward.functions = {"tests.fake_rewards:sometimes_raising": 1.0}
     with pytest.raises(Exception, match=r"sometimes_raising' on prompt .* raised ValueError: an odd question"):
         await run_loop(simulated, make_recorder, {"trainer": CountingTrainer()})
 
@@ -183,7 +183,7 @@ async def test_reward_errors_end_the_run_or_drop_the_group(simulated, make_recor
 
 
 async def test_reward_timeouts_are_counted_apart_from_other_reward_errors(simulated, make_recorder):
-    simulated.reward.functions = {"tests.fakes:sometimes_timing_out": 1.0}
+    simulated.reward.functions = {"tests.fake_rewards:sometimes_timing_out": 1.0}
     simulated.reward.on_error = "drop"
     pacer, *_ = await run_loop(simulated, make_recorder, {"trainer": CountingTrainer()})
     assert set(pacer.dropped) == {"reward_timeout", "reward_error"}

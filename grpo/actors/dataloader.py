@@ -8,7 +8,8 @@ import numpy as np
 
 from grpo.config import RunConfig
 from grpo.models.tokenizer import load_tokenizer
-from grpo.tasks.encoding import PromptEncoder, make_task
+from grpo.tasks.base import make_task
+from grpo.tasks.encoding import PromptEncoder
 from grpo.types import Ints, Problem, Prompt, PromptBatch
 
 

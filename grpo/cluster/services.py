@@ -185,6 +185,7 @@ class Service:
     async def close(self, patience_s: float) -> None:
         """Ask every process to close, and end those that don't."""
         replicas = self.replicas
+        self._fail(ActorDied(f"{self.name} was closed"))
         await _cancel([*self._keepers.values(), *self._former])
         await asyncio.gather(*(self._close(replica, patience_s) for replica in replicas))
 

@@ -1,82 +1,194 @@
-"""Code that may hang or crash, in processes that can be killed. Needs pebble."""
+"""Code that may hang, crash or eat all memory, in processes that can be killed.
+
+One pipe per process and nothing shared: whatever happens to one, the others go on.
+"""
 
 from __future__ import annotations
 
-import faulthandler
-import importlib
-import multiprocessing
-from collections.abc import Callable, Iterable
-from concurrent.futures import TimeoutError as TimedOut
-from concurrent.futures.process import BrokenProcessPool
+import asyncio
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from multiprocessing import Pipe
 from threading import Lock
 from typing import Any, Generic, TypeVar
 
-from pebble import ProcessExpired, ProcessPool
+from grpo.types import RewardCrash, RewardError, RewardMemory, RewardTimeout
 
-from grpo.types import RewardError, RewardTimeout
-
-_GRACE_S = 2.0  # by which a worker outlives its time-out when this process was killed
+# No child of `multiprocessing`: that would import this process' main module (Ray, where an actor starts the process)
+# and would not let user code have processes of its own.
+_COMMAND = "import sys; sys.path[:] = sys.argv[2:]; from grpo.rewards.killable_worker import serve; serve(sys.argv[1])"
+_DYING_S = 1.0
 
 T = TypeVar("T")
 
 
 class Killable(Generic[T]):
-    """Calls a function of a module in one of `workers` processes, each call for at most `timeout_s` seconds.
+    """Calls a function in one of `workers` processes, each call for at most `timeout_s` seconds.
 
-    The processes start at the first call and serve all threads; one that hangs is killed and replaced. They end with
-    `close`, with this process, and also when this process is killed.
+    `build(*args)`, run once in each process, returns the function. It is called with `doing`, a function that takes
+    the words under which errors name what comes next, and the arguments of the call. A process that hangs or dies is
+    replaced, and it takes along those it has started. All end with `close`, and (on Linux) with this process however
+    it ends; after a SIGKILL of this one, those that user code has started itself may stay.
     """
 
-    def __init__(self, function: Callable[..., T], timeout_s: float, workers: int = 2) -> None:
-        self._function, self._timeout_s, self._workers = function, timeout_s, workers
-        self._pool: ProcessPool | None = None
-        self._starting = Lock()
+    def __init__(
+        self,
+        build: Callable[..., Callable[..., T]],
+        args: tuple[Any, ...],
+        *,
+        workers: int,
+        timeout_s: float,
+        memory_gb: float = 0.0,
+    ) -> None:
+        self._make = partial(_Worker, pickle.dumps((build, args, memory_gb)), timeout_s)
+        self._workers: set[_Worker] = {self._make() for _ in range(workers)}
+        self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
+        # Its threads live until `close`: the kernel ends a process with the thread that has started it.
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="killable")
+        self._closed = False
 
-    def map(self, calls: Iterable[tuple[Any, ...]]) -> list[T]:
-        """The results for several tuples of arguments, in their order. Time spent waiting for a process is free.
-
-        Raises RewardTimeout when a call times out, RewardError when its process dies, and what the function itself
-        raises.
-        """
-        pool = self._running_pool()
-        args = (self._function, self._timeout_s)
-        futures = [pool.schedule(_call, args=(*args, call), timeout=self._timeout_s) for call in calls]
+    async def start(self) -> None:
+        """Start the processes. Raises what `build` raises, RewardCrash when a process dies of it."""
+        loop = asyncio.get_running_loop()
         try:
-            return [future.result() for future in futures]
-        except TimedOut as error:
-            raise RewardTimeout(f"timeout: took longer than {self._timeout_s:g} s and was killed") from error
-        except ProcessExpired as error:
-            raise RewardError(f"its process died with exit code {error.exitcode}") from error
-        except BrokenProcessPool as error:
-            raise RewardError(f"its processes are gone: {error}") from error
-        finally:
-            for future in futures:
-                future.cancel()  # those behind the one that failed
+            await asyncio.gather(*(loop.run_in_executor(self._threads, worker.start) for worker in self._workers))
+        except BaseException:
+            await self.close()
+            raise
+        for worker in self._workers:
+            self._idle.put_nowait(worker)
 
-    def close(self) -> None:
-        """End the processes; the next call starts new ones."""
-        with self._starting:
-            if self._pool is not None:
-                self._pool.stop()
-                self._pool.join()
-                self._pool = None
+    async def call(self, *args: Any) -> T:
+        """What the function returns. Time spent waiting for a free process is free; a cancelled call is killed.
 
-    def _running_pool(self) -> ProcessPool:
-        with self._starting:
-            if self._pool is None or not self._pool.active:  # it breaks when an idle process is killed from outside
-                self._pool = ProcessPool(
-                    self._workers,
-                    initializer=importlib.import_module,  # ahead of the first call, so that it counts in none
-                    initargs=(self._function.__module__,),
-                    context=multiprocessing.get_context("spawn"),
-                )
-            return self._pool
+        Raises RewardTimeout, RewardCrash when the process dies, and what the function raises, with the traceback as a
+        note: a RewardError, or a RewardError that tells of it.
+        """
+        worker = await self._idle.get()
+        if self._closed:
+            self._idle.put_nowait(worker)  # for the next who waits
+            raise RewardCrash("the reward processes are closed")
+        running = asyncio.get_running_loop().run_in_executor(self._threads, worker.call, args)
+        running.add_done_callback(lambda _: self._give_back(worker))
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            if not running.done():  # else the next call may have it by now
+                worker.kill()
+            raise
+
+    async def close(self) -> None:
+        """Kill the processes; calls under way or waiting raise RewardCrash."""
+        self._closed = True
+        for worker in self._workers:
+            worker.kill()
+        await asyncio.to_thread(self._threads.shutdown)
+        for worker in self._workers:
+            worker.clean_up()
+
+    def _give_back(self, worker: _Worker) -> None:
+        if worker.killed and not self._closed:
+            self._workers.remove(worker)
+            self._threads.submit(worker.clean_up)
+            worker = self._make()  # started by its first call
+            self._workers.add(worker)
+        self._idle.put_nowait(worker)
 
 
-def _call(function: Callable[..., T], timeout_s: float, args: tuple[Any, ...]) -> T:
-    """Runs in the worker. The alarm ends it when nobody is left to kill it, also where a call never frees the GIL."""
-    faulthandler.dump_traceback_later(timeout_s + _GRACE_S, exit=True)
-    try:
-        return function(*args)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
+class _Worker:
+    """One process, begun when it is needed. `kill` may come from any thread; the other methods from one at a time."""
+
+    def __init__(self, setup: bytes, timeout_s: float) -> None:
+        self._setup, self._timeout_s = setup, timeout_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = Lock()
+        self.killed = False
+
+    def start(self) -> None:
+        """Raises what building the function raises."""
+        self._pipe, theirs = Pipe()
+        with theirs, self._lock:
+            if self.killed:
+                raise RewardCrash("its process was stopped")
+            # -u: what user code prints is not lost when the process is killed
+            command = [sys.executable, "-u", "-c", _COMMAND, f"{theirs.fileno()},{os.getpid()}", *sys.path]
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
+            )
+        try:
+            self._ask(self._setup, timeout_s=None)
+        except BaseException:
+            self.kill()
+            self.clean_up()
+            raise
+
+    def call(self, args: tuple[Any, ...]) -> Any:
+        try:
+            request = pickle.dumps(args)
+        except Exception as error:  # of a type that depends on what is in there
+            raise RewardError(f"a problem that can't be sent to another process: {error}") from error
+        if self._process is None or self._process.poll() is not None:  # new, or killed from outside while idle
+            self.clean_up()
+            self.start()
+        try:
+            return self._ask(request, self._timeout_s)
+        except RewardMemory:
+            self._end()  # it may still hold what it took
+            raise
+
+    def kill(self) -> None:
+        """End the process for good, together with those it has started. Waits for nothing."""
+        with self._lock, suppress(ProcessLookupError):
+            self.killed = True
+            if self._process is not None:
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def clean_up(self) -> None:
+        """Forget a process that has ended."""
+        if self._process is not None:
+            self._process.wait()
+            self._pipe.close()
+            with self._lock:
+                self._process = None
+
+    def _ask(self, request: bytes, timeout_s: float | None) -> Any:
+        """The answer. Raises the error that is the answer, RewardTimeout or RewardCrash."""
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        kind, doing = "doing", "a reward process"
+        try:
+            self._pipe.send_bytes(request)
+            while kind == "doing" and self._pipe.poll(_seconds_to(deadline)):
+                kind, value = self._pipe.recv()
+                doing = value if kind == "doing" else doing
+        except (EOFError, OSError) as error:
+            ending = self._end(_DYING_S)  # the pipe closes a moment before the process has ended
+            raise RewardCrash(f"{doing}: its process died with {ending}") from error
+        if kind == "doing":
+            self._end()
+            raise RewardTimeout(f"{doing}: took longer than {timeout_s:g} s and was killed")
+        if kind == "raised":
+            raise value
+        return value
+
+    def _end(self, patience_s: float = 0.0) -> str:
+        """Kill a process that has not ended by itself within `patience_s`, and say how it went."""
+        assert self._process is not None
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(patience_s)
+        self.kill()
+        code = self._process.wait()
+        self.clean_up()
+        return f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"exit code {code}"
+
+
+def _seconds_to(deadline: float) -> float | None:
+    return None if deadline == math.inf else max(0.0, deadline - time.monotonic())

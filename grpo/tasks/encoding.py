@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-
 import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config import TaskConfig
-from grpo.imports import check_arguments, import_target
 from grpo.tasks.base import Task
 from grpo.types import ConfigError, Ints, Problem, TaskError
-
-
-def make_task(config: TaskConfig) -> Task:
-    """The task that the config names; `path` goes to one that reads a file.
-
-    Raises ConfigError for an unknown target or argument, and for a path to a task that takes none.
-    """
-    target = import_target(config.target, key="task.target")
-    check_arguments(target, config.args, key="task.args")
-    args = dict(config.args)
-    if config.path is not None:
-        if "path" not in inspect.signature(target).parameters:
-            raise ConfigError(f"{config.target} reads no file; leave it out", key="task.path")
-        args["path"] = config.path
-    task: Task = target(**args)
-    return task
 
 
 class PromptEncoder:

@@ -1,81 +1,46 @@
 from __future__ import annotations
 
 import asyncio
-import math
+import os
 import pickle
-import threading
+import sys
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
-from grpo.actors.reward import Reward, evaluate, reward_function
-from grpo.config import RewardConfig
+from grpo.actors.reward import Reward
+from grpo.config import RewardConfig, TaskConfig
 from grpo.rewards import REWARDS
-from grpo.types import ConfigError, Problem, RewardError, RewardTimeout
+from grpo.types import (
+    ConfigError,
+    RewardCrash,
+    RewardError,
+    RewardInvalid,
+    RewardMemory,
+    RewardTimeout,
+)
 
-released = threading.Event()
-
-
-def lengths(problem, texts):
-    return [len(text) for text in texts]
-
-
-def numpy_halves(problem, texts):
-    return np.full(len(texts), 0.5, dtype=np.float32)
-
-
-def patient(problem, texts):
-    if not released.wait(timeout=5):
-        raise TimeoutError("the event loop did not get to release it")
-    return [1.0] * len(texts)
+FINE = {"timeout_s": 60.0, "memory_gb": 0.5, "workers": 1}
+HASTY = {**FINE, "timeout_s": 0.5}
 
 
-def broken(problem, texts):
-    raise KeyError("gold")
-
-
-def missing_score(problem, texts):
-    return [1.0] * (len(texts) - 1)
-
-
-def not_a_number(problem, texts):
-    return [0.0, math.nan]
-
-
-def infinite(problem, texts):
-    return [0.0, -math.inf]
-
-
-def words(problem, texts):
-    return ["good", "bad"]
-
-
-def timed_out(problem, texts):
-    raise RewardTimeout("timeout: took longer than 5 s and was killed")
-
-
-class OddRewardError(RewardError):
-    def __init__(self, code, detail):
-        super().__init__(f"{code}: {detail}")
-
-
-def odd(problem, texts):
-    raise OddRewardError(7, "no judge")
-
-
-def none_at_all(problem, texts):
-    return None
+HERE = "tests.actors.reward_functions"
+FAILURES = f"{HERE}:by_the_first_text"
 
 
 @pytest.fixture
-def make_reward(config):
-    async def make(**functions):
-        reward = Reward(replace(config, reward=RewardConfig(functions)))
+async def make_reward(config):
+    made = []
+
+    async def make(functions, settings=FINE, task=None):
+        reward = Reward(replace(config, reward=RewardConfig(functions, **settings), task=task or config.task))
+        made.append(reward)
         await reward.setup()
         return reward
 
-    return make
+    yield make
+    for reward in made:
+        await reward.close()
 
 
 async def test_the_tasks_own_scoring_is_the_default(config, prompt, answers):
@@ -88,96 +53,119 @@ async def test_the_tasks_own_scoring_is_the_default(config, prompt, answers):
 
 
 async def test_rewards_are_the_weighted_sum_of_several_functions(make_reward, prompt, answers):
-    reward = await make_reward(**{"task": 1.0, "thinking": 0.5, f"{__name__}:lengths": -0.1})
+    reward = await make_reward({"task": 1.0, "thinking": 0.5, f"{HERE}:lengths": -0.1})
     scores = await reward.score(prompt, answers("abc", "<think>a</think>bc", ""))
     assert scores.parts == {
         "task": (1.0, 0.0, 0.0),
         "thinking": (0.0, 1.0, 0.0),
-        f"{__name__}:lengths": (3.0, 18.0, 0.0),
+        f"{HERE}:lengths": (3.0, 18.0, 0.0),
     }
     assert scores.rewards == pytest.approx((1 - 0.3, 0.5 - 1.8, 0.0))
 
 
-@pytest.mark.parametrize("name", REWARDS)
-async def test_every_reward_can_be_named(make_reward, name):
-    reward = await make_reward(**{name: 1.0})
-    await reward.close()
+async def test_every_reward_can_be_named(make_reward):
+    await make_reward(dict.fromkeys(REWARDS, 1.0))
 
 
 async def test_texts_hold_no_special_tokens(make_reward, prompt, answers, make_completion, tokenizer):
-    reward = await make_reward(task=1.0)
+    reward = await make_reward({"task": 1.0})
     padded = make_completion([0, *tokenizer.encode("abc"), 1, 0])
     scores = await reward.score(prompt, [*answers("a b, c", ""), padded])
     assert scores.texts == ("a b, c", "", "abc")
 
 
-async def test_any_numbers_become_floats(make_reward, prompt, answers):
-    reward = await make_reward(**{f"{__name__}:numpy_halves": 1.0})
+async def test_any_numbers_become_floats_and_functions_run_elsewhere(make_reward, prompt, answers):
+    reward = await make_reward({f"{HERE}:numpy_halves": 1.0, f"{HERE}:processes": 1.0})
     scores = await reward.score(prompt, answers("abc", "cab"))
     assert [type(score) for score in scores.rewards] == [float, float]
+    (pid, _) = scores.parts[f"{HERE}:processes"]
+    assert pid != os.getpid()
+
+
+async def test_a_function_may_use_processes(make_reward, prompt, answers):
+    reward = await make_reward({f"{HERE}:needs_no_judge": 1.0})
+    assert (await reward.score(prompt, answers("ab", "c"))).rewards == (2.0, 1.0)
 
 
 @pytest.mark.parametrize(
-    ("function", "complaint"),
+    ("text", "kind", "complaint"),
     [
-        ("broken", "raised KeyError: 'gold'"),
-        ("missing_score", "returned 1 scores for 2 completions"),
-        ("not_a_number", "must be finite"),
-        ("infinite", "must be finite"),
-        ("words", "raised ValueError"),
-        ("none_at_all", "raised TypeError"),
-        ("timed_out", "timed_out' on prompt 'cab>': timeout: took longer"),
-        ("odd", "odd' on prompt 'cab>': 7: no judge"),
+        ("b", RewardCrash, ": its process died with exit code 1"),
+        ("c", RewardCrash, ": its process died with signal 11 (Segmentation fault)"),
+        ("d", RewardMemory, " asked for more memory than reward.memory_gb allows"),
+        ("e", RewardError, " raised KeyError: 'gold'"),
+        ("f", RewardInvalid, " returned (0.0, nan); rewards must be finite"),
+        ("g", RewardInvalid, " returned (0.0, -inf); rewards must be finite"),
+        ("h", RewardInvalid, " returned 1 scores for 2 completions"),
+        ("i", RewardError, " raised ValueError: could not convert string to float: 'good'"),
+        ("j", RewardError, " raised TypeError: 'NoneType' object is not iterable"),
+        ("k", RewardError, " raised SystemExit: 2"),
+        ("l", RewardTimeout, ": 7: no judge"),
     ],
 )
-async def test_an_unusable_reward_is_an_error_that_names_it_and_the_prompt(
-    make_reward, prompt, answers, function, complaint
+async def test_a_failure_has_its_type_names_reward_and_prompt_and_is_followed_by_a_good_call(
+    failing, prompt, answers, text, kind, complaint
 ):
-    reward = await make_reward(**{"task": 1.0, f"{__name__}:{function}": 1.0})
     with pytest.raises(RewardError) as raised:
-        await reward.score(prompt, answers("abc", "cab"))
-    message = str(raised.value)
-    assert complaint in message
-    assert f"{__name__}:{function}" in message
-    assert "cab>" in message
-    assert "\n" not in message
-
-
-@pytest.mark.parametrize(("function", "kind"), [(timed_out, RewardTimeout), (odd, RewardError), (broken, RewardError)])
-def test_a_timeout_stays_one_also_when_it_is_sent_to_another_process(function, kind):
-    with pytest.raises(RewardError) as raised:
-        evaluate("x", function, Problem("cab>", "abc"), ["a"])
+        await failing.score(prompt, answers(text, "abc"))
+    assert type(raised.value) is kind
+    assert str(raised.value) == f"reward {FAILURES!r} on prompt 'cab>'{complaint}"
     arrived = pickle.loads(pickle.dumps(raised.value))
-    assert type(arrived) is kind
-    assert str(arrived) == str(raised.value)
+    assert (type(arrived), str(arrived)) == (kind, str(raised.value))
+    assert (await failing.score(prompt, answers("x", "abc"))).rewards == (1.0, 2.0)
 
 
-async def test_an_error_does_not_spoil_the_next_call(make_reward, prompt, answers):
-    reward = await make_reward(**{f"{__name__}:missing_score": 1.0})
-    for _ in range(2):
-        with pytest.raises(RewardError):
-            await reward.score(prompt, answers("abc", "cab"))
+@pytest.fixture
+async def failing(make_reward):
+    return await make_reward({"task": 1.0, FAILURES: 1.0})
 
 
-def test_the_cause_is_kept_and_a_long_question_is_cut():
+async def test_a_hang_is_a_timeout_that_names_the_function(make_reward, prompt, answers):
+    reward = await make_reward({"task": 1.0, FAILURES: 1.0}, HASTY)
+    with pytest.raises(RewardTimeout) as raised:
+        await reward.score(prompt, answers("a", "abc"))
+    assert str(raised.value) == f"reward {FAILURES!r} on prompt 'cab>': took longer than 0.5 s and was killed"
+    assert (await reward.score(prompt, answers("x", "abc"))).rewards == (1.0, 2.0)
+
+
+async def test_the_traceback_of_user_code_is_kept_and_a_long_question_is_cut(make_reward, prompt, answers):
+    reward = await make_reward({FAILURES: 1.0})
+    long = replace(prompt, problem=replace(prompt.problem, question="long " * 100))
     with pytest.raises(RewardError) as raised:
-        evaluate("x", broken, Problem("long " * 100, ""), ["a"])
-    assert isinstance(raised.value.__cause__, KeyError)
+        await reward.score(long, answers("e", "abc"))
+    assert 'raise KeyError("gold")' in raised.value.__notes__[0]
     assert len(str(raised.value)) < 200
 
 
+async def test_scoring_does_not_hold_up_the_event_loop_nor_another_group(make_reward, prompt, answers):
+    reward = await make_reward({"task": 1.0, FAILURES: 1.0}, {**FINE, "workers": 2})
+    hanging = asyncio.create_task(reward.score(prompt, answers("a", "abc")))
+    for _ in range(3):
+        assert (await reward.score(prompt, answers("x", "abc"))).rewards == (1.0, 2.0)
+    assert not hanging.done()
+    hanging.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await hanging
+
+
+async def test_a_function_in_a_file_that_only_this_process_finds(make_reward, prompt, answers, tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(
+        "def brevity(problem, texts):\n    return [1 / (1 + len(t)) for t in texts]\n"
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    reward = await make_reward({"my_rewards.brevity": 0.5})
+    assert (await reward.score(prompt, answers("a", "abc"))).rewards == (0.25, 0.125)
+    assert "my_rewards" not in sys.modules
+
+
 @pytest.mark.parametrize("name", ["grpo.rewards:nothing_like_it", "no.such.module:f", "unknown", "math:pi"])
-def test_an_unknown_function_names_the_key(name):
-    with pytest.raises(ConfigError, match=r"reward\.functions"):
-        reward_function(name, task=None)
+async def test_setup_raises_for_an_unknown_function(make_reward, name):
+    with pytest.raises(ConfigError, match=r"^reward\.functions: "):
+        await make_reward({name: 1.0})
 
 
-async def test_scoring_does_not_hold_up_the_event_loop(make_reward, prompt, answers):
-    released.clear()
-    slow, quick = await make_reward(**{f"{__name__}:patient": 1.0}), await make_reward(task=1.0)
-    waiting = asyncio.create_task(slow.score(prompt, answers("abc")))
-    await asyncio.sleep(0)
-    assert (await quick.score(prompt, answers("abc"))).rewards == (1.0,)
-    assert not waiting.done()
-    released.set()
-    assert (await waiting).rewards == (1.0,)
+async def test_setup_raises_for_a_task_that_can_not_be_made_and_makes_none_that_is_not_needed(make_reward):
+    broken = TaskConfig("grpo.tasks.sorting:Sorting", {"max_letters": 100})
+    with pytest.raises(ConfigError, match=r"^task\.args: "):
+        await make_reward({"task": 1.0}, task=broken)
+    await make_reward({"thinking": 1.0}, task=broken)

@@ -4,6 +4,8 @@ import asyncio
 import json
 import os
 import signal
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from grpo.cluster.local import launch_local
 from grpo.config import ClusterConfig
 from grpo.failures import Failures
 from grpo.loop import run
-from grpo.types import ActorDied, ConfigError, LaunchError, RewardError
+from grpo.types import ActorDied, ConfigError, LaunchError, RewardCrash, RewardError, SamplingParams
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -55,15 +57,45 @@ async def test_replicas_reference_and_many_rollouts(tiny_config, make_recorder):
 
 
 async def test_an_error_in_user_code_keeps_its_type_across_processes(tiny_config, make_recorder):
-    tiny_config.reward.functions = {"tests.fakes:raising": 1.0}
+    tiny_config.reward.functions = {"tests.fake_rewards:raising": 1.0}
     with pytest.raises(RewardError, match="cannot score this"):
         await run_on(launch, tiny_config, make_recorder)
 
 
-async def test_a_process_that_dies_ends_the_run_with_its_name(tiny_config, make_recorder):
-    tiny_config.reward.functions = {"tests.fakes:dying": 1.0}
-    with pytest.raises(ActorDied, match="reward"):
+async def test_a_reward_that_ends_its_process_is_a_crash_that_names_it(tiny_config, make_recorder):
+    tiny_config.reward.functions = {"tests.fake_rewards:dying": 1.0}
+    with pytest.raises(RewardCrash, match=r"dying' on prompt .*: its process died with exit code 7"):
         await run_on(launch, tiny_config, make_recorder)
+
+
+@pytest.mark.parametrize("ending", ["close", "kill"])
+async def test_no_process_of_a_reward_outlives_its_actor(tiny_config, ending):
+    tiny_config.reward.functions = {"tests.fake_rewards:process": 1.0}
+    async with launch(tiny_config, Failures(tiny_config.recovery)) as services:
+        (prompt,) = (await services.dataloader.sample.call_one(0, 1)).prompts
+        completions, _ = await services.generator.generate.route(prompt, SamplingParams(n=2, max_tokens=4))
+        pid = int((await services.reward.score.route(prompt, completions)).rewards[0])
+        assert _runs(pid)
+        if ending == "kill":
+            (replica,) = services.reward.service.replicas
+            os.kill(replica.endpoint.pid, signal.SIGKILL)
+            await asyncio.to_thread(_wait_until_gone, pid)
+    await asyncio.to_thread(_wait_until_gone, pid)
+
+
+def _wait_until_gone(pid):
+    deadline = time.monotonic() + 20
+    while _runs(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _runs(pid):
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return stat.rpartition(") ")[2][0] != "Z"  # nobody may wait for orphans
 
 
 async def test_a_setup_that_fails_is_raised_with_its_type(tiny_config):

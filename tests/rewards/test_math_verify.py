@@ -1,19 +1,22 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from grpo.actors.reward import reward_function
+from grpo.actors.scoring import reward_function
+from grpo.rewards.killable import Killable
 from grpo.types import ConfigError, Problem, RewardTimeout
+
+
+def build():
+    return lambda doing, *args: reward_function("math_verify", task=None)(*args)
 
 
 @pytest.fixture(scope="module")
 def math_verify():
-    from grpo.rewards import math_verify as module
-
-    yield module.math_verify
-    module._equivalent.close()
+    return reward_function("math_verify", task=None)
 
 
 @pytest.mark.parametrize(
@@ -30,10 +33,18 @@ def test_expressions_are_compared_by_their_value(math_verify, answer, right, wro
     assert math_verify(Problem("?", answer), [right, wrong]) == [1.0, 0.0]
 
 
-def test_a_hang_is_an_error_that_says_so_and_not_a_wrong_answer(math_verify, monkeypatch):
-    monkeypatch.setattr(sys.modules["grpo.rewards.math_verify"]._equivalent, "_timeout_s", 0.5)
-    with pytest.raises(RewardTimeout, match="timeout"):
-        math_verify(Problem("?", "72"), ["\\boxed{72}", "\\boxed{(1+x)^{100000}}"])
+async def test_a_hang_is_a_timeout_and_not_a_wrong_answer():
+    pool = Killable(build, (), workers=1, timeout_s=2.0)
+    await pool.start()
+    assert await pool.call(Problem("?", "72"), ["\\boxed{72}"]) == [1.0]
+    with pytest.raises(RewardTimeout):
+        await pool.call(Problem("?", "72"), ["\\boxed{(1+x)^{100000}}"])
+    await pool.close()
+
+
+def test_it_runs_off_the_main_thread(math_verify):
+    with ThreadPoolExecutor(1) as threads:  # where the library's own time-outs would raise
+        assert threads.submit(math_verify, Problem("?", "72"), ["\\boxed{72}"]).result() == [1.0]
 
 
 def test_an_answer_that_is_no_expression_is_an_error(math_verify):
@@ -41,10 +52,8 @@ def test_an_answer_that_is_no_expression_is_an_error(math_verify):
         math_verify(Problem("?", ""), ["72"])
 
 
-@pytest.mark.parametrize("library", ["math_verify", "pebble"])
-def test_a_missing_library_names_the_line_to_type(monkeypatch, library):
-    for module in ("grpo.rewards.math_verify", "grpo.rewards.killable"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
-    monkeypatch.setitem(sys.modules, library, None)
+def test_a_missing_library_names_the_line_to_type(monkeypatch):
+    monkeypatch.delitem(sys.modules, "grpo.rewards.math_verify", raising=False)
+    monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(ConfigError, match=r"^reward\.functions: .*pip install 'grpo\[math\]'"):
         reward_function("math_verify", task=None)

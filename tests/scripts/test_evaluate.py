@@ -8,7 +8,7 @@ import pytest
 
 from tests.scripts.processes import finish, only_run, processes_of
 
-REWARD = "+reward.functions={tests.fakes.vowel_share: 1.0}"
+REWARD = "+reward.functions={tests.fake_rewards.vowel_share: 1.0}"
 
 
 def test_a_table_and_two_files(evaluate, tmp_path):
@@ -51,9 +51,9 @@ def test_ctrl_c_ends_it_in_order_and_leaves_no_process(evaluate, tmp_path):
 
 
 def test_a_reward_that_fails_is_shown_once(evaluate, tmp_path):
-    code, stdout, stderr = finish(evaluate("eval.prompts=8", "+reward.functions={tests.fakes.raising: 1.0}"))
+    code, stdout, stderr = finish(evaluate("eval.prompts=8", "+reward.functions={tests.fake_rewards.raising: 1.0}"))
     assert code == 1
-    assert stderr.startswith("error: RewardError: reward 'tests.fakes.raising' on prompt")
+    assert stderr.startswith("error: RewardError: reward 'tests.fake_rewards.raising' on prompt")
     assert len(stderr.splitlines()) == 1
     assert "failed; run folder" in stdout
     assert "Traceback" in (only_run(tmp_path) / "run.log").read_text()

@@ -61,11 +61,11 @@ def test_a_second_ctrl_c_ends_it_at_once(train, tmp_path):
 
 
 def test_a_failing_rollout_ends_the_run_with_its_own_error_shown_once(train, tmp_path):
-    process = train("+reward.functions={tests.fakes.raising: 1.0}")
+    process = train("+reward.functions={tests.fake_rewards.raising: 1.0}")
     code, stdout, stderr = finish(process)
     assert code == 1
     assert stderr.count("cannot score this") == 1
-    assert "error: RewardError: reward 'tests.fakes.raising' on prompt" in stderr
+    assert "error: RewardError: reward 'tests.fake_rewards.raising' on prompt" in stderr
     assert "Traceback" not in stdout + stderr
     folder = only_run(tmp_path)
     summary = json.loads((folder / "summary.json").read_text())

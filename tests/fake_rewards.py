@@ -1,0 +1,42 @@
+"""Rewards that the tests put in place of real ones. Apart from fakes.py: processes that score import no torch."""
+
+import os
+
+from grpo.types import RewardTimeout
+
+
+def vowel_share(problem, completions):
+    """Varies within a group even for a random model, so that there is something to learn."""
+    return [sum(letter in "aeiou" for letter in text) / max(1, len(text)) for text in completions]
+
+
+def raising(problem, completions):
+    raise ValueError("cannot score this")
+
+
+def sometimes_raising(problem, completions):
+    if len(problem.question) % 2:
+        raise ValueError("an odd question")
+    return vowel_share(problem, completions)
+
+
+def sometimes_timing_out(problem, completions):
+    if len(problem.question) == 5:
+        raise RewardTimeout("timeout: took longer than 1 s and was killed")
+    return sometimes_raising(problem, completions)
+
+
+def not_a_number(problem, completions):
+    return [float("nan")] * len(completions)
+
+
+def too_few(problem, completions):
+    return [0.0]
+
+
+def dying(problem, completions):
+    os._exit(7)
+
+
+def process(problem, completions):
+    return [float(os.getpid())] * len(completions)
