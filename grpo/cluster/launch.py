@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from grpo.cluster.handles import ActorHandle
 from grpo.cluster.plan import ActorSpec, actor_specs, check_capacity
 from grpo.cluster.ray_actor import RayEndpoint, host_class
+from grpo.cluster.reaper import session_reaper
 from grpo.cluster.services import Service, State, make_service
 from grpo.config import ClusterConfig, RunConfig
 from grpo.failures import Failures
@@ -29,18 +30,19 @@ _CALLS_PER_ACTOR = 10_000  # concurrent calls: more than tickets, so none queues
 
 @contextmanager
 def ray_cluster(config: ClusterConfig) -> Iterator[None]:
-    """Join the cluster at `cluster.address`, or start one on this machine that ends with the run.
+    """Join the cluster at `cluster.address`, or start one on this machine that ends with the run, however that ends.
 
     Raises LaunchError when there is no cluster at that address.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the behaviour that Ray announces
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # those of cancelled calls
-    try:
-        with _signals_held_back():
-            _connect(config.address)
-        yield
-    finally:
-        ray.shutdown()
+    with session_reaper():
+        try:
+            with _signals_held_back():
+                _connect(config.address)
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _connect(address: str | None) -> None:
@@ -53,7 +55,10 @@ def _connect(address: str | None) -> None:
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
-        raise LaunchError(f"cluster.address: can't reach Ray at {address or 'local'}: {first_line}") from error
+        hint = "; a cluster with tokens asks for RAY_AUTH_MODE=token" if address else ""  # Ray turns it on for its own
+        raise LaunchError(f"cluster.address: can't reach Ray at {address or 'local'}: {first_line}{hint}") from error
+    except SystemExit as ended:  # by Ray's handler of SIGTERM, which it puts in the place of ours
+        raise KeyboardInterrupt from ended
 
 
 @contextmanager

@@ -1,0 +1,140 @@
+"""Whatever ends a run of `scripts/train.py`: no process of it stays alive, and nobody else's is ended."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.scripts.conftest import ROOT
+from tests.scripts.processes import finish, processes_of
+
+ENDLESS = ("trainer.max_steps=100000", "eval.prompts=0")
+
+
+def in_mid_run(process):
+    assert any(line.startswith("step") for line in process.stdout)
+
+
+def members(session):
+    """Process id and command line of the living processes of a session."""
+    found = {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if os.getsid(int(entry)) == session:
+                found[int(entry)] = Path("/proc", entry, "cmdline").read_text().replace("\0", " ").strip()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return {process: command for process, command in found.items() if command}  # a zombie has none
+
+
+class JoinedCluster:
+    """A cluster that is not ours: its address, its session, and the processes that it began with."""
+
+    def __init__(self, address, session):
+        self.address, self.session = address, session
+        self.own = members(session).keys()
+
+    def guests(self):
+        return {process: command for process, command in members(self.session).items() if process not in self.own}
+
+    def guests_after_a_while(self):
+        deadline = time.monotonic() + 10
+        while self.guests() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return self.guests()
+
+    def is_whole(self):
+        return self.own <= members(self.session).keys()
+
+
+@pytest.fixture(scope="module")
+def joined():
+    """Asks for a token, as Ray likes."""
+    with socket.socket() as free, pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
+        patch.setenv("PYTHONPATH", str(ROOT))
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        options = ["--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={folder}"]
+        ports = [f"--port={port}", "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", *options, *ports]
+        head = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            assert head.wait(timeout=60) == 0
+            yield JoinedCluster(f"127.0.0.1:{port}", head.pid)
+        finally:
+            for process in members(head.pid):
+                os.kill(process, signal.SIGKILL)
+            assert processes_of(head.pid) == []
+
+
+def test_a_killed_driver_leaves_no_process_of_its_cluster(train):
+    process = train(*ENDLESS)
+    in_mid_run(process)
+    started = len(members(process.pid))
+    process.kill()
+    process.communicate()
+    assert started > 5  # the actors among them
+    assert processes_of(process.pid) == []
+
+
+def test_a_driver_killed_while_ray_starts_leaves_no_process(train):
+    process = train(*ENDLESS)
+    while not any("raylet/raylet" in command for command in members(process.pid).values()):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert processes_of(process.pid) == []
+
+
+def test_sigterm_while_ray_starts_is_an_interruption_and_leaves_no_process(train):
+    process = train(*ENDLESS)
+    while not any("gcs_server" in command for command in members(process.pid).values()):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.terminate()
+    code, stdout, _ = finish(process)
+    assert code == 130
+    assert "interrupted after 0 steps" in stdout
+    assert processes_of(process.pid) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_is_ended_leaves_a_joined_cluster_as_it_was(train, joined, number):
+    process = train(*ENDLESS, f"cluster.address={joined.address}")
+    in_mid_run(process)
+    assert any(command.startswith("ray::") for command in joined.guests().values())
+    process.send_signal(number)
+    finish(process)
+    assert joined.guests_after_a_while() == {}
+    assert joined.is_whole()
+
+
+def test_a_run_that_is_done_leaves_a_joined_cluster_as_it_was(train, joined):
+    code, _, stderr = finish(train("trainer.max_steps=1", "eval.prompts=0", f"cluster.address={joined.address}"))
+    assert (code, stderr) == (0, "")
+    assert joined.guests_after_a_while() == {}
+    assert joined.is_whole()
+
+
+def test_two_runs_at_once_do_not_disturb_one_another(train):
+    """The one that is not killed goes on to an orderly end, which takes all of its actors."""
+    survivor, victim = (train(*ENDLESS, f"hydra.run.dir={name}") for name in ("survivor", "victim"))
+    in_mid_run(victim)
+    in_mid_run(survivor)
+    victim.kill()
+    victim.communicate()
+    assert processes_of(victim.pid) == []
+    survivor.send_signal(signal.SIGINT)
+    code, _, stderr = finish(survivor)
+    assert (code, stderr) == (130, "")
+    assert processes_of(survivor.pid) == []
