@@ -17,12 +17,13 @@ from grpo.types import Batch, GeneratorStats, RewardError, SamplingParams
 from grpo.weights import Weights
 
 
-def lone_service(actor, name="actor"):
-    """A service of one object in this process, as it is; it serves at once and is never replaced."""
-    service = Service(name, lambda name: LocalEndpoint(actor, name), 0, Failures(RecoveryConfig()), Patience())
-    replica = Replica(name)
-    replica.endpoint, replica.state = LocalEndpoint(actor, name), State.HEALTHY
-    service._keepers[replica] = None
+def service_of(*endpoints, name="actor"):
+    """A service of processes that are there already; they serve at once and are never replaced."""
+    service = Service(name, None, 0, Failures(RecoveryConfig()), Patience())
+    for i, endpoint in enumerate(endpoints):
+        replica = Replica(f"{name}-{i}")
+        replica.endpoint, replica.state = endpoint, State.HEALTHY
+        service._keepers[replica] = None
     return service
 
 
@@ -139,6 +140,9 @@ class Parcel:
 
 class Worker:
     """An actor that shows what arrives in its process."""
+
+    async def setup(self):
+        """Nothing to load."""
 
     @returns_payload
     async def make(self, size):

@@ -3,13 +3,14 @@ import asyncio
 import numpy as np
 import pytest
 
+from grpo.cluster.endpoints import LocalEndpoint
 from grpo.cluster.handles import ActorHandle
 from grpo.cluster.local import launch_local
 from grpo.failures import Failures
 from grpo.pacing import Pacer
 from grpo.rollout import PromptQueue, rollout, sampling_params
 from grpo.types import Problem, Prompt, PromptBatch, RewardError
-from tests.fakes import lone_service
+from tests.fakes import service_of
 
 
 class CountingDataloader:
@@ -34,7 +35,7 @@ class CountingDataloader:
 
 
 def make_queue(dataloader, pacer, bulk):
-    return PromptQueue(ActorHandle(lone_service(dataloader)), pacer, bulk)
+    return PromptQueue(ActorHandle(service_of(LocalEndpoint(dataloader))), pacer, bulk)
 
 
 async def test_prompts_come_in_bulk_and_in_order_however_many_wait():

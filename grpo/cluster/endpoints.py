@@ -25,8 +25,8 @@ class Endpoint(Protocol):
         """Raises ActorDied as soon as the process is gone."""
         ...
 
-    def kill(self) -> None:
-        """End the process at once, whatever it does."""
+    def kill(self, *, hung: bool = False) -> None:
+        """End the process at once; with `hung`, also one that answers nobody."""
         ...
 
 
@@ -62,7 +62,7 @@ class LocalEndpoint:
         await self._dead.wait()
         raise self._death()
 
-    def kill(self) -> None:
+    def kill(self, *, hung: bool = False) -> None:
         self._dead.set()
         for call in self._calls:
             call.cancel()

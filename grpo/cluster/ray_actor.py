@@ -75,12 +75,12 @@ class RayEndpoint:
         await self._result(self.actor.linger.remote())
         raise ActorDied(f"{self.name} ended")
 
-    def kill(self) -> None:
-        """Also where the process no longer answers Ray."""
+    def kill(self, *, hung: bool = False) -> None:
         ray.kill(self.actor)
         if self._process is not None:
             with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._process, signal.SIGKILL)
+                if hung:  # Ray asks a process to end itself
+                    signal.pidfd_send_signal(self._process, signal.SIGKILL)
             os.close(self._process)
             self._process = None
 

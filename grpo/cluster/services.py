@@ -214,7 +214,7 @@ class Service:
                 if death is None and replica.state is State.STARTING and not replica.optional:
                     return self._fail(error)  # it has never been up: another process would do no better
                 replica.state = State.UNHEALTHY
-                _kill(replica)
+                _kill(replica, hung=True)
                 try:
                     death = self._failures.actor_died(replica.name, error)
                 except InfrastructureError as spent:
@@ -309,9 +309,9 @@ def make_service(spec: ActorSpec, spawn: Spawn, failures: Failures, config: RunC
     )
 
 
-def _kill(replica: Replica) -> None:
+def _kill(replica: Replica, *, hung: bool = False) -> None:
     if replica.endpoint is not None:
-        replica.endpoint.kill()
+        replica.endpoint.kill(hung=hung)
 
 
 async def _raised(death: asyncio.Future[ActorDied]) -> NoReturn:

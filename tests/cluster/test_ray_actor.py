@@ -1,6 +1,8 @@
 """Real Ray, with an actor that shows what arrives."""
 
 import asyncio
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -9,21 +11,22 @@ import ray
 from grpo.cluster.handles import ActorHandle
 from grpo.cluster.ray_actor import RayEndpoint, host_class
 from grpo.types import ActorDied, RewardError
-from tests.fakes import Parcel, Worker
+from tests.fakes import Parcel, Worker, service_of
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 @pytest.fixture
-def worker():
+async def worker():
     handle = make(1)
     yield handle
-    ray.kill(handle.endpoints[0].actor)
+    handle.service.replicas[0].endpoint.kill()
 
 
 def make(replicas):
     remote = ray.remote(host_class(Worker)).options(num_cpus=0)
-    return ActorHandle("worker", [RayEndpoint("worker", Worker, remote.remote(Worker, {})) for _ in range(replicas)])
+    endpoints = [RayEndpoint("worker", Worker, remote.remote(Worker, {})) for _ in range(replicas)]
+    return ActorHandle(service_of(*endpoints, name="worker"))
 
 
 async def test_a_payload_stays_behind_and_is_resolved_where_it_is_used(worker):
@@ -46,15 +49,30 @@ async def test_an_exception_arrives_with_its_type(worker):
 
 
 async def test_a_dead_process_is_an_error_of_its_own(worker):
+    endpoint = worker.service.replicas[0].endpoint
+    hears_of_it = asyncio.ensure_future(endpoint.until_death())
     with pytest.raises(ActorDied, match="worker"):
-        await worker.die.call_one()
+        await endpoint.invoke("die")
+    for call in (hears_of_it, endpoint.invoke("total", (np.ones(1),)), endpoint.ping()):
+        with pytest.raises(ActorDied):
+            await call
+
+
+async def test_a_process_that_no_longer_answers_can_be_killed():
+    handle = make(1)
+    endpoint = handle.service.replicas[0].endpoint
+    await endpoint.invoke("setup")
+    await endpoint.ping()
+    os.kill(endpoint.pid, signal.SIGSTOP)
+    waiting = asyncio.ensure_future(endpoint.invoke("process"))
+    endpoint.kill(hung=True)
     with pytest.raises(ActorDied):
-        await worker.total.call_one(np.ones(1))
+        await waiting
 
 
 async def test_replicas_are_processes_of_their_own():
     handle = make(2)
     assert len(set(await handle.process.fanout())) == 2
     assert len(await asyncio.gather(*(handle.process.route() for _ in range(4)))) == 4
-    for endpoint in handle.endpoints:
-        ray.kill(endpoint.actor)
+    for replica in handle.service.replicas:
+        replica.endpoint.kill()
