@@ -47,7 +47,7 @@ def open_run(
     Raises ConfigError when the folder holds another run, or the settings differ from those of the run to resume.
     """
     run_dir = RunDirectory(folder)
-    if resume is None:
+    if resume is None and config.resume is None:
         run_dir.refuse_old_runs()
     config = prepare_model(config, task)
     checkpoints = Path(config.checkpoint.dir or folder / "checkpoints").expanduser().absolute()
@@ -55,7 +55,7 @@ def open_run(
     check_model(config, task)
     if resume is not None:
         check_compatible(config, resume.progress)
-        run_dir.cut(resume.progress["files"] if resume.folder == folder else {})
+    run_dir.cut(resume.progress["files"] if resume is not None and resume.folder == folder else {})
     run_dir.write("config.yaml", to_yaml(config))
     return config, run_dir
 

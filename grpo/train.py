@@ -53,6 +53,9 @@ def train(config: RunConfig, folder: Path) -> int:
     for warning in found:
         console.print(f"warning: {warning}", style="yellow", markup=False)
     if resume is not None:
+        if config.resume == "auto" and resume.step >= config.trainer.max_steps:
+            console.print(f"{resume.path} is of the last step: nothing is left to do", highlight=False, markup=False)
+            return EXIT_CODES["completed"]
         console.print(f"going on from {resume.path}, step {resume.step}", highlight=False, markup=False)
     config, run_dir = preflight.open_run(config, task, resume.folder if resume else folder, resume)
     try:

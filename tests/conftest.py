@@ -17,6 +17,12 @@ from grpo.pacing import Pacer
 
 def pytest_addoption(parser):
     parser.addoption("--engine", choices=("torch", "vllm"), default="torch", help="the engine of the contract tests")
+    parser.addoption("--kills", type=int, default=6, help="processes that each chaos test kills")
+
+
+@pytest.fixture
+def kills(request) -> int:
+    return request.config.getoption("kills")
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ class Checkpointer:
         self._thread = ComputeThread("checkpointer", 1)
 
     async def setup(self) -> None:
-        """Nothing to load before the first checkpoint."""
+        """Import what the first checkpoint needs ahead of it, beside the start of the run."""
+        self._importing = asyncio.ensure_future(self._thread.run(import_module, "grpo.models.export"))
 
     async def save(
         self, step: int, state: TrainerState, groups: Iterable[tuple[int, Group]], progress: Mapping[str, Any]
@@ -51,6 +53,7 @@ class Checkpointer:
 
     async def close(self) -> None:
         """Wait for a checkpoint that is being written."""
+        await self._importing
         await asyncio.to_thread(self._thread.close)
 
     def _save(

@@ -1,0 +1,3 @@
+from tests.cluster.conftest import ray_session
+
+__all__ = ["ray_session"]
