@@ -135,10 +135,11 @@ class Service:
             return True, await endpoint.invoke(call.method, call.args, call.kwargs)
         except ActorDied as error:
             replica.failures += 1
-            if not death.done():  # else its replacement may be there already
-                death.set_result(error)
+            if replica.endpoint is endpoint:  # else its replacement is there already
                 if replica.state is State.HEALTHY:
                     replica.state = State.UNHEALTHY
+                if not death.done():
+                    death.set_result(error)
             return False, None
         finally:
             replica.in_flight -= 1
