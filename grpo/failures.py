@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from grpo.config import RecoveryConfig
@@ -30,10 +31,14 @@ class Death:
 
 
 class Failures:
-    """Counts failures and holds the budgets. `progress` is what fills them up; a watchdog waits for it."""
+    """Counts failures and holds the budgets.
+
+    `progress` is what fills them up; a watchdog waits for it. `tell` is called with what people should know.
+    """
 
     def __init__(self, config: RecoveryConfig) -> None:
         self.deaths: list[Death] = []
+        self.tell: Callable[[str], None] = log.warning
         self.progress = Signal()
         self._config = config
         self._restarts_left, self._data_failures_left = config.max_restarts, config.max_data_failures
@@ -45,15 +50,15 @@ class Failures:
 
     def actor_died(self, actor: str, error: InfrastructureError) -> Death:
         """Note it. Raises the error when the budget was spent before."""
-        log.warning("%s: %s", actor, error)
         self._spend_restart(error)
+        self.tell(f"{error}; another process takes its place")
         self.deaths.append(Death(actor, str(error), time.perf_counter()))
         return self.deaths[-1]
 
     def payload_lost(self, error: PayloadLost) -> None:
         """Note what has to be made again; out of the same budget."""
-        log.warning("%s", error)
         self._spend_restart(error)
+        self.tell(f"{error}; made again")
 
     def actor_is_back(self, death: Death) -> None:
         death.back_s = time.perf_counter() - death.at

@@ -17,6 +17,7 @@ from grpo import preflight
 from grpo.cluster.launch import launch
 from grpo.cluster.plan import ActorSpec, actor_specs
 from grpo.config import RunConfig
+from grpo.control import open_to_operators
 from grpo.driver import EXIT_CODES, drive
 from grpo.failures import Failures
 from grpo.loop import run
@@ -87,8 +88,9 @@ async def _run(
         services = await unless(shutdown, stack.enter_async_context(launch(config, recorder.failures)))
         gc.freeze()  # what is loaded by now stays; walking it in a full collection would block the loop for 0.2 s
         try:
-            with display:
-                await run(services, config, recorder, shutdown, resume)
+            async with open_to_operators(recorder.run_dir.path, services):
+                with display:
+                    await run(services, config, recorder, shutdown, resume)
         finally:
             recorder.services = services.figures()
             recorder.prompts |= await _prompt_counts(services)

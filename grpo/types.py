@@ -286,6 +286,10 @@ class RecoveryError(GRPOError):
     """An actor that died and can't be brought back to where it was."""
 
 
+class ControlError(GRPOError):
+    """An operator's request that no run is there to answer, or that the run refuses."""
+
+
 class StalledError(InfrastructureError):
     """Nothing was trained for `watchdog.seconds`."""
 

@@ -45,6 +45,7 @@ MAY_IMPORT = {
         "types", "services", "config", "pacing", "structured", "waiting", "watchdog",
         "rollout", "observe", "evaluation", "recovery", "checkpointing", "resume",
     },
+    "control": {"types", "services"},
     "driver": {"config", "structured", "cluster"},
     "export": {"types", "config", "learner", "models"},
     "command_line": {"types", "config", "composition"},

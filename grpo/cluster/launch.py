@@ -107,7 +107,7 @@ async def launch_actors(
 
 def _spawn(spec: ActorSpec, name: str) -> RayEndpoint:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    remote = ray.remote(host_class(spec.cls)).options(
+    remote = host_class(spec.cls).options(
         num_cpus=spec.num_cpus,
         num_gpus=spec.num_gpus,
         max_concurrency=_CALLS_PER_ACTOR,

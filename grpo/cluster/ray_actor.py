@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from typing import Any, NoReturn
 
 import ray
@@ -23,9 +24,13 @@ class _Slot:
     index: int
 
 
-def host_class(cls: type) -> type:
-    """The process that hosts one instance of `cls`, under the same name in Ray's dashboard."""
-    return type(cls.__name__, (_Host,), {})
+@cache
+def host_class(cls: type) -> Any:
+    """Ray's class of the processes that host an instance of `cls`, under the same name in its dashboard.
+
+    Made once: Ray pickles it anew for every other class, which blocks the event loop.
+    """
+    return ray.remote(type(cls.__name__, (_Host,), {}))
 
 
 class _Host:

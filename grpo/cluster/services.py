@@ -191,7 +191,9 @@ class Service:
         await asyncio.gather(*(self._close(replica, patience_s) for replica in replicas))
 
     def _add(self, *, optional: bool) -> None:
-        replica = Replica(self.name if self._alone else f"{self.name}-{next(self._numbers)}", optional=optional)
+        number = next(self._numbers)
+        name = self.name if self._alone and number == 0 else f"{self.name}-{number}"
+        replica = Replica(name, optional=optional)
         self._keepers[replica] = asyncio.create_task(self._keep(replica), name=f"keep {replica.name}")
 
     def _healthy(self) -> list[Replica]:

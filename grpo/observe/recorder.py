@@ -68,6 +68,7 @@ class Recorder:
         self._wall_s_before = 0.0  # of the run that this one goes on with
         self._evaluation_metrics: Metrics = {}  # since the last line
         self._evaluations_skipped = 0
+        failures.tell = self.warn
         self._started = self._step_began = self._generators_seen = time.perf_counter()
 
     def stopwatch(self) -> Stopwatch:

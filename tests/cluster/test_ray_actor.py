@@ -24,7 +24,7 @@ async def worker():
 
 
 def make(replicas):
-    remote = ray.remote(host_class(Worker)).options(num_cpus=0)
+    remote = host_class(Worker).options(num_cpus=0)
     endpoints = [RayEndpoint("worker", Worker, remote.remote(Worker, {})) for _ in range(replicas)]
     return ActorHandle(service_of(*endpoints, name="worker"))
 
