@@ -1,6 +1,7 @@
 """Rewards that the tests put in place of real ones. Apart from fakes.py: processes that score import no torch."""
 
 import os
+import time
 
 from grpo.types import RewardTimeout
 
@@ -40,3 +41,22 @@ def dying(problem, completions):
 
 def process(problem, completions):
     return [float(os.getpid())] * len(completions)
+
+
+def sleeping(problem, completions):
+    time.sleep(3600)
+
+
+def greedy(problem, completions):
+    return [float(len(bytearray(2**40))) for _ in completions]
+
+
+def failing_in_every_way(problem, completions):
+    """By the length of the question, sign included: 5 hangs, 6 crashes, 7 is not a number, 4 is fine."""
+    if len(problem.question) == 5:
+        sleeping(problem, completions)
+    if len(problem.question) == 6:
+        os._exit(1)
+    if len(problem.question) == 7:
+        return not_a_number(problem, completions)
+    return vowel_share(problem, completions)

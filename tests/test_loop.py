@@ -8,13 +8,25 @@ import pytest
 import torch
 
 from grpo.actors.generator import Generator
+from grpo.actors.trainer import Trainer
 from grpo.algorithms.advantages import ADVANTAGES
 from grpo.cluster.endpoints import LocalEndpoint
 from grpo.cluster.local import launch_local
 from grpo.cluster.plan import actor_specs
 from grpo.loop import run
 from grpo.rollout import sampling_params
-from grpo.types import Batch, Group, StalledError, WeightsError
+from grpo.types import (
+    Batch,
+    DataError,
+    Group,
+    RewardCrash,
+    RewardError,
+    RewardInvalid,
+    RewardMemory,
+    RewardTimeout,
+    StalledError,
+    WeightsError,
+)
 from tests.fakes import CountingTrainer, GatedGenerator
 
 
@@ -188,6 +200,83 @@ async def test_reward_timeouts_are_counted_apart_from_other_reward_errors(simula
     pacer, *_ = await run_loop(simulated, make_recorder, {"trainer": CountingTrainer()})
     assert set(pacer.dropped) == {"reward_timeout", "reward_error"}
     assert pacer.admitted == pacer.trained + pacer.dropped.total() + pacer.outstanding
+
+
+@pytest.mark.parametrize(
+    ("reward", "error"),
+    [
+        ("sleeping", RewardTimeout),
+        ("dying", RewardCrash),
+        ("raising", RewardError),
+        ("not_a_number", RewardInvalid),
+        ("greedy", RewardMemory),
+    ],
+)
+async def test_whatever_a_reward_does_the_run_ends_with_the_kind_of_it_or_counts_it(
+    simulated, make_recorder, reward, error
+):
+    simulated.reward.functions = {f"tests.fake_rewards:{reward}": 1.0}
+    simulated.reward.timeout_s, simulated.rollout.concurrency = 0.3, 2
+    with pytest.raises(error, match=reward) as caught:
+        await run_loop(simulated, make_recorder, {"trainer": CountingTrainer()})
+    assert type(caught.value) is error
+
+    simulated.reward.on_error, simulated.recovery.max_data_failures = "drop", 3
+    recorder = make_recorder(simulated)
+    async with launch_local(simulated, recorder.failures, {"trainer": CountingTrainer()}) as services:
+        with pytest.raises(DataError, match=r"recovery.max_data_failures=3 between two steps are spent"):
+            await run(services, simulated, recorder, asyncio.Event())
+    assert recorder.pacer.dropped == {error.reason: 3}
+
+
+async def test_rewards_that_fail_in_every_way_are_dropped_by_kind_and_the_run_goes_on(simulated, make_recorder):
+    simulated.reward.functions = {"tests.fake_rewards:failing_in_every_way": 1.0}
+    simulated.reward.on_error, simulated.reward.timeout_s, simulated.reward.workers = "drop", 0.2, 4
+    simulated.trainer.max_steps, simulated.rollout.concurrency = 2, 16
+    pacer, recorder, path, _ = await run_loop(simulated, make_recorder, {"trainer": CountingTrainer()})
+    assert set(pacer.dropped) == {"reward_timeout", "reward_crash", "reward_invalid"}
+    assert pacer.trained == 8
+    assert pacer.admitted == pacer.trained + pacer.dropped.total() + pacer.outstanding
+    in_ledger = [line for line in lines(path, "ledger.jsonl") if "dropped" in line]
+    assert len(in_ledger) == pacer.dropped.total()
+    assert recorder.failures.restarts == {}
+
+
+class PoisonedTrainer(Trainer):
+    """NaN gets into its gradients in step 2, or into its weights after it."""
+
+    def __init__(self, config, where):
+        super().__init__(config, threads=1)
+        self._where = where
+
+    async def train_step(self, batch):
+        parameter = next(self._learner.model.parameters())
+        if self._where == "gradients" and self._learner.version == 1:
+            poison = parameter.register_hook(lambda gradient: gradient * float("nan"))
+            metrics = await super().train_step(batch)
+            poison.remove()
+            return metrics
+        metrics = await super().train_step(batch)
+        if self._where == "weights" and self._learner.version == 2:
+            parameter.data[0, 0] = float("nan")
+        return metrics
+
+
+async def test_a_step_whose_gradient_is_not_finite_is_skipped_and_counted(tiny_config, make_recorder):
+    trainer = PoisonedTrainer(tiny_config, "gradients")
+    _, _, path, weights = await run_loop(tiny_config, make_recorder, {"trainer": trainer})
+    assert [line["trainer/nonfinite_steps"] for line in lines(path, "metrics.jsonl")] == [0, 1, 1]
+    assert all(np.isfinite(tensor.numpy()).all() for _, tensor in weights.tensors())
+
+
+async def test_weights_that_are_not_finite_are_never_published(tiny_config, make_recorder):
+    recorder = make_recorder(tiny_config)
+    fakes = {"trainer": PoisonedTrainer(tiny_config, "weights")}
+    async with launch_local(tiny_config, recorder.failures, fakes) as services:
+        with pytest.raises(WeightsError, match="holds NaN or infinity at version 2: not published"):
+            await run(services, tiny_config, recorder, asyncio.Event())
+        (generator,) = services.generator.service.replicas
+        assert generator.endpoint.actor._engine.version == 1
 
 
 async def test_a_shutdown_finishes_the_step_and_returns(simulated, make_recorder):
