@@ -12,6 +12,7 @@ import pytest
 
 from grpo.cluster.launch import launch, ray_cluster
 from grpo.cluster.local import launch_local
+from grpo.cluster.services import Call
 from grpo.config import ClusterConfig
 from grpo.failures import Failures
 from grpo.loop import run
@@ -96,6 +97,29 @@ def _runs(pid):
     except FileNotFoundError:
         return False
     return stat.rpartition(") ")[2][0] != "Z"  # nobody may wait for orphans
+
+
+async def test_a_replica_that_is_added_holds_the_present_weights_and_one_that_hangs_is_replaced(tiny_config):
+    tiny_config.generator.num_cpus = 0.25
+    tiny_config.recovery.health_every_s = tiny_config.recovery.health_timeout_s = 1.0
+    failures = Failures(tiny_config.recovery)
+    async with launch(tiny_config, failures) as services:
+        ((weights, _),) = await services.trainer.push_weights.call()
+        await services.generator.update_weights.fanout(weights)
+        services.generator.scale(2)
+        for replica in services.generator.service.replicas:
+            await services.generator.service.insist(replica, Call("update_weights", (weights,)))
+        first, second = services.generator.service.replicas
+        old = first.endpoint
+        os.kill(old.pid, signal.SIGSTOP)
+        (prompt,) = (await services.dataloader.sample.call_one(0, 1)).prompts
+        answers = [services.generator.generate.route(prompt, SamplingParams(n=2, max_tokens=4)) for _ in range(4)]
+        assert len(await asyncio.gather(*answers)) == 4  # those that the hanging one took were made again
+        assert failures.restarts == {"generator": 1}
+        assert "did not answer" in failures.deaths[0].error
+        await asyncio.to_thread(_wait_until_gone, old.pid)
+        assert first.failures > 0
+        assert second.failures == 0
 
 
 async def test_a_setup_that_fails_is_raised_with_its_type(tiny_config):
