@@ -40,11 +40,11 @@ class Checkpoints:
         self._config, self._recorder, self._tasks = config, recorder, tasks
         self._every = config.checkpoint.every
         self._writing: asyncio.Task[None] | None = None
-        self._newest = 0  # the step of the newest one that was begun
+        self._newest = 0  # the step of the newest one that was written or restored
 
     async def after(self, step: int) -> None:
-        """Take one of the trainer as it is after `step`, if it is due."""
-        if self._every == 0 or step % self._every:
+        """Take one of the trainer as it is after `step`, if it is due; that of the last step is left to `finish`."""
+        if self._every == 0 or step % self._every or step == self._config.trainer.max_steps:
             return
         if self._writing is not None and not self._writing.done():
             self._recorder.checkpoint_skipped(step)
@@ -52,11 +52,11 @@ class Checkpoints:
         await self._begin(step)
 
     async def finish(self, step: int) -> None:
-        """The last one, of `step`, unless it is there; returns when it is written."""
-        if self._every and step > self._newest:
-            await self._written()
-            await self._begin(step)
+        """The last one, of `step`, unless it is there; returns when it is written, or can't be."""
         await self._written()
+        if self._every and step > self._newest:
+            await self._begin(step)
+            await self._written()
 
     async def restore(self, path: Path, progress: Mapping[str, Any]) -> None:
         """Bring the actors, the ledger and the records to where the checkpoint at `path` was taken."""
@@ -88,7 +88,6 @@ class Checkpoints:
             "records": self._recorder.state(),
         }
         files = await asyncio.wrap_future(self._recorder.run_dir.sizes())
-        self._newest = step
         self._recorder.checkpoint_taken(time.perf_counter() - started)
         self._writing = self._tasks.create_task(
             self._write(step, state, groups, progress | {"files": files}), name=f"checkpoint-{step}"
@@ -101,6 +100,7 @@ class Checkpoints:
         except CheckpointError as error:  # a full disk must not end the training
             self._recorder.checkpoint_failed(step, error)
         else:
+            self._newest = step
             self._recorder.checkpoint_written(report)
 
     async def _written(self) -> None:

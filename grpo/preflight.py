@@ -19,10 +19,11 @@ from grpo.config import ModelConfig, RunConfig
 from grpo.engines.simulated import SimulatedEngine
 from grpo.engines.vllm_words import check_installed
 from grpo.imports import check_arguments, import_target
+from grpo.learner.checkpoint import checkpoints
 from grpo.models.loading import check_architecture, check_weights, context_length, load_settings, load_skeleton
 from grpo.models.tokenizer import load_tokenizer
 from grpo.observe.run_dir import RunDirectory
-from grpo.resume import ResumePoint, check_compatible
+from grpo.resume import ResumePoint, check_compatible, is_completed, leave_newer_behind
 from grpo.tasks.base import Task, make_task
 from grpo.tasks.encoding import PromptEncoder
 from grpo.types import ConfigError
@@ -47,17 +48,36 @@ def open_run(
     Raises ConfigError when the folder holds another run, or the settings differ from those of the run to resume.
     """
     run_dir = RunDirectory(folder)
-    if resume is None and config.resume is None:
-        run_dir.refuse_old_runs()
-    config = prepare_model(config, task)
-    checkpoints = Path(config.checkpoint.dir or folder / "checkpoints").expanduser().absolute()
-    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, dir=str(checkpoints)))
-    check_model(config, task)
-    if resume is not None:
-        check_compatible(config, resume.progress)
-    run_dir.cut(resume.progress["files"] if resume is not None and resume.folder == folder else {})
+    try:
+        config = _fit_to_run(config, task, folder, resume)
+        if resume is not None and resume.in_place:
+            leave_newer_behind(resume)
+            run_dir.cut(resume.progress["files"])
+        else:
+            if config.resume != "auto" or is_completed(folder):  # else: a run killed before its first checkpoint
+                run_dir.refuse_old_runs()
+            run_dir.cut({})
+    except BaseException:
+        run_dir.close()
+        raise
     run_dir.write("config.yaml", to_yaml(config))
     return config, run_dir
+
+
+def _fit_to_run(config: RunConfig, task: Task, folder: Path, resume: ResumePoint | None) -> RunConfig:
+    config = prepare_model(config, task)
+    kept = Path(config.checkpoint.dir or folder / "checkpoints").expanduser().absolute()
+    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, dir=str(kept)))
+    check_model(config, task)
+    if resume is not None:
+        check_compatible(config, resume)
+    elif config.checkpoint.every and kept != folder.absolute() / "checkpoints" and checkpoints(kept):
+        raise ConfigError(
+            f"{kept} holds another run's checkpoints, which this one's would displace; name another folder, "
+            "or set resume=auto to go on with it",
+            key="checkpoint.dir",
+        )
+    return config
 
 
 def check_names(config: RunConfig) -> Task:

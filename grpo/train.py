@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import shutil
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +55,35 @@ def train(config: RunConfig, folder: Path) -> int:
     for warning in found:
         console.print(f"warning: {warning}", style="yellow", markup=False)
     if resume is not None:
-        if config.resume == "auto" and resume.step >= config.trainer.max_steps:
+        if config.resume == "auto" and resume.is_end_of(config.trainer.max_steps):
             console.print(f"{resume.path} is of the last step: nothing is left to do", highlight=False, markup=False)
             return EXIT_CODES["completed"]
         console.print(f"going on from {resume.path}, step {resume.step}", highlight=False, markup=False)
     config, run_dir = preflight.open_run(config, task, resume.folder if resume else folder, resume)
+    if run_dir.path != folder:
+        _leave(folder, run_dir.path)
     try:
         summary = _train(config, run_dir, resume)
     finally:
         run_dir.close()
     _print_outcome(summary, run_dir.path)
     return EXIT_CODES[summary["status"]]
+
+
+def _leave(unused: Path, folder: Path) -> None:
+    """The run goes on in another folder than Hydra has made: log there, and leave nothing empty behind."""
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        if isinstance(handler, logging.FileHandler) and Path(handler.baseFilename) == unused.absolute() / "run.log":
+            elsewhere = logging.FileHandler(folder / "run.log", delay=True)
+            elsewhere.setFormatter(handler.formatter)
+            root.removeHandler(handler)
+            handler.close()
+            root.addHandler(elsewhere)
+    if [path.name for path in unused.iterdir()] == [".hydra"]:
+        shutil.rmtree(unused)
+        with suppress(OSError):  # other runs began on that day
+            unused.parent.rmdir()
 
 
 def _train(config: RunConfig, run_dir: RunDirectory, resume: ResumePoint | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from importlib import import_module
@@ -18,6 +19,8 @@ from grpo.learner.manifest import total_bytes
 from grpo.learner.state import TrainerState
 from grpo.services import returns_payload
 from grpo.types import Group
+
+log = logging.getLogger(__name__)
 
 
 class Checkpointer:
@@ -68,5 +71,8 @@ class Checkpointer:
             export_model(self._config.model, parameters, dtype, target)
 
         path = checkpoint.save_checkpoint(self._folder, step, state, groups, progress, export)
-        checkpoint.prune(self._folder, self._config.checkpoint.keep)
+        try:
+            checkpoint.prune(self._folder, self._config.checkpoint.keep)
+        except OSError as error:  # this one is written all the same
+            log.warning("checkpoints before %s can't be removed: %s", path, error)
         return {"seconds": time.perf_counter() - started, "bytes": float(total_bytes(path))}

@@ -51,6 +51,7 @@ class PlainDisplay:
     def __init__(self, console: Console, max_steps: int, log_every: int) -> None:
         self._console, self._max_steps, self._log_every = console, max_steps, log_every
         self._started = time.perf_counter()
+        self._steps = 0  # of this process: a resumed run begins in the middle
 
     def __enter__(self) -> Self:
         self._started = time.perf_counter()
@@ -61,9 +62,10 @@ class PlainDisplay:
 
     def step(self, metrics: Mapping[str, float]) -> None:
         step = int(metrics["step"])
+        self._steps += 1
         if step % self._log_every and step != self._max_steps:
             return
-        left_s = (time.perf_counter() - self._started) / step * (self._max_steps - step)
+        left_s = (time.perf_counter() - self._started) / self._steps * (self._max_steps - step)
         facts = "  ".join(f"{name} {value}" for name, value in _facts(metrics).items())
         self._print(f"step {step:>{len(str(self._max_steps))}}/{self._max_steps}  {facts}  left {left_s:.0f} s")
 

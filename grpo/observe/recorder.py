@@ -59,7 +59,8 @@ class Recorder:
         self.prompts: dict[str, int] = {}
         self.run_dir = run_dir
         self.pacer, self._display = pacer, display
-        self._steps: list[Metrics] = []
+        self.step = 0  # the last one that was trained
+        self._steps: list[Metrics] = []  # the lines of this folder's metrics.jsonl
         self._reports: list[GenerationReport] = []  # of groups finished since the last step
         self._generators: dict[str, GeneratorStats] = {}  # by process, as of the last step
         self._checkpoint_metrics: Metrics = {}  # since the last line
@@ -73,11 +74,6 @@ class Recorder:
 
     def stopwatch(self) -> Stopwatch:
         return Stopwatch()
-
-    @property
-    def step(self) -> int:
-        """The last step that was trained."""
-        return int(self._steps[-1]["step"]) if self._steps else 0
 
     @property
     def wall_s(self) -> float:
@@ -94,7 +90,7 @@ class Recorder:
             self.run_dir.append(
                 "rollouts.jsonl",
                 {
-                    "step": len(self._steps),
+                    "step": self.step,
                     "prompt_serial": group.prompt.serial,
                     "prompt": group.prompt.problem.question,
                     "answer": group.prompt.problem.answer,
@@ -204,6 +200,7 @@ class Recorder:
             "rollout/outstanding": self.pacer.outstanding,
             "driver/loop_lag_p99_ms": self.loop_lag.take_p99_ms(),
         }
+        self.step = step
         self._steps.append(metrics)
         try:
             yield
@@ -220,7 +217,7 @@ class Recorder:
         total_s = sum(step["time/step_s"] for step in steps)
         summary = {
             "status": status,
-            "steps": len(steps),
+            "steps": self.step,
             "wall_s": self.wall_s,
             "reward_first": _mean(steps[:tenth], "reward/mean"),
             "reward_last": _mean(steps[-tenth:], "reward/mean"),
@@ -259,7 +256,8 @@ class Recorder:
         }
 
     def restore(self, step: int, state: Mapping[str, Any]) -> None:
-        """Go on from a `state` of the run in this folder, whose files were cut to that moment."""
+        """Go on from a `state`. The files of the run's folder were cut to that moment; in a new one there are none."""
+        self.step = step
         self._steps = [line for line in self.run_dir.read("metrics.jsonl") if line["step"] <= step]
         self.evaluations = [evaluation_report(record) for record in state["evaluations"]]
         self._evaluations_skipped = state["evaluations_skipped"]

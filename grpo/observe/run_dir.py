@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -46,7 +47,8 @@ class RunDirectory:
             )
 
     def cut(self, sizes: Mapping[str, int]) -> None:
-        """Take the files that grow back to the moment at which `sizes` were taken."""
+        """Take the files that grow back to the moment at which `sizes` were taken, and the end that it came to."""
+        (self.path / "summary.json").unlink(missing_ok=True)  # or a run that is killed now would pass for completed
         for name in _GROWING:
             file, size = self.path / name, sizes.get(name, 0)
             if file.exists() and (lost := file.stat().st_size - size) > 0:
@@ -54,9 +56,9 @@ class RunDirectory:
                 os.truncate(file, size)
 
     def sizes(self) -> Future[dict[str, int]]:
-        """Sizes in bytes of the files that grow, once everything queued so far is written."""
+        """Sizes in bytes of the files that grow, once everything queued so far is on the disk."""
         return self._writer.submit(
-            lambda: {name: (self.path / name).stat().st_size for name in _GROWING if (self.path / name).exists()}
+            lambda: {name: _size_on_disk(self.path / name) for name in _GROWING if (self.path / name).exists()}
         )
 
     def read(self, name: str) -> list[dict[str, Any]]:
@@ -84,8 +86,12 @@ class RunDirectory:
         self._writer.submit(*work).add_done_callback(self._count_error)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(to_json(record) + "\n")
+        line = f"{to_json(record)}\n".encode()
+        with (self.path / name).open("ab", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if file.write(line) < len(line):
+                os.truncate(file.fileno(), size)  # half a line would make the file unreadable
+                raise OSError(errno.ENOSPC, "no room for a whole line", name)
 
     def _replace(self, name: str, text: str) -> None:
         temporary = self.path / f".{name}.tmp"
@@ -108,6 +114,13 @@ def _locked(path: Path) -> IO[str]:
         file.close()
         raise
     return file
+
+
+def _size_on_disk(path: Path) -> int:
+    """A checkpoint counts on so much of the file: it has to outlive the machine, as the checkpoint does."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size
 
 
 def to_json(record: dict[str, Any], indent: int | None = None) -> str:
