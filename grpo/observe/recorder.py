@@ -32,6 +32,11 @@ log = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
 
+_IN_SUMMARY = (
+    "reward/mean", "policy_age/max", "time/step_s", "time/trainer_wait_s", "time/weight_sync_s",
+    "generator/busy_fraction",
+)  # fmt: skip
+
 
 class Stopwatch:
     """Named durations in seconds: `with stopwatch("time/train_step_s"): ...`."""
@@ -60,7 +65,7 @@ class Recorder:
         self.run_dir = run_dir
         self.pacer, self._display = pacer, display
         self.step = 0  # the last one that was trained
-        self._steps: list[Metrics] = []  # the lines of this folder's metrics.jsonl
+        self._steps: list[Metrics] = []  # what the summary needs of each line of this folder's metrics.jsonl
         self._reports: list[GenerationReport] = []  # of groups finished since the last step
         self._generators: dict[str, GeneratorStats] = {}  # by process, as of the last step
         self._checkpoint_metrics: Metrics = {}  # since the last line
@@ -201,7 +206,7 @@ class Recorder:
             "driver/loop_lag_p99_ms": self.loop_lag.take_p99_ms(),
         }
         self.step = step
-        self._steps.append(metrics)
+        self._steps.append(_kept(metrics))
         try:
             yield
         finally:
@@ -258,7 +263,7 @@ class Recorder:
     def restore(self, step: int, state: Mapping[str, Any]) -> None:
         """Go on from a `state`. The files of the run's folder were cut to that moment; in a new one there are none."""
         self.step = step
-        self._steps = [line for line in self.run_dir.read("metrics.jsonl") if line["step"] <= step]
+        self._steps = [_kept(line) for line in self.run_dir.read("metrics.jsonl") if line["step"] <= step]
         self.evaluations = [evaluation_report(record) for record in state["evaluations"]]
         self._evaluations_skipped = state["evaluations_skipped"]
         self._resumed_at = [*state["resumed_at"], step]
@@ -292,6 +297,11 @@ class Recorder:
             metrics["generator/completion_tokens_mean"] = sum(r.token_count for r in reports) / completions
             metrics["generator/truncated_fraction"] = sum(r.truncated_count for r in reports) / completions
         return metrics
+
+
+def _kept(metrics: Metrics) -> Metrics:
+    """A run may have a million steps: the lines themselves stay on disk."""
+    return {name: metrics[name] for name in _IN_SUMMARY}
 
 
 def _mean(steps: Sequence[Metrics], name: str) -> float | None:
