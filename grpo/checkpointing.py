@@ -15,7 +15,8 @@ from grpo.pacing import Pacer
 from grpo.recovery import Recovery
 from grpo.rollout import PromptQueue
 from grpo.services import Services
-from grpo.types import CheckpointError
+from grpo.types import CheckpointError, Ticket
+from grpo.waiting import activity_of_its_own
 
 
 class Checkpoints:
@@ -67,10 +68,14 @@ class Checkpoints:
         self._recovery.go_on_from(progress["step"], state)
         groups, serials = await services.checkpointer.load_groups.call_one(str(path))
         self._prompts.restore(progress["prompts"])
-        self._pacer.restore(progress["ledger"], serials)
-        awaited = self._pacer.in_stage("rollout")
-        self._recorder.groups_begun_again(awaited, "resumed")
-        await services.replay_buffer.restore.call_one(awaited, self._pacer.admitted, groups)
+        self._pacer.restore(progress["ledger"])
+        kept = {Ticket(serial) for serial in serials}
+        lost = [ticket for ticket in self._pacer.in_stage("rollout") if ticket not in kept]
+        await services.replay_buffer.restore.call_one(lost, self._pacer.admitted, groups)
+        for ticket in kept:
+            self._pacer.is_buffered(ticket)
+        self._recorder.groups_begun_again(lost, "resumed")
+        self._pacer.begin_again(lost, "resumed")
         self._recorder.restore(progress["step"], progress["records"])
         self._newest = progress["step"]
 
@@ -96,7 +101,8 @@ class Checkpoints:
     async def _write(self, step: int, state: Any, groups: Any, progress: dict[str, Any]) -> None:
         assert self._services.checkpointer is not None
         try:
-            report = await self._services.checkpointer.save.call_one(step, state, groups, progress)
+            with activity_of_its_own("checkpoint"):
+                report = await self._services.checkpointer.save.call_one(step, state, groups, progress)
         except CheckpointError as error:  # a full disk must not end the training
             self._recorder.checkpoint_failed(step, error)
         else:

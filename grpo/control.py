@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from grpo.services import Services
 from grpo.types import ControlError
+
+log = logging.getLogger(__name__)
 
 SCALABLE = ("generator", "evaluator", "reward", "reference")  # the services of interchangeable replicas
 _NAME = "control.sock"
@@ -24,14 +27,17 @@ _NAME = "control.sock"
 @asynccontextmanager
 async def open_to_operators(folder: Path, services: Services) -> AsyncIterator[None]:
     """Answer requests while the block runs. Whoever may write to the folder may ask."""
-    (folder / _NAME).unlink(missing_ok=True)  # of a run that was killed
-    with _short(folder) as path:
-        server = await asyncio.start_unix_server(partial(_serve, services), path)
-    try:
+    async with AsyncExitStack() as stack:
+        try:
+            (folder / _NAME).unlink(missing_ok=True)  # of a run that was killed
+            with _short(folder) as path:
+                server = await asyncio.start_unix_server(partial(_serve, services), path)
+        except OSError as error:  # not every file system has sockets, and a run can do without
+            log.warning("no scaling while the run goes on, its folder takes no socket: %s", error)
+        else:
+            stack.callback((folder / _NAME).unlink, missing_ok=True)
+            stack.callback(server.close)
         yield
-    finally:
-        server.close()
-        (folder / _NAME).unlink(missing_ok=True)
 
 
 async def ask(folder: Path, scale: Mapping[str, int]) -> dict[str, dict[str, Any]]:

@@ -77,13 +77,12 @@ async def _answer_all(
     services: EvaluationServices, config: RunConfig, run_dir: RunDirectory, console: Screen, failures: Failures
 ) -> EvaluationReport:
     """Raises StalledError when no prompt is done for `watchdog.seconds`; the whole may take as long as it needs."""
-    activities = Activities()
+    Activities().begin("evaluation")
     watchdog = Watchdog(
-        config.watchdog, failures.progress, activities, lambda message: console.print(message, style="yellow")
+        config.watchdog, failures.progress, lambda message: console.print(message, style="yellow", markup=False)
     )
 
     async def answer_all() -> EvaluationReport:
-        activities.begin("evaluation")
         prompts = await held_out_prompts(services, config)
         with AnswerProgress(console, len(prompts)) as progress:
 

@@ -15,12 +15,15 @@ from grpo.config import RunConfig
 from grpo.observe.recorder import Recorder
 from grpo.rollout import sampling_params
 from grpo.services import EvaluationServices, Services
-from grpo.structured import deadline, together, unless
-from grpo.types import EvaluationReport, GenerationReport, MixedVersionsError, Prompt, RewardError, Scores
+from grpo.structured import Signal, together, unless
+from grpo.types import EvaluationReport, GenerationReport, MixedVersionsError, PayloadLost, Prompt, RewardError, Scores
+from grpo.waiting import activity_of_its_own
+from grpo.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 _SEED = 1 << 20  # apart from the seeds that training draws with
+_AT_ONCE = 2000  # prompts under way: fewer than calls that an actor takes
 
 Answer = tuple[Scores, GenerationReport]
 OnAnswer = Callable[[Prompt, Scores | None], None]
@@ -63,7 +66,7 @@ class Evaluation:
             self._recorder.evaluation_skipped(step)
             return
         with self._recorder.evaluation_wait():
-            await unless(self._shutdown, self._load(step, weights))
+            await unless(self._shutdown, self._load(weights))
             if self._evaluator is None or last:
                 await unless(self._shutdown, self._evaluate(step))
             else:
@@ -80,18 +83,25 @@ class Evaluation:
             return False  # a resumed run begins with a step that was evaluated before
         return self._config.eval.prompts > 0 and (step == 0 or last or (every > 0 and step % every == 0))
 
-    async def _load(self, step: int, weights: Any) -> None:
+    async def _load(self, weights: Any) -> None:
         """Bring the weights into the evaluator, once it is free; the buffer they lie in is written to again later."""
         if self._running is not None:
             await asyncio.wait([self._running])
         if self._evaluator is not None:
-            async with deadline(self._config.watchdog.seconds, f"loading step {step} into the evaluator"):
-                await self._evaluator.update_weights.fanout(weights)
+            await self._evaluator.update_weights.fanout(weights)
 
     async def _evaluate(self, step: int) -> None:
-        async with deadline(self._config.watchdog.seconds, f"the evaluation of step {step}"):
+        """Every answer is progress, for its own watchdog and for that of the training, which may wait for it."""
+        answered, progress = Signal(), self._recorder.failures.progress
+
+        def on_answer(prompt: Prompt, scores: Scores | None) -> None:
+            answered.notify()
+            progress.notify()
+
+        with activity_of_its_own("evaluation"):
             self._prompts = self._prompts or await held_out_prompts(self._services, self._config)
-            report = await evaluate(self._services, self._config, self._prompts, version=step)
+            work = evaluate(self._services, self._config, self._prompts, step, on_answer)
+            report = await Watchdog(self._config.watchdog, answered, self._recorder.warn).over(work)
         self._recorder.evaluated(report)
 
 
@@ -115,12 +125,17 @@ async def evaluate(
     Raises MixedVersionsError when a token was sampled under another policy version than `version`.
     """
     started = time.perf_counter()
-    turnstile = asyncio.Lock()
+    turnstile, places = asyncio.Lock(), asyncio.Semaphore(_AT_ONCE)
 
     async def answer(prompt: Prompt) -> Answer | None:
-        async with turnstile:  # one prompt at a time: hundreds of calls begun at once would block the event loop
-            await asyncio.sleep(0)
-        return await _answer(services, config, prompt, version, on_answer)
+        async with places:
+            async with turnstile:  # one after another: hundreds of calls begun at once would block the event loop
+                await asyncio.sleep(0)
+            while True:
+                try:
+                    return await _answer(services, config, prompt, version, on_answer)
+                except PayloadLost as error:
+                    log.warning("answered again: %s", error)
 
     answers = await together(*map(answer, prompts))
     return summarize(answers, config, version, time.perf_counter() - started)

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 from grpo.config import RecoveryConfig
 from grpo.structured import Signal
@@ -40,6 +41,8 @@ class Failures:
         self.deaths: list[Death] = []
         self.tell: Callable[[str], None] = log.warning
         self.progress = Signal()
+        self._fatal: BaseException | None = None
+        self._ended = Signal()
         self._config = config
         self._restarts_left, self._data_failures_left = config.max_restarts, config.max_data_failures
 
@@ -47,6 +50,17 @@ class Failures:
     def restarts(self) -> dict[str, int]:
         """How often each actor was replaced."""
         return dict(Counter(death.actor for death in self.deaths))
+
+    def end(self, error: BaseException) -> None:
+        """Nothing can be done about this one."""
+        self._fatal = self._fatal or error
+        self._ended.notify()
+
+    async def until_fatal(self) -> NoReturn:
+        """Raises the error that has to end the run, also when nobody happens to call the actor that has failed."""
+        error = await self._ended.wait_for(lambda: self._fatal)
+        assert error is not None
+        raise error
 
     def actor_died(self, actor: str, error: InfrastructureError) -> Death:
         """Note it. Raises the error when the budget was spent before."""
@@ -56,8 +70,7 @@ class Failures:
         return self.deaths[-1]
 
     def payload_lost(self, error: PayloadLost) -> None:
-        """Note what has to be made again; out of the same budget."""
-        self._spend_restart(error)
+        """Note what has to be made again. It costs no budget: the process or node that it went with did."""
         self.tell(f"{error}; made again")
 
     def actor_is_back(self, death: Death) -> None:

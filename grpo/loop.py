@@ -59,15 +59,15 @@ async def run(
     pacer, prompts = recorder.pacer, PromptQueue(services.dataloader, recorder.pacer, config.trainer.groups_per_step)
     recovery = Recovery(services, pacer, recorder, config.trainer.snapshot_every)
     activities = Activities()
-    watchdog = Watchdog(config.watchdog, recorder.failures.progress, activities, recorder.warn)
+    activities.begin("training")
+    watchdog = Watchdog(config.watchdog, recorder.failures.progress, recorder.warn)
     run = Run(services, pacer, prompts, config, recorder, shutdown, activities)
     try:
         async with asyncio.TaskGroup() as tasks:
-            watching = tasks.create_task(watchdog.watch(), name="watchdog")
+            watching = [tasks.create_task(watch) for watch in (watchdog.watch(), recorder.failures.until_fatal())]
             background = [tasks.create_task(recorder.loop_lag.watch(), name="loop-lag")]
             evaluation = Evaluation(services, config, recorder, tasks, shutdown)
             checkpoints = Checkpoints(services, pacer, prompts, recovery, config, recorder, tasks)
-            activities.begin("training")
             if resume is not None:
                 await checkpoints.restore(resume.path, resume.progress)
             weights, stats = await publish_weights(services)
@@ -82,7 +82,8 @@ async def run(
             for task in background:
                 task.cancel()
             await checkpoints.finish(recorder.step)
-            watching.cancel()
+            for task in watching:
+                task.cancel()
     except BaseExceptionGroup as group:
         first = first_error(group)
         raise first from first.__cause__  # an error from another process has its traceback there
@@ -117,6 +118,7 @@ async def continuous_rollouts(run: Run) -> None:
         else:
             pacer.is_buffered(ticket)
             recorder.group_finished(group, scores, report)
+            del group, scores  # they would lie in the object store while it waits for a ticket
 
 
 async def continuous_training(run: Run, recovery: Recovery, evaluation: Evaluation, checkpoints: Checkpoints) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -126,15 +126,12 @@ class Pacer:
             "outstanding": [[ticket.serial, self._out[ticket].prompt] for ticket in sorted(self._out)],
         }
 
-    def restore(self, state: Mapping[str, Any], buffered: Sequence[int]) -> None:
-        """Go on from a `state`, of which the groups of the tickets `buffered` are there; the others begin again."""
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state`. Its tickets are out; which groups are there and which begin again is said next."""
         self.admitted, self.trained = state["admitted"], state["trained"]
         self.dropped, self.reissued = Counter(state["dropped"]), Counter(state["reissued"])
         self._out = {Ticket(serial): _Work(prompt) for serial, prompt in state["outstanding"]}
         self._free = asyncio.Semaphore(self.capacity - len(self._out))
-        for serial in buffered:
-            self.is_buffered(Ticket(serial))
-        self.begin_again(self.in_stage("rollout"), "resumed")
 
     def _take_back(self, ticket: Ticket) -> None:
         del self._out[ticket]  # a ticket returned twice is a bug: KeyError

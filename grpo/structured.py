@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any, TypeVar
-
-from grpo.types import StalledError
 
 R = TypeVar("R")
 
@@ -50,9 +47,7 @@ async def together(*work: Coroutine[Any, Any, Any]) -> list[Any]:
                 task.result()
         return [task.result() for task in tasks]
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancelled(tasks)
 
 
 async def unless(shutdown: asyncio.Event, work: Coroutine[Any, Any, R]) -> R:
@@ -67,29 +62,23 @@ async def unless(shutdown: asyncio.Event, work: Coroutine[Any, Any, R]) -> R:
             raise Interrupted
         return task.result()
     finally:
+        await cancelled((task, stop))
+
+
+async def cancelled(tasks: Iterable[asyncio.Future[Any]]) -> None:
+    """Cancel tasks and wait until they have ended; what they raise is nobody's business any more."""
+    tasks = list(tasks)
+    for task in tasks:
         task.cancel()
-        stop.cancel()
-        await asyncio.gather(task, stop, return_exceptions=True)
-
-
-@asynccontextmanager
-async def deadline(seconds: float, what: str) -> AsyncIterator[None]:
-    """Raise StalledError when the block takes longer than `watchdog.seconds`."""
-    timeout = asyncio.timeout(seconds)
-    try:
-        async with timeout:
-            yield
-    except TimeoutError as error:
-        if not timeout.expired():
-            raise
-        raise StalledError(f"{what} was not finished within watchdog.seconds={seconds:g}") from error
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """The first error of a failed task group; the others are mostly its consequences, and are kept as notes."""
     first, *others = _leaves(group)
     for other in others:
-        first.add_note(f"at the same time: {type(other).__name__}: {other}")
+        if other is not first:  # one that reached several tasks
+            first.add_note(f"at the same time: {type(other).__name__}: {other}")
     return first
 
 

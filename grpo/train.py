@@ -112,7 +112,8 @@ async def _run(
                     await run(services, config, recorder, shutdown, resume)
         finally:
             recorder.services = services.figures()
-            recorder.prompts |= await _prompt_counts(services)
+            if (this := asyncio.current_task()) and not this.cancelling():  # else somebody pressed Ctrl-C twice
+                recorder.prompts |= await _prompt_counts(services)
 
 
 async def _prompt_counts(services: Services) -> dict[str, int]:

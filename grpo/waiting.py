@@ -18,8 +18,8 @@ _current: ContextVar[Activity | None] = ContextVar("activity", default=None)
 class Activity:
     """One coroutine: what it waits for at this moment, with the time at which each wait began."""
 
-    def __init__(self, group: str) -> None:
-        self.group = group
+    def __init__(self, group: str, among: Activities) -> None:
+        self.group, self.among = group, among
         self.waits: dict[object, tuple[str, float]] = {}
 
 
@@ -31,9 +31,12 @@ class Activities:
 
     def begin(self, group: str) -> None:
         """What the present task, and every task it starts from now on, waits for is noted under `group`."""
-        activity = Activity(group)
+        activity = Activity(group, self)
         self._activities.append(activity)
         _current.set(activity)
+
+    def forget(self, activity: Activity) -> None:
+        self._activities.remove(activity)
 
     def describe(self) -> str:
         """For example: "32 rollouts wait for generator.generate, oldest 181 s; training waits for ..."."""
@@ -45,6 +48,29 @@ class Activities:
                 ages[activity.group, what].append(now - min(since for _, since in activity.waits.values()))
         lines = [_line(group, what, seconds) for (group, what), seconds in ages.items()]
         return "; ".join(lines) or "nobody waits for an actor"
+
+
+def who_waits() -> str:
+    """`describe` of the activities that the present task belongs to."""
+    activity = _current.get()
+    return activity.among.describe() if activity else "nobody knows who waits"
+
+
+@contextmanager
+def activity_of_its_own(group: str) -> Iterator[None]:
+    """For a task that an activity starts and does not wait for: what it waits for is noted under `group`."""
+    parent = _current.get()
+    if parent is None:
+        yield
+        return
+    parent.among.begin(group)
+    own = _current.get()
+    assert own is not None
+    try:
+        yield
+    finally:
+        parent.among.forget(own)
+        _current.set(parent)
 
 
 @contextmanager

@@ -7,9 +7,9 @@ from collections.abc import Callable, Coroutine
 from typing import Any, NoReturn, TypeVar
 
 from grpo.config import WatchdogConfig
-from grpo.structured import Signal
+from grpo.structured import Signal, cancelled
 from grpo.types import StalledError
-from grpo.waiting import Activities
+from grpo.waiting import who_waits
 
 R = TypeVar("R")
 
@@ -18,9 +18,13 @@ class Watchdog:
     """Waits for progress. Where none came for `watchdog.seconds`, `watch` raises, or warns and waits on."""
 
     def __init__(
-        self, config: WatchdogConfig, progress: Signal, activities: Activities, warn: Callable[[str], None]
+        self,
+        config: WatchdogConfig,
+        progress: Signal,
+        warn: Callable[[str], None],
+        describe: Callable[[], str] = who_waits,
     ) -> None:
-        self._config, self._progress, self._activities, self._warn = config, progress, activities, warn
+        self._config, self._progress, self._warn, self._describe = config, progress, warn, describe
 
     async def over(self, work: Coroutine[Any, Any, R]) -> R:
         """Await `work` under this watch."""
@@ -29,9 +33,7 @@ class Watchdog:
             done, _ = await asyncio.wait((watching, working), return_when=asyncio.FIRST_COMPLETED)
             return working.result() if working in done else watching.result()
         finally:
-            watching.cancel()
-            working.cancel()
-            await asyncio.gather(watching, working, return_exceptions=True)
+            await cancelled((watching, working))
 
     async def watch(self) -> NoReturn:
         """Until cancelled. Raises StalledError, unless `watchdog.action` is warn."""
@@ -50,4 +52,4 @@ class Watchdog:
                 silent_s = 0.0
 
     def _message(self, silent_s: float) -> str:
-        return f"nothing was done for {silent_s:g} s (watchdog.seconds): {self._activities.describe()}"
+        return f"nothing was done for {silent_s:g} s (watchdog.seconds): {self._describe()}"

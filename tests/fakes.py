@@ -8,7 +8,8 @@ from functools import partial
 import numpy as np
 
 from grpo.cluster.endpoints import LocalEndpoint
-from grpo.cluster.services import Patience, Replica, Service, State
+from grpo.cluster.replicas import Claims, Common, Replica, State, Timeouts
+from grpo.cluster.services import Service
 from grpo.config import RecoveryConfig
 from grpo.failures import Failures
 from grpo.services import returns_payload
@@ -19,11 +20,11 @@ from grpo.weights import Weights
 
 def service_of(*endpoints, name="actor"):
     """A service of processes that are there already; they serve at once and are never replaced."""
-    service = Service(name, None, 0, Failures(RecoveryConfig()), Patience())
+    service = Service(name, Common(None, Failures(RecoveryConfig()), Timeouts(), Claims()), 0)
     for i, endpoint in enumerate(endpoints):
-        replica = Replica(f"{name}-{i}")
+        replica = Replica(f"{name}-{i}", service.common)
         replica.endpoint, replica.state = endpoint, State.HEALTHY
-        service._keepers[replica] = None
+        service._lives[replica] = None
     return service
 
 

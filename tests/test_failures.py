@@ -11,13 +11,14 @@ def failures():
 
 
 def test_a_spent_budget_ends_the_run_with_the_error_behind_it(failures):
-    failures.actor_died("generator-0", ActorDied("generator-0 died: killed"))
-    failures.payload_lost(PayloadLost("tokens are gone"))
+    for actor in ("generator-0", "reward"):
+        failures.actor_died(actor, ActorDied(f"{actor} died: killed"))
+        failures.payload_lost(PayloadLost("its tokens are gone"))  # costs nothing on top
     last = ActorDied("generator-1 died: out of memory")
     with pytest.raises(ActorDied, match=r"generator-1 died: out of memory; recovery.max_restarts=2 .* spent") as caught:
         failures.actor_died("generator-1", last)
     assert caught.value.__cause__ is last
-    assert failures.restarts == {"generator-0": 1}
+    assert failures.restarts == {"generator-0": 1, "reward": 1}
 
 
 def test_a_trained_step_fills_the_budgets_up(failures):

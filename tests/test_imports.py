@@ -37,9 +37,9 @@ MAY_IMPORT = {
     },
     "cluster": {"types", "services", "config", "structured", "waiting", "failures", "actors"},
     "rollout": {"types", "services", "config", "structured", "pacing", "algorithms"},
-    "evaluation": {"types", "services", "config", "structured", "rollout", "observe"},
+    "evaluation": {"types", "services", "config", "structured", "waiting", "watchdog", "rollout", "observe"},
     "recovery": {"types", "services", "pacing", "observe"},
-    "checkpointing": {"types", "services", "config", "pacing", "rollout", "observe", "recovery"},
+    "checkpointing": {"types", "services", "config", "waiting", "pacing", "rollout", "observe", "recovery"},
     "resume": {"types", "config", "learner"},
     "loop": {
         "types", "services", "config", "pacing", "structured", "waiting", "watchdog",

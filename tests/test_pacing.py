@@ -95,7 +95,9 @@ async def test_a_ledger_goes_on_from_its_state_and_begins_again_what_was_under_w
     state = json.loads(json.dumps(pacer.state()))
 
     resumed = Pacer(capacity=4)
-    resumed.restore(state, buffered=[1])
+    resumed.restore(state)
+    resumed.is_buffered(Ticket(1))
+    resumed.begin_again(resumed.in_stage("rollout"), "resumed")
     assert (resumed.admitted, resumed.trained, resumed.dropped) == (5, 1, {"reward_error": 1})
     assert resumed.in_stage("buffered") == [Ticket(1)]
     assert resumed.reissued == {"resumed": 2}

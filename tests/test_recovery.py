@@ -19,8 +19,8 @@ class Executioner:
         self.done = asyncio.Event()
         self._service, self._method, self._nth, self._when = getattr(services, actor).service, method, nth, when
         self._calls = 0
-        spawn = self._service._spawn
-        self._service._spawn = lambda name: self._armed(spawn(name))
+        spawn = self._service.common.spawn
+        self._service.common.spawn = lambda name: self._armed(spawn(name))
         for replica in self._service.replicas:
             self._armed(replica.endpoint)
 
@@ -95,7 +95,7 @@ async def undisturbed(config, make_recorder):
 DEATHS = [
     *[("trainer", "train_step", 2, when) for when in ("before", "in", "lost answer", "after")],
     ("trainer", "push_weights", 3, "in"),
-    ("trainer", "snapshot", 1, "lost answer"),
+    *[("trainer", "snapshot", nth, "lost answer") for nth in (1, 2)],
     ("trainer", "train_step", 1, "lost answer"),
     *[("generator", "generate", 3, when) for when in ("before", "lost answer")],
     *[("generator", "update_weights", 2, when) for when in ("before", "in", "lost answer", "after")],

@@ -2,8 +2,7 @@ import asyncio
 
 import pytest
 
-from grpo.structured import Interrupted, Signal, deadline, first_error, together, unless
-from grpo.types import StalledError
+from grpo.structured import Interrupted, Signal, first_error, together, unless
 
 
 async def test_together_gives_results_in_order():
@@ -110,20 +109,14 @@ async def test_a_signal_wakes_everybody_whose_condition_has_become_true():
     assert await signal.wait_for(lambda: "at once") == "at once"
 
 
-async def test_a_deadline_names_what_was_late():
-    with pytest.raises(StalledError, match=r"step 3 .* watchdog.seconds=0.01"):
-        async with deadline(0.01, "step 3"):
-            await asyncio.Event().wait()
-
-
-async def test_a_deadline_leaves_other_timeouts_alone():
-    with pytest.raises(TimeoutError, match="theirs"):
-        async with deadline(60, "step 3"):
-            raise TimeoutError("theirs")
-
-
 def test_first_error_digs_out_the_leaf_and_notes_the_others():
     group = BaseExceptionGroup("outer", [ExceptionGroup("inner", [ValueError("a"), KeyError("b")]), OSError("c")])
     error = first_error(group)
     assert isinstance(error, ValueError)
     assert len(error.__notes__) == 2
+
+
+def test_an_error_that_reached_several_tasks_is_not_a_note_of_itself():
+    error = ValueError("a")
+    assert first_error(ExceptionGroup("outer", [error, error, KeyError("b")])) is error
+    assert error.__notes__ == ["at the same time: KeyError: 'b'"]

@@ -5,7 +5,7 @@ import pytest
 from grpo.config import WatchdogConfig
 from grpo.structured import Signal, together
 from grpo.types import StalledError
-from grpo.waiting import Activities, waiting_for
+from grpo.waiting import Activities, activity_of_its_own, waiting_for, who_waits
 from grpo.watchdog import Watchdog
 
 
@@ -36,7 +36,7 @@ async def test_a_stalled_run_fails_and_says_who_waits_for_what(activities):
         r"rollouts: waits for reference.logprobs and reward.score, 0 s; training: waits for a batch, 0 s$"
     )
     with pytest.raises(StalledError, match=message):
-        await Watchdog(WatchdogConfig(seconds=0.02), Signal(), activities, print).watch()
+        await Watchdog(WatchdogConfig(seconds=0.02), Signal(), print, activities.describe).watch()
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -45,7 +45,7 @@ async def test_a_stalled_run_fails_and_says_who_waits_for_what(activities):
 
 async def test_progress_keeps_the_watchdog_quiet(activities):
     progress = Signal()
-    watching = asyncio.ensure_future(Watchdog(WatchdogConfig(seconds=5), progress, activities, print).watch())
+    watching = asyncio.ensure_future(Watchdog(WatchdogConfig(seconds=5), progress, print, activities.describe).watch())
     for _ in range(5):
         await asyncio.sleep(0)
         progress.notify()
@@ -62,7 +62,7 @@ async def test_a_warning_is_a_setting(activities):
             twice.set()
 
     config = WatchdogConfig(seconds=0.01, action="warn")
-    watching = asyncio.ensure_future(Watchdog(config, Signal(), activities, warn).watch())
+    watching = asyncio.ensure_future(Watchdog(config, Signal(), warn, activities.describe).watch())
     await asyncio.wait_for(twice.wait(), 5)
     watching.cancel()
     assert [message.partition(" s ")[0] for message in warned] == [
@@ -85,7 +85,7 @@ async def test_work_under_watch_gives_its_result_or_its_error_or_the_stall(activ
         finally:
             ended.set()
 
-    dog = Watchdog(WatchdogConfig(seconds=0.02), Signal(), activities, print)
+    dog = Watchdog(WatchdogConfig(seconds=0.02), Signal(), print, activities.describe)
     assert await dog.over(answer()) == 42
     with pytest.raises(KeyError, match="its own"):
         await dog.over(fail())
@@ -97,3 +97,17 @@ async def test_work_under_watch_gives_its_result_or_its_error_or_the_stall(activ
 def test_outside_of_any_activity_a_wait_is_not_noted(activities):
     with waiting_for("something"):
         assert activities.describe() == "nobody waits for an actor"
+
+
+async def test_a_task_that_an_activity_starts_may_be_one_of_its_own(activities):
+    activities.begin("training")
+
+    async def evaluate():
+        with activity_of_its_own("evaluation"), waiting_for("answers"):
+            await asyncio.sleep(0)
+            return who_waits()
+
+    task = asyncio.ensure_future(evaluate())
+    with waiting_for("a batch"):
+        assert await task == "training: waits for a batch, 0 s; evaluation: waits for answers, 0 s"
+    assert who_waits() == "nobody waits for an actor"

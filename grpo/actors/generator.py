@@ -50,6 +50,10 @@ class Generator:
         await self._engine.update_weights(weights)
         return replace(self._engine.stats(), process=self._name)
 
+    async def ping(self) -> None:
+        """Returns when the engine answers, which may live in a process of its own."""
+        await self._engine.ping()
+
     async def close(self) -> None:
         await self._engine.close()
 

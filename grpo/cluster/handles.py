@@ -14,7 +14,8 @@ from __future__ import annotations
 from typing import Any
 
 from grpo.cluster.endpoints import Endpoint
-from grpo.cluster.services import Call, Replica, Service
+from grpo.cluster.replicas import Call, Replica
+from grpo.cluster.services import Service
 from grpo.services import Restore
 from grpo.structured import together
 from grpo.waiting import waiting_for
@@ -37,7 +38,7 @@ class ActorHandle:
 
         It gets a handle of which only `call_one` works. What it raises ends the run, unless the newcomer died too.
         """
-        self.service.restore = lambda endpoint: restore(_Newcomer(endpoint))
+        self.service.common.restore = lambda endpoint: restore(_Newcomer(endpoint))
 
     def figures(self) -> dict[str, dict[str, Any]]:
         return self.service.figures()
@@ -59,7 +60,7 @@ class ActorHandle:
             replica = await self.service.available(self._replica)
             if self._sticky:
                 self._replica = replica
-            answered, result = await self.service.attempt(replica, call)
+            answered, result = await replica.attempt(call)
             if answered:
                 return result
 

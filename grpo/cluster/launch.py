@@ -17,7 +17,8 @@ from grpo.cluster.handles import ActorHandle
 from grpo.cluster.plan import ActorSpec, actor_specs, check_capacity
 from grpo.cluster.ray_actor import RayEndpoint, host_class
 from grpo.cluster.reaper import session_reaper
-from grpo.cluster.services import Service, State, make_service
+from grpo.cluster.replicas import Claims, State
+from grpo.cluster.services import Service, make_service
 from grpo.config import ClusterConfig, RunConfig
 from grpo.failures import Failures
 from grpo.services import Services
@@ -93,7 +94,8 @@ async def launch_actors(
     """
     there = ray.cluster_resources()
     check_capacity(specs, there.get("CPU", 0.0), there.get("GPU", 0.0), "the Ray cluster")
-    services = {spec.name: make_service(spec, partial(_spawn, spec), failures, config) for spec in specs}
+    claims = Claims()
+    services = {spec.name: make_service(spec, partial(_spawn, spec), failures, config, claims) for spec in specs}
     patience_s = _CLOSE_TIMEOUT_S
     try:
         await _all_ready(services, config.cluster.start_timeout_s)
@@ -117,10 +119,13 @@ def _spawn(spec: ActorSpec, name: str) -> RayEndpoint:
 
 
 async def _all_ready(services: Mapping[str, Service], timeout_s: float) -> None:
+    timeout = asyncio.timeout(timeout_s)
     try:
-        async with asyncio.timeout(timeout_s):
+        async with timeout:
             await together(*(service.ready() for service in services.values()))
     except TimeoutError:
+        if not timeout.expired():
+            raise
         late = ", ".join(
             name
             for name, service in services.items()

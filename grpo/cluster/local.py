@@ -11,6 +11,7 @@ from typing import Any
 from grpo.cluster.endpoints import LocalEndpoint
 from grpo.cluster.handles import ActorHandle
 from grpo.cluster.plan import ActorSpec, actor_specs
+from grpo.cluster.replicas import Claims
 from grpo.cluster.services import make_service
 from grpo.config import RunConfig
 from grpo.failures import Failures
@@ -25,8 +26,9 @@ async def launch_local(
     config: RunConfig, failures: Failures, fakes: Mapping[str, Any] | None = None
 ) -> AsyncIterator[Services]:
     """All actors of a run as objects of this process. `fakes` stand in for actors by name."""
+    claims = Claims()
     services = {
-        spec.name: make_service(spec, partial(_spawn, spec, (fakes or {}).get(spec.name)), failures, config)
+        spec.name: make_service(spec, partial(_spawn, spec, (fakes or {}).get(spec.name)), failures, config, claims)
         for spec in actor_specs(config)
     }
     try:

@@ -46,6 +46,11 @@ class _Host:
         """The node and the process."""
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
+    async def ping(self) -> None:
+        """Returns when the actor answers: one that has a process behind it asks that too."""
+        if hasattr(self._actor, "ping"):
+            await self._actor.ping()
+
     async def linger(self) -> None:
         """Never returns: whoever calls it hears at once when the process dies."""
         await asyncio.get_running_loop().create_future()
@@ -74,7 +79,7 @@ class RayEndpoint:
         return await self._result(remote.remote(method, args, kwargs, *payloads))
 
     async def ping(self) -> None:
-        await self._result(self.actor.where.remote())
+        await self._result(self.actor.ping.remote())
 
     async def until_death(self) -> NoReturn:
         await self._result(self.actor.linger.remote())
@@ -110,7 +115,7 @@ class RayEndpoint:
 
 
 def _first_line(error: RayError) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _hoist(arg: Any, payloads: list[ray.ObjectRef]) -> Any:

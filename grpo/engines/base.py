@@ -27,6 +27,10 @@ class Engine(Protocol):
         """Return once every further token is sampled under `weights`."""
         ...
 
+    async def ping(self) -> None:
+        """Return when whatever computes still answers."""
+        ...
+
     def stats(self) -> GeneratorStats: ...
 
     async def close(self) -> None:

@@ -50,6 +50,9 @@ class SimulatedEngine:
         await asyncio.sleep(self._load_s)
         self.version = weights.version
 
+    async def ping(self) -> None:
+        """It lives in this process: who hears this is answered."""
+
     def stats(self) -> GeneratorStats:
         self._count(0)
         return GeneratorStats(busy_s=self._busy_s, tokens=self._tokens)

@@ -84,6 +84,9 @@ class TorchEngine:
         self._raise_if_stopped()
         await loaded
 
+    async def ping(self) -> None:
+        """It lives in this process: who hears this is answered."""
+
     def stats(self) -> GeneratorStats:
         return GeneratorStats(busy_s=self._thread.busy_s, tokens=self._tokens)
 

@@ -158,6 +158,11 @@ class VLLMEngine:
         update.add_done_callback(lambda done: done.cancelled() or done.exception())
         await asyncio.shield(update)
 
+    async def ping(self) -> None:
+        """Returns when the engine's process answers, between two of its steps."""
+        self._raise_if_ended()
+        await self._unless_ended(self._llm.is_sleeping())
+
     def stats(self) -> GeneratorStats:
         return GeneratorStats(busy_s=self._clock.seconds, tokens=self._tokens)
 
@@ -189,6 +194,8 @@ class VLLMEngine:
         return as_completion(output)
 
     async def _update(self, weights: Weights) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         layout = [(s.name, list(s.shape), str(s.dtype).removeprefix("torch."), s.offset) for s in weights.specs]
         async with self._updating:
             await asyncio.to_thread(check_intact, weights)
@@ -199,8 +206,13 @@ class VLLMEngine:
                 await self._llm.pause_generation(**_PAUSE[self._weight_update])
                 await self._load(layout, weights.version)
                 await self._llm.resume_generation()
+            except EngineDeadError:
+                self._end(_gone)
+                raise
             except BaseException:
-                self._end(partial(RuntimeError, "the engine stopped: an update of its weights failed"))
+                gone = any(not process.is_alive() for process in self._processes)
+                failed = partial(RuntimeError, "the engine stopped: an update of its weights failed")
+                self._end(_gone if gone else failed)
                 raise
             self._accepting.set()
 

@@ -4,7 +4,8 @@ import pytest
 
 from grpo.cluster.endpoints import LocalEndpoint
 from grpo.cluster.handles import ActorHandle
-from grpo.cluster.services import Patience, Service, State
+from grpo.cluster.replicas import Claims, Common, State, Timeouts
+from grpo.cluster.services import Service
 from grpo.config import RecoveryConfig
 from grpo.failures import Failures
 from grpo.services import brings_up_to_date
@@ -47,14 +48,13 @@ class Echo:
 class Fleet:
     """A service of Echoes, with every process that was ever started by name."""
 
-    def __init__(self, replicas=1, *, setup=None, max_restarts=20, **options):
+    def __init__(self, replicas=1, *, setup=None, max_restarts=20, timeouts=None, claims=None, **options):
         self.processes: list[Echo] = []
         self.endpoints: list[LocalEndpoint] = []
         self.failures = Failures(RecoveryConfig(max_restarts=max_restarts))
         self._setup = setup
-        self.service = Service(
-            "echo", self._spawn, replicas, self.failures, Patience(), updates=frozenset({"load"}), **options
-        )
+        common = Common(self._spawn, self.failures, timeouts or Timeouts(), claims or Claims())
+        self.service = Service("echo", common, replicas, updates=frozenset({"load"}), **options)
         self.handle = ActorHandle(self.service)
 
     def _spawn(self, name):
@@ -150,7 +150,7 @@ async def test_with_one_replica_only_callers_wait_for_its_return():
 async def test_a_process_that_dies_while_nobody_calls_is_replaced_too():
     async with Fleet() as fleet:
         fleet.endpoints[0].kill()
-        await asyncio.wait_for(fleet.service._changed.wait_for(lambda: len(fleet.processes) == 2), 5)
+        await asyncio.wait_for(fleet.service.common.changed.wait_for(lambda: len(fleet.processes) == 2), 5)
         assert await fleet.handle.say.route("hi") == "echo/1: hi"
 
 
@@ -295,22 +295,95 @@ async def test_a_process_that_never_comes_up_is_not_tried_again():
     await fleet.service.close(1.0)
 
 
+SOON = Timeouts(start_s=0.05, health_every_s=0.01, health_timeout_s=0.01)
+
+
+async def hang():
+    await asyncio.Event().wait()
+
+
+async def until_processes(fleet, number):
+    await asyncio.wait_for(fleet.service.common.changed.wait_for(lambda: len(fleet.processes) == number), 5)
+
+
 async def test_a_process_that_does_not_answer_is_killed_and_replaced():
-    fleet = Fleet()
-    fleet.service._patience = Patience(health_every_s=0.01, health_timeout_s=0.01)
-
-    async def hang():
-        await asyncio.Event().wait()
-
-    async with fleet:
+    async with Fleet(timeouts=SOON) as fleet:
         waiting = asyncio.ensure_future(fleet.handle.wait.call_one())
         await fleet.processes[0].asked.wait()
         fleet.endpoints[0].ping = hang
-        fleet.service._patience = Patience(health_every_s=0.01, health_timeout_s=0.01)
-        await asyncio.wait_for(fleet.service._changed.wait_for(lambda: len(fleet.processes) == 2), 5)
+        await until_processes(fleet, 2)
         fleet.processes[1].gate.set()
         assert await waiting == "echo/1"
         assert fleet.failures.deaths[0].error == "echo did not answer for 0.01 s (recovery.health_timeout_s)"
+
+
+async def test_a_replacement_that_hangs_while_it_is_brought_up_to_date_is_replaced_too():
+    async with Fleet(timeouts=SOON) as fleet:
+
+        async def restore(newcomer):
+            if len(fleet.processes) == 2:
+                fleet.endpoints[1].ping = hang
+                await hang()
+
+        fleet.handle.on_restart(restore)
+        fleet.endpoints[0].kill()
+        assert await fleet.handle.say.call_one("hi") == "echo/2: hi"
+        assert "did not answer" in fleet.failures.deaths[1].error
+
+
+async def test_a_replacement_that_gets_no_place_is_tried_again_and_costs_no_budget():
+    async def setup(echo):
+        if len(fleet.processes) in (2, 3):
+            await hang()
+
+    fleet = Fleet(setup=setup, timeouts=SOON, max_restarts=1)
+    async with fleet:
+        fleet.endpoints[0].kill()
+        assert await fleet.handle.say.call_one("hi") == "echo/3: hi"
+        assert fleet.failures.restarts == {"echo": 1}
+
+
+async def test_a_timeout_in_a_setup_is_raised_as_it_is():
+    async def setup(echo):
+        raise TimeoutError("the hub does not answer")
+
+    fleet = Fleet(setup=setup)
+    with pytest.raises(TimeoutError, match="the hub does not answer"):
+        await fleet.service.ready()
+    await fleet.service.close(1.0)
+
+
+async def test_optional_replicas_step_back_while_a_required_one_has_no_place():
+    """There is one place. A pending optional replica gets it as soon as the required one dies, and would keep it."""
+    claims, place, taken = Claims(), asyncio.Semaphore(1), asyncio.Event()
+
+    async def setup(echo):
+        await place.acquire()
+        if "-" in echo.name:
+            taken.set()
+            try:
+                await hang()
+            finally:
+                place.release()
+
+    async with (
+        Fleet(claims=claims, setup=setup) as required,
+        Fleet(0, claims=claims, setup=setup, optional_replicas=2) as optional,
+    ):
+        await settle()
+        assert (required.states(), optional.states()) == ([State.HEALTHY], [State.STARTING] * 2)
+        place.release()
+        await taken.wait()
+        required.endpoints[0].kill()
+        assert await required.handle.say.call_one("hi") == "echo/1: hi"
+        assert optional.states() == [State.STARTING] * 2
+
+
+async def test_an_error_that_nobody_can_mend_ends_the_run_though_nobody_calls():
+    async with Fleet(max_restarts=0) as fleet:
+        fleet.endpoints[0].kill()
+        with pytest.raises(ActorDied, match=r"recovery\.max_restarts=0"):
+            await asyncio.wait_for(fleet.failures.until_fatal(), 5)
 
 
 async def test_a_session_keeps_to_one_replica_until_that_dies():
@@ -333,7 +406,7 @@ async def test_replicas_are_added_during_a_run_and_hold_the_present_weights_when
     async with Fleet() as fleet:
         await fleet.handle.load.fanout("v1")
         fleet.handle.scale(3)
-        await fleet.service._changed.wait_for(lambda: fleet.states().count(State.HEALTHY) == 3)
+        await fleet.service.common.changed.wait_for(lambda: fleet.states().count(State.HEALTHY) == 3)
         assert [process.loaded for process in fleet.processes] == ["v1"] * 3
         assert len(await fleet.handle.say.fanout("hi")) == 3
 
@@ -355,6 +428,34 @@ async def test_replicas_that_are_removed_finish_what_they_have_and_get_nothing_n
         await first
         fleet.handle.scale(0)
         assert await fleet.handle.say.route("hi") == "echo-0/0: hi"  # one stays
+
+
+async def test_healthy_replicas_are_the_last_to_leave():
+    async def setup(echo):
+        if "echo-0" in echo.name and len(fleet.processes) > 2:
+            await hang()
+
+    fleet = Fleet(2, setup=setup)
+    async with fleet:
+        fleet.endpoints[0].kill()
+        await settle()
+        assert fleet.states() == [State.STARTING, State.HEALTHY]
+        fleet.handle.scale(1)
+        await settle()
+        assert fleet.states() == [State.HEALTHY]
+        assert await fleet.handle.say.route("hi") == "echo-1/1: hi"
+
+
+async def test_a_replica_that_dies_while_it_finishes_hands_its_calls_on():
+    async with Fleet(2) as fleet:
+        calls = [asyncio.ensure_future(fleet.handle.wait.route()) for _ in range(2)]
+        await asyncio.gather(*(process.asked.wait() for process in fleet.processes))
+        fleet.handle.scale(1)
+        fleet.endpoints[1].kill()
+        fleet.processes[0].gate.set()
+        assert await asyncio.gather(*calls) == ["echo-0/0", "echo-0/0"]
+        await settle()
+        assert fleet.states() == [State.HEALTHY]
 
 
 async def test_a_replica_that_has_no_place_yet_can_be_taken_back():

@@ -12,7 +12,7 @@ import pytest
 
 from grpo.cluster.launch import launch, ray_cluster
 from grpo.cluster.local import launch_local
-from grpo.cluster.services import Call
+from grpo.cluster.replicas import Call
 from grpo.config import ClusterConfig
 from grpo.failures import Failures
 from grpo.loop import run

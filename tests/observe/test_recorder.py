@@ -28,10 +28,7 @@ def many_tickets(tiny_config):
 def hand_out_tickets(recorder):
     """30 of them, for prompts of the serials 100 to 129."""
     outstanding = [[serial, 100 + serial] for serial in range(30)]
-    recorder.pacer.restore(
-        {"admitted": 30, "trained": 0, "dropped": {}, "reissued": {}, "outstanding": outstanding}, ()
-    )
-    recorder.pacer.reissued.clear()
+    recorder.pacer.restore({"admitted": 30, "trained": 0, "dropped": {}, "reissued": {}, "outstanding": outstanding})
 
 
 def record_steps(recorder, rewards):

@@ -1,0 +1,279 @@
+"""One place of a service, taken by one process after another.
+
+starting --setup--> stale --brought up to date--> healthy --died, or does not answer--> unhealthy --> starting ...
+any of them --removed--> stopped
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NoReturn
+
+from grpo.cluster.endpoints import Endpoint, Spawn
+from grpo.failures import Death, Failures
+from grpo.structured import Signal, cancelled
+from grpo.types import ActorDied, LaunchError
+
+log = logging.getLogger(__name__)
+
+
+class State(StrEnum):
+    STARTING = "starting"
+    STALE = "stale"
+    HEALTHY = "healthy"
+    UNHEALTHY = "unhealthy"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A method with its arguments."""
+
+    method: str
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """How long a process may take to be up, and how its health is asked for; in seconds."""
+
+    start_s: float = 600.0
+    health_every_s: float = 10.0
+    health_timeout_s: float = 60.0
+
+
+class Claims:
+    """Who has no place in the cluster yet. Optional replicas step back while a required one is among them."""
+
+    def __init__(self) -> None:
+        self.changed = Signal()
+        self._required = 0
+
+    @property
+    def urgent(self) -> bool:
+        return self._required > 0
+
+    @contextmanager
+    def required(self) -> Iterator[None]:
+        self._required += 1
+        self.changed.notify()
+        try:
+            yield
+        finally:
+            self._required -= 1
+            self.changed.notify()
+
+
+@dataclass
+class Common:
+    """What the replicas of a service share.
+
+    `latest` is the last call that a newcomer has to be given before it serves, `restore` does whatever else a
+    replacement needs. Whoever changes a replica's state, or `latest`, notifies `changed`.
+    """
+
+    spawn: Spawn
+    failures: Failures
+    timeouts: Timeouts
+    claims: Claims
+    latest: Call | None = None
+    restore: Callable[[Endpoint], Awaitable[None]] | None = None
+    changed: Signal = field(default_factory=Signal)
+
+
+class Replica:
+    """`live` keeps it alive. The figures count over all of its processes."""
+
+    def __init__(self, name: str, common: Common, *, optional: bool = False) -> None:
+        self.name = name
+        self.optional = optional  # comes when the cluster has room for it
+        self.state = State.STARTING
+        self.in_flight = self.requests = self.failures = 0
+        self.busy_s = 0.0  # sum over the requests
+        self.endpoint: Endpoint | None = None
+        self._common = common
+        self._death: asyncio.Future[ActorDied] = asyncio.get_running_loop().create_future()
+
+    async def attempt(self, call: Call) -> tuple[bool, Any]:
+        """(True, result); or (False, None) when the process died, which is then replaced."""
+        endpoint, death = self.endpoint, self._death
+        assert endpoint is not None
+        self.in_flight += 1
+        self.requests += 1
+        started = time.perf_counter()
+        try:
+            return True, await endpoint.invoke(call.method, call.args, call.kwargs)
+        except ActorDied as error:
+            self.failures += 1
+            if self.endpoint is endpoint:  # else its replacement is there already
+                self._become(State.UNHEALTHY)
+                if not death.done():
+                    death.set_result(error)
+            return False, None
+        finally:
+            self.in_flight -= 1
+            self.busy_s += time.perf_counter() - started
+            if self.state is State.STOPPED:
+                self._common.changed.notify()
+
+    def stop(self) -> None:
+        """It gets no more calls, finishes those it has, and leaves."""
+        self._become(State.STOPPED)
+
+    def figures(self) -> dict[str, Any]:
+        """For people: state, requests, failures, calls under way, and the mean latency in seconds."""
+        return {
+            "state": str(self.state),
+            "requests": self.requests,
+            "failures": self.failures,
+            "in_flight": self.in_flight,
+            "latency_s": self.busy_s / self.requests if self.requests else None,
+        }
+
+    async def live(self) -> None:
+        """One process after another, until it is stopped. Raises what no other process would mend."""
+        death: Death | None = None
+        while self.state is not State.STOPPED:
+            try:
+                if await self._start(again=death is not None):
+                    await self._serve(death)
+            except LaunchError as error:  # other replicas may serve meanwhile
+                self._common.failures.tell(f"{error}; trying again")
+                self.kill(hung=True)
+            except ActorDied as error:
+                if death is None and self.state is State.STARTING and not self.optional:
+                    raise  # it has never been up: another process would do no better
+                self._become(State.UNHEALTHY)
+                self.kill(hung=True)
+                death = self._common.failures.actor_died(self.name, error)
+        await self.close(self._common.timeouts.health_timeout_s)
+
+    async def close(self, patience_s: float) -> None:
+        """Let the process close; one that does not is logged. It is ended in any case."""
+        hung = False
+        try:
+            if self.endpoint is not None:
+                async with asyncio.timeout(patience_s):
+                    await self.endpoint.invoke("close")
+        except TimeoutError:
+            hung = True
+            log.warning("%s did not close within %g s", self.name, patience_s)
+        except Exception as error:  # nothing depends on it any more
+            log.warning("%s did not close: %s", self.name, error)
+        finally:
+            self.kill(hung=hung)
+
+    def kill(self, *, hung: bool = False) -> None:
+        if self.endpoint is not None:
+            self.endpoint.kill(hung=hung)
+
+    async def _start(self, *, again: bool) -> bool:
+        """Have a process set up; False when it was stopped, or stepped back, before.
+
+        Raises what the actor's `setup` raises, ActorDied when the process dies of it, and LaunchError for a
+        replacement that is late.
+        """
+        claims = self._common.claims
+        if self.optional:
+            await claims.changed.wait_for(lambda: not claims.urgent)
+        self._become(State.STARTING)
+        if self.state is State.STOPPED:
+            return False
+        self._death = asyncio.get_running_loop().create_future()
+        self.endpoint = self._common.spawn(self.name)
+        start_s = self._common.timeouts.start_s if again and not self.optional else None
+        late = asyncio.timeout(start_s)
+        setup = asyncio.ensure_future(self.endpoint.invoke("setup"))
+        gone: list[Coroutine[Any, Any, Any]] = [self._stopped()]
+        if self.optional:
+            gone.append(claims.changed.wait_for(lambda: claims.urgent))
+        others = [asyncio.ensure_future(each) for each in gone]
+        try:
+            with nullcontext() if self.optional else claims.required():
+                async with late:
+                    await asyncio.wait([setup, *others], return_when=asyncio.FIRST_COMPLETED)
+            if setup.done():
+                setup.result()
+                return True
+            self.kill(hung=True)
+            self.endpoint = None
+            return False
+        except TimeoutError as error:
+            if not late.expired():
+                raise
+            raise LaunchError(f"{self.name} not up after {start_s:g} s (cluster.start_timeout_s)") from error
+        finally:
+            await cancelled([setup, *others])
+
+    async def _serve(self, death: Death | None) -> None:
+        """Bring the process up to date and watch over it; returns when it was stopped and has finished.
+
+        Raises ActorDied as soon as it is gone or does not answer, and what the restoring raises.
+        """
+        endpoint = self.endpoint
+        assert endpoint is not None
+        stopped = asyncio.ensure_future(self._stopped(and_finished=True))
+        works = (
+            self._bring_up_to_date(endpoint, death),
+            endpoint.until_death(),
+            _raised(self._death),
+            self._ask(endpoint),
+        )
+        pending = {stopped, *map(asyncio.ensure_future, works)}
+        try:
+            while not stopped.done():
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for work in done:
+                    work.result()
+        finally:
+            await cancelled(pending)
+
+    async def _bring_up_to_date(self, endpoint: Endpoint, death: Death | None) -> None:
+        self._become(State.STALE)
+        if death is not None and self._common.restore is not None:
+            await self._common.restore(endpoint)
+        loaded = None
+        while loaded is not self._common.latest:  # another may be published meanwhile
+            loaded = self._common.latest
+            assert loaded is not None
+            await endpoint.invoke(loaded.method, loaded.args, loaded.kwargs)
+        self._become(State.HEALTHY)
+        if death is not None:
+            self._common.failures.actor_is_back(death)
+
+    async def _ask(self, endpoint: Endpoint) -> NoReturn:
+        """Whether a process still answers, time and again."""
+        timeouts = self._common.timeouts
+        while True:
+            await asyncio.sleep(timeouts.health_every_s)
+            late = asyncio.timeout(timeouts.health_timeout_s)
+            try:
+                async with late:
+                    await endpoint.ping()
+            except TimeoutError as error:
+                if not late.expired():
+                    raise
+                seconds = timeouts.health_timeout_s
+                raise ActorDied(f"{self.name} did not answer for {seconds:g} s (recovery.health_timeout_s)") from error
+
+    async def _stopped(self, *, and_finished: bool = False) -> None:
+        await self._common.changed.wait_for(
+            lambda: self.state is State.STOPPED and not (and_finished and self.in_flight)
+        )
+
+    def _become(self, state: State) -> None:
+        """Once stopped, it stays so."""
+        if self.state is not State.STOPPED:
+            self.state = state
+            self._common.changed.notify()
+
+
+async def _raised(death: asyncio.Future[ActorDied]) -> NoReturn:
+    raise await death
