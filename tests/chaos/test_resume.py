@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+import time
 
 import pytest
 
@@ -19,14 +20,16 @@ SMALL = (
 
 @pytest.fixture
 def moments(kills):
-    """How many lines each process prints before it is killed: the start, evaluations, steps."""
-    return [random.Random(seed).randrange(2, 12) for seed in range(max(1, kills // 6))]
+    """For each kill, how many lines the process prints before it (the start, evaluations, steps), and seconds after."""
+    draw = random.Random(7)
+    return [(draw.randrange(2, 12), draw.uniform(0.0, 0.3)) for _ in range(max(1, kills // 6))]
 
 
-def kill_after(process, lines):
+def kill_after(process, lines, seconds=0.0):
     """SIGKILL it when it has printed so many lines, and let nothing of it stay."""
     for _ in zip(range(lines), process.stdout, strict=False):
         pass
+    time.sleep(seconds)
     process.send_signal(signal.SIGKILL)
     finish(process)
     assert process.returncode == -signal.SIGKILL
@@ -42,10 +45,10 @@ def trained(folder):
 
 
 def test_a_run_killed_at_any_moment_goes_on_and_is_through_in_the_end(train, tmp_path, moments):
-    steps = 9 + 3 * len(moments)
+    steps = 9 * (1 + len(moments))  # more than there can be lines before all the kills
     settings = (*SMALL, "hydra.run.dir=run", f"trainer.max_steps={steps}", "eval.prompts=8")
-    for lines in moments:
-        kill_after(train(*settings), lines)
+    for moment in moments:
+        kill_after(train(*settings), *moment)
     code, stdout, stderr = finish(train(*settings))
     assert (code, stderr) == (0, "")
     run = tmp_path / "run"
@@ -67,12 +70,12 @@ def test_a_run_killed_at_any_moment_goes_on_and_is_through_in_the_end(train, tmp
 
 def test_step_by_step_the_killed_and_resumed_run_learns_what_an_undisturbed_one_does(train, tmp_path, moments):
     settings = (
-        *SMALL, "eval.prompts=0", "trainer.max_steps=7", "buffer.max_policy_age=0", "rollout.concurrency=1",
-        "trainer.lr=0.01", "+reward.functions={tests.fake_rewards.vowel_share: 1.0}",
+        *SMALL, "eval.prompts=0", f"trainer.max_steps={12 * (1 + len(moments))}", "buffer.max_policy_age=0",
+        "rollout.concurrency=1", "trainer.lr=0.01", "+reward.functions={tests.fake_rewards.vowel_share: 1.0}",
     )  # fmt: skip
     whole = train(*settings, "hydra.run.dir=undisturbed")
-    for lines in moments:
-        kill_after(train(*settings, "hydra.run.dir=run"), 4 + lines % 6)
+    for moment in moments:
+        kill_after(train(*settings, "hydra.run.dir=run"), *moment)
     for process in (whole, train(*settings, "hydra.run.dir=run")):
         code, _, stderr = finish(process)
         assert (code, stderr) == (0, "")
