@@ -59,9 +59,9 @@ def train(config: RunConfig, folder: Path) -> int:
             console.print(f"{resume.path} is of the last step: nothing is left to do", highlight=False, markup=False)
             return EXIT_CODES["completed"]
         console.print(f"going on from {resume.path}, step {resume.step}", highlight=False, markup=False)
+        if resume.folder != folder:
+            _leave(folder, resume.folder)
     config, run_dir = preflight.open_run(config, task, resume.folder if resume else folder, resume)
-    if run_dir.path != folder:
-        _leave(folder, run_dir.path)
     try:
         summary = _train(config, run_dir, resume)
     finally:

@@ -80,6 +80,19 @@ async def test_only_the_newest_are_kept(trainer, checkpointer, tmp_path):
     assert names(tmp_path) == ["step_000003", "step_000002"]
 
 
+async def test_an_old_one_that_can_not_be_removed_does_not_make_the_new_one_fail(
+    trainer, checkpointer, tmp_path, monkeypatch, caplog
+):
+    def fail(folder, keep):
+        raise OSError("Stale file handle")
+
+    monkeypatch.setattr(checkpoint, "prune", fail)
+    report = await checkpointer.save(1, (await trainer.snapshot())[0], [], {})
+    assert report["bytes"] > 0
+    assert names(tmp_path) == ["step_000001"]
+    assert "can't be removed: Stale file handle" in caplog.text
+
+
 async def test_one_checkpoint_is_written_at_a_time_and_closing_waits(trainer, config, tmp_path, monkeypatch):
     checkpointer, state = Checkpointer(config, str(tmp_path / "checkpoints")), (await trainer.snapshot())[0]
     started, go_on, written, real = threading.Event(), threading.Event(), [], checkpoint.save_checkpoint

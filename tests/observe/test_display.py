@@ -52,6 +52,16 @@ def test_plain_lines_come_every_so_often_and_at_the_end():
     assert [line.split()[1] for line in screen.file.getvalue().splitlines()] == ["4/10", "8/10", "10/10"]
 
 
+def test_the_time_left_is_reckoned_from_the_steps_of_this_process(monkeypatch):
+    screen, now = console(), [0.0]
+    monkeypatch.setattr("grpo.observe.display.time.perf_counter", lambda: now[0])
+    with PlainDisplay(screen, max_steps=110, log_every=1) as display:
+        for step in (101, 102):  # resumed behind step 100
+            now[0] += 2.0
+            display.step(metrics(step))
+    assert [line.rpartition("left ")[2] for line in screen.file.getvalue().splitlines()] == ["18 s", "16 s"]
+
+
 def test_the_live_view_shows_progress_and_the_curve():
     screen = console(force_terminal=True)
     with LiveDisplay(screen, max_steps=2) as display:

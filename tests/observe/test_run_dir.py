@@ -1,6 +1,7 @@
 import json
 import logging
 import math
+import resource
 
 import pytest
 
@@ -60,6 +61,33 @@ def test_a_resumed_run_cuts_what_was_written_after_the_checkpoint(tmp_path):
     assert resumed.read("metrics.jsonl") == [{"step": 1}]
     assert resumed.read("ledger.jsonl") == resumed.read("nothing.jsonl") == []
     resumed.close()
+
+
+def test_a_run_that_goes_on_is_not_over(tmp_path):
+    run_dir = RunDirectory(tmp_path)
+    run_dir.write_json("summary.json", {"status": "completed"})
+    run_dir.close()
+    resumed = RunDirectory(tmp_path)
+    resumed.cut({})
+    assert not (tmp_path / "summary.json").exists()
+    resumed.close()
+
+
+def test_a_disk_that_fills_up_leaves_no_half_line(tmp_path):
+    run_dir = RunDirectory(tmp_path)
+    run_dir.append("metrics.jsonl", {"step": 1})
+    size = run_dir.sizes().result()["metrics.jsonl"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, limits[1]))
+        run_dir.append("metrics.jsonl", {"step": 2})
+        assert run_dir.sizes().result() == {"metrics.jsonl": size}
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    run_dir.append("metrics.jsonl", {"step": 3})
+    run_dir.close()
+    assert run_dir.read("metrics.jsonl") == [{"step": 1}, {"step": 3}]
+    assert run_dir.write_errors == 1
 
 
 def test_a_write_that_fails_is_counted_and_logged_but_does_not_raise(tmp_path, caplog):
