@@ -6,19 +6,18 @@ One pipe per process and nothing shared: whatever happens to one, the others go 
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from multiprocessing import Pipe
-from threading import Lock
+from threading import Lock, Timer
 from typing import Any, Generic, TypeVar
 
 from grpo.types import RewardCrash, RewardError, RewardMemory, RewardTimeout
@@ -27,6 +26,8 @@ from grpo.types import RewardCrash, RewardError, RewardMemory, RewardTimeout
 # and would not let user code have processes of its own.
 _COMMAND = "import sys; sys.path[:] = sys.argv[2:]; from grpo.rewards.killable_worker import serve; serve(sys.argv[1])"
 _DYING_S = 1.0
+_BUILD_S = 600.0  # for a process to import and build what it runs
+_SURELY_SENT = 1 << 15  # bytes that fit into the pipe, whatever the process at its end does
 
 T = TypeVar("T")
 
@@ -70,9 +71,16 @@ class Killable(Generic[T]):
     async def call(self, *args: Any) -> T:
         """What the function returns. Time spent waiting for a free process is free; a cancelled call is killed.
 
-        Raises RewardTimeout, RewardCrash when the process dies, and what the function raises, with the traceback as a
-        note: a RewardError, or a RewardError that tells of it.
+        A call whose process gets a SIGKILL that is not ours is made once more. Raises RewardTimeout, RewardCrash when
+        the process dies, and what the function raises, with the traceback as a note: a RewardError, or a RewardError
+        that tells of it.
         """
+        try:
+            return await self._call(args)
+        except _Killed:  # from outside, or for want of memory on the machine: once more, before user code is blamed
+            return await self._call(args)
+
+    async def _call(self, args: tuple[Any, ...]) -> T:
         worker = await self._idle.get()
         if self._closed:
             self._idle.put_nowait(worker)  # for the next who waits
@@ -125,7 +133,7 @@ class _Worker:
                 command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
             )
         try:
-            self._ask(self._setup, timeout_s=None)
+            self._ask(self._setup, _BUILD_S)
         except BaseException:
             self.kill()
             self.clean_up()
@@ -160,18 +168,21 @@ class _Worker:
             with self._lock:
                 self._process = None
 
-    def _ask(self, request: bytes, timeout_s: float | None) -> Any:
+    def _ask(self, request: bytes, timeout_s: float) -> Any:
         """The answer. Raises the error that is the answer, RewardTimeout or RewardCrash."""
-        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        deadline = time.monotonic() + timeout_s
         kind, doing = "doing", "a reward process"
         try:
-            self._pipe.send_bytes(request)
-            while kind == "doing" and self._pipe.poll(_seconds_to(deadline)):
+            with self._killed_at(deadline) if len(request) > _SURELY_SENT else nullcontext():
+                self._pipe.send_bytes(request)
+            while kind == "doing" and self._pipe.poll(max(0.0, deadline - time.monotonic())):
                 kind, value = self._pipe.recv()
                 doing = value if kind == "doing" else doing
         except (EOFError, OSError) as error:
-            ending = self._end(_DYING_S)  # the pipe closes a moment before the process has ended
-            raise RewardCrash(f"{doing}: its process died with {ending}") from error
+            if time.monotonic() < deadline:
+                stopped, ending = self.killed, self._end(_DYING_S)  # the pipe closes a moment before the process ends
+                killed = ending == _describe(-signal.SIGKILL) and not stopped
+                raise (_Killed if killed else RewardCrash)(f"{doing}: its process died with {ending}") from error
         if kind == "doing":
             self._end()
             raise RewardTimeout(f"{doing}: took longer than {timeout_s:g} s and was killed")
@@ -187,8 +198,22 @@ class _Worker:
         self.kill()
         code = self._process.wait()
         self.clean_up()
-        return f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"exit code {code}"
+        return _describe(code)
+
+    @contextmanager
+    def _killed_at(self, deadline: float) -> Iterator[None]:
+        """End the process when the block takes so long: it may not read what is sent to it."""
+        timer = Timer(deadline - time.monotonic(), self.kill)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
-def _seconds_to(deadline: float) -> float | None:
-    return None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+class _Killed(RewardCrash):
+    """By a signal that no code can send itself by accident."""
+
+
+def _describe(code: int) -> str:
+    return f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"exit code {code}"

@@ -40,6 +40,13 @@ def fail(kind, *args):
     raise kind(*args)
 
 
+def hang_once(path):
+    if path.exists():
+        return "the second time"
+    path.write_text(f"{os.getpid()}\n")
+    return time.sleep(600)
+
+
 def write_then(path, then):
     child = subprocess.Popen(["sleep", "600"])
     with open(path, "w") as file:
@@ -65,6 +72,7 @@ BEHAVIOURS = {
     "fail": fail,
     "print": lambda: print("hello"),
     "write then": write_then,
+    "hang once": hang_once,
     "child": exit_of_a_child,
     "path": lambda: sys.path,
     "modules": lambda: sorted({"torch", "transformers", "ray"} & set(sys.modules)),
@@ -214,13 +222,31 @@ async def test_a_process_killed_from_outside_while_idle_is_replaced(patient):
     assert await patient.call("pid") != pid
 
 
-async def test_a_process_killed_from_outside_under_way_is_a_crash(patient, tmp_path):
-    call = asyncio.create_task(patient.call("write then", tmp_path / "pids", "hang"))
-    pid, _ = await asyncio.to_thread(pids_in, tmp_path / "pids")
+async def test_a_call_whose_process_is_killed_from_outside_is_made_once_more(patient, tmp_path):
+    call = asyncio.create_task(patient.call("hang once", tmp_path / "pid"))
+    (pid,) = await asyncio.to_thread(pids_in, tmp_path / "pid")
     os.kill(pid, signal.SIGKILL)
+    assert await call == "the second time"
+
+
+async def test_a_call_whose_process_is_killed_twice_is_a_crash(patient, tmp_path):
+    call = asyncio.create_task(patient.call("write then", tmp_path / "pids", "hang"))
+    for _ in range(2):
+        pid, _ = await asyncio.to_thread(pids_in, tmp_path / "pids")
+        (tmp_path / "pids").unlink()
+        os.kill(pid, signal.SIGKILL)
     with pytest.raises(RewardCrash, match="signal 9"):
         await call
     assert await patient.call("say", "fine") == "fine"
+
+
+async def test_a_process_that_does_not_even_read_what_is_sent_to_it_times_out(hasty):
+    pid = await hasty.call("pid")
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(RewardTimeout, match=r"took longer than 0.5 s and was killed"):
+        await hasty.call("say", "x" * 10_000_000)
+    assert not alive(pid)
+    assert await hasty.call("say", "fine") == "fine"
 
 
 async def test_a_cancelled_call_is_killed_with_the_processes_it_started(patient, tmp_path):
