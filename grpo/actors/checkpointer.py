@@ -29,6 +29,7 @@ class Checkpointer:
     def __init__(self, config: RunConfig, folder: str) -> None:
         self._config, self._folder = config, Path(folder)
         self._thread = ComputeThread("checkpointer", 1)
+        self._importing: asyncio.Future[Any] | None = None
 
     async def setup(self) -> None:
         """Import what the first checkpoint needs ahead of it, beside the start of the run."""
@@ -56,7 +57,8 @@ class Checkpointer:
 
     async def close(self) -> None:
         """Wait for a checkpoint that is being written."""
-        await self._importing
+        if self._importing is not None:  # else: it was closed before it was set up
+            await self._importing
         await asyncio.to_thread(self._thread.close)
 
     def _save(

@@ -70,7 +70,7 @@ def test_a_run_killed_at_any_moment_goes_on_and_is_through_in_the_end(train, tmp
 
 def test_step_by_step_the_killed_and_resumed_run_learns_what_an_undisturbed_one_does(train, tmp_path, moments):
     settings = (
-        *SMALL, "eval.prompts=0", f"trainer.max_steps={12 * (1 + len(moments))}", "buffer.max_policy_age=0",
+        *SMALL, "eval.prompts=0", f"trainer.max_steps={9 * (1 + len(moments))}", "buffer.max_policy_age=0",
         "rollout.concurrency=1", "trainer.lr=0.01", "+reward.functions={tests.fake_rewards.vowel_share: 1.0}",
     )  # fmt: skip
     whole = train(*settings, "hydra.run.dir=undisturbed")
@@ -93,6 +93,7 @@ def test_what_must_not_be_resumed_is_refused_in_one_line(train, tmp_path):
     settings = (*SMALL, "rollout.concurrency=8", "trainer.max_steps=100000", "eval.prompts=0", "checkpoint.every=1")
     process = train(*settings)
     assert any(line.startswith("step") and " 3/" in line for line in process.stdout)
+    process.send_signal(signal.SIGSTOP)  # it lives, and leaves the processor to the others
     [run] = tmp_path.glob("outputs/*/*")
     code, stdout, stderr = finish(train(*settings, f"resume={run}"))
     assert (code, len(stderr.splitlines())) == (1, 1)
