@@ -11,10 +11,15 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def start(tmp_path, tiny_model_path):
-    """Type `python scripts/SCRIPT ...` in an empty folder, with a random tiny model; gives the process."""
+    """Type `python scripts/SCRIPT ...` in an empty folder, with a random tiny model; gives the process.
+
+    Checkpoints are written only where a test asks for them: their process costs seconds on two cores.
+    """
 
     def start(script, *overrides, model=None):
         args = ["model=hf", f"model.path={tiny_model_path}"] if model is None else model
+        if script == "train.py" and not any("checkpoint.every" in override for override in overrides):
+            args = [*args, "checkpoint.every=0"]
         return subprocess.Popen(
             [sys.executable, str(ROOT / "scripts" / script), *overrides, *args],
             cwd=tmp_path,
