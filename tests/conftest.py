@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from grpo.config import RunConfig
+from grpo.cluster.launch import ray_cluster
+from grpo.config import ClusterConfig, RunConfig
 from grpo.failures import Failures
 from grpo.models.tiny import character_tokenizer, tiny_llama
 from grpo.observe.display import PlainDisplay
@@ -23,6 +24,13 @@ def pytest_addoption(parser):
 @pytest.fixture
 def kills(request) -> int:
     return request.config.getoption("kills")
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    """One Ray for all integration tests: starting it takes seconds."""
+    with ray_cluster(ClusterConfig()):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -93,7 +93,7 @@ class VLLMEngine:
 
         `shapes` are the model's parameters, which published weights have to fit. `threads` are for a CPU; 0 takes
         every core. `settings` are vLLM's own engine arguments. Raises ConfigError when vLLM is missing, was built for
-        another device, or refuses a setting.
+        another device, or refuses a setting; ActorDied when the engine process ends while it starts.
         """
         check_installed()
         set_environment(device, threads)
@@ -121,6 +121,8 @@ class VLLMEngine:
             llm = AsyncLLM.from_engine_args(args)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"vLLM refuses it: {' '.join(str(error).split())}", key="generator.args") from error
+        except RuntimeError as error:  # its engine process has ended; run.log has what that had to say
+            raise ActorDied(f"vLLM's engine did not start: {' '.join(str(error).split())}") from error
         await llm.update_weight_version("0")
         processes = [child for child in multiprocessing.active_children() if child not in before]
         return cls(

@@ -351,6 +351,12 @@ async def test_tokens_and_busy_time_are_counted(bench):
 # --- the end ---
 
 
+async def test_it_answers_a_ping_while_it_generates(bench):
+    call = asyncio.create_task(bench.engine.generate(prompt_of(6), SamplingParams(n=4, max_tokens=16)))
+    await asyncio.wait_for(bench.engine.ping(), 20)
+    assert len(await call) == 4
+
+
 async def test_closing_raises_at_every_pending_call(request, tmp_path):
     async with asyncio.timeout(120), opened(request.config.getoption("--engine"), tied_llama, "drain", tmp_path) as own:
         calls = [

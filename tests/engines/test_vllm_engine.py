@@ -98,6 +98,39 @@ async def test_an_engine_process_that_dies_during_an_update_ends_it(folder):
     await engine.close()
 
 
+async def test_an_engine_found_dead_by_an_update_is_a_death_for_everybody(folder):
+    """The update may hear of it before the operating system tells."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    engine = await start(folder)
+
+    async def find_it_dead(*_):
+        raise EngineDeadError
+
+    engine._load = find_it_dead
+    call = asyncio.create_task(engine.generate(np.array([5, 6]), SamplingParams(n=2, max_tokens=200)))
+    await asyncio.sleep(0)
+    update = asyncio.create_task(engine.update_weights(weights_of(tiny_llama(width=64, layers=2, heads=2), 1)))
+    for pending in (update, call):
+        with pytest.raises(ActorDied, match="the engine process of vLLM is gone"):
+            await asyncio.wait_for(pending, 10)
+    await engine.close()
+
+
+async def test_an_engine_process_that_hangs_answers_no_ping(folder):
+    engine = await start(folder)
+    await asyncio.wait_for(engine.ping(), 10)
+    processes = engine_processes(os.getpid())
+    for process in processes:
+        process.suspend()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(engine.ping(), 0.5)
+    for process in processes:
+        process.resume()
+    await asyncio.wait_for(engine.ping(), 10)
+    await engine.close()
+
+
 async def test_closing_during_an_update_ends_it(folder):
     engine, paused = await start(folder), asyncio.Event()
 
