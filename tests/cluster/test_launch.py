@@ -69,18 +69,17 @@ async def test_a_reward_that_ends_its_process_is_a_crash_that_names_it(tiny_conf
         await run_on(launch, tiny_config, make_recorder)
 
 
-@pytest.mark.parametrize("ending", ["close", "kill"])
-async def test_no_process_of_a_reward_outlives_its_actor(tiny_config, ending):
+async def test_no_process_of_a_reward_outlives_its_actor(tiny_config):
     tiny_config.reward.functions = {"tests.fake_rewards:process": 1.0}
     async with launch(tiny_config, Failures(tiny_config.recovery)) as services:
         (prompt,) = (await services.dataloader.sample.call_one(0, 1)).prompts
         completions, _ = await services.generator.generate.route(prompt, SamplingParams(n=2, max_tokens=4))
         pid = int((await services.reward.score.route(prompt, completions)).rewards[0])
         assert _runs(pid)
-        if ending == "kill":
-            (replica,) = services.reward.service.replicas
-            os.kill(replica.endpoint.pid, signal.SIGKILL)
-            await asyncio.to_thread(_wait_until_gone, pid)
+        (replica,) = services.reward.service.replicas
+        os.kill(replica.endpoint.pid, signal.SIGKILL)
+        await asyncio.to_thread(_wait_until_gone, pid)
+        pid = int((await services.reward.score.route(prompt, completions)).rewards[0])
     await asyncio.to_thread(_wait_until_gone, pid)
 
 
