@@ -21,7 +21,7 @@ test-vllm: $(VLLM_VENV)/.installed  ## the engine's contract and more, with the 
 		--engine=vllm -W default -W ignore::ResourceWarning $(ARGS)
 
 chaos: $(TESTABLE)  ## the long form of the chaos tests: more kills, more resumed runs, thousands of steps
-	@$(BIN)/python -m pytest tests/chaos tests/chaos/long_resumed_runs.py tests/chaos/long_memory.py --kills=30 $(ARGS)
+	@$(BIN)/python -m pytest tests/chaos -o python_files="test_*.py long_*.py" --kills=30 $(ARGS)
 
 check: $(TESTABLE)  ## linter, formatter in check mode, type checker
 	@$(BIN)/ruff check .
