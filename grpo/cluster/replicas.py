@@ -226,14 +226,14 @@ class Replica:
             _raised(self._death),
             self._ask(endpoint),
         )
-        pending = {stopped, *map(asyncio.ensure_future, works)}
+        tasks = pending = {stopped, *map(asyncio.ensure_future, works)}
         try:
             while not stopped.done():
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 for work in done:
                     work.result()
         finally:
-            await cancelled(pending)
+            await cancelled(tasks)  # also those that failed at the same moment: one error is told, the others are heard
 
     async def _bring_up_to_date(self, endpoint: Endpoint, death: Death | None) -> None:
         self._become(State.STALE)

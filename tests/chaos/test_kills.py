@@ -19,7 +19,7 @@ def config(tiny_config):
     tiny_config.rollout.concurrency = 16
     tiny_config.generator.replicas, tiny_config.generator.num_cpus = 2, 0.5
     tiny_config.buffer.max_policy_age = 3  # so that groups lie in the replay buffer when it is killed
-    tiny_config.reward.workers = 1
+    tiny_config.reward.workers, tiny_config.reward.replicas = 1, 2
     tiny_config.loss.beta = 0.05
     tiny_config.trainer.lr = 1e-3
     tiny_config.trainer.max_steps = 1_000_000
@@ -55,6 +55,7 @@ async def test_whatever_is_killed_the_run_goes_on_and_its_ledger_adds_up(config,
     assert summary["max_policy_age_seen"] <= config.age_bound
     steps = recorder.run_dir.read("metrics.jsonl")
     assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    assert steps[-1]["trainer/reference_kl"] > 0
     assert summary["groups_admitted"] == summary["groups_trained"] + summary["groups_in_flight"]
     assert summary["groups_trained"] == len(steps) * config.trainer.groups_per_step
     trained = [entry for line in recorder.run_dir.read("ledger.jsonl") for entry in line.get("trained", ())]

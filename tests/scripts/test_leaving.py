@@ -76,16 +76,6 @@ def joined():
             assert processes_of(head.pid) == []
 
 
-def test_a_killed_driver_leaves_no_process_of_its_cluster(train):
-    process = train(*ENDLESS)
-    in_mid_run(process)
-    started = len(members(process.pid))
-    process.kill()
-    process.communicate()
-    assert started > 5  # the actors among them
-    assert processes_of(process.pid) == []
-
-
 def test_a_driver_killed_while_ray_starts_leaves_no_process(train):
     process = train(*ENDLESS)
     while not any("raylet/raylet" in command for command in members(process.pid).values()):
@@ -108,8 +98,7 @@ def test_sigterm_while_ray_starts_is_an_interruption_and_leaves_no_process(train
     assert processes_of(process.pid) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_run_that_is_ended_leaves_a_joined_cluster_as_it_was(train, joined, number):
+def check_that_ending_it_leaves_a_joined_cluster_as_it_was(train, joined, number):
     process = train(*ENDLESS, f"cluster.address={joined.address}")
     in_mid_run(process)
     assert any(command.startswith("ray::") for command in joined.guests().values())
@@ -119,6 +108,10 @@ def test_a_run_that_is_ended_leaves_a_joined_cluster_as_it_was(train, joined, nu
     assert joined.is_whole()
 
 
+def test_a_killed_driver_leaves_a_joined_cluster_as_it_was(train, joined):
+    check_that_ending_it_leaves_a_joined_cluster_as_it_was(train, joined, signal.SIGKILL)
+
+
 def test_a_run_that_is_done_leaves_a_joined_cluster_as_it_was(train, joined):
     code, _, stderr = finish(train("trainer.max_steps=1", "eval.prompts=0", f"cluster.address={joined.address}"))
     assert (code, stderr) == (0, "")
@@ -126,11 +119,12 @@ def test_a_run_that_is_done_leaves_a_joined_cluster_as_it_was(train, joined):
     assert joined.is_whole()
 
 
-def test_two_runs_at_once_do_not_disturb_one_another(train):
+def test_a_killed_driver_leaves_nothing_of_its_cluster_and_does_not_disturb_another_run(train):
     """The one that is not killed goes on to an orderly end, which takes all of its actors."""
     survivor, victim = (train(*ENDLESS, f"hydra.run.dir={name}") for name in ("survivor", "victim"))
     in_mid_run(victim)
     in_mid_run(survivor)
+    assert len(members(victim.pid)) > 5  # the actors among them
     victim.kill()
     victim.communicate()
     assert processes_of(victim.pid) == []

@@ -11,8 +11,11 @@ from tests.scripts.processes import finish, only_run, processes_of
 
 def test_a_run_leaves_what_the_design_pins(train, tmp_path):
     code, stdout, stderr = finish(
-        train("trainer.max_steps=4", "eval.prompts=8", "eval.samples=2", "observe.rollouts_every=8")
-    )
+        train(
+            "trainer.max_steps=4", "eval.prompts=8", "eval.samples=2", "eval.every=2", "eval.num_cpus=0",
+            "observe.rollouts_every=8",
+        )
+    )  # fmt: skip
     assert (code, stderr) == (0, "")
     folder = only_run(tmp_path)
     assert f"run folder: {folder}" in stdout
@@ -23,9 +26,12 @@ def test_a_run_leaves_what_the_design_pins(train, tmp_path):
     assert summary["max_policy_age_seen"] <= 1
     assert summary["groups_admitted"] == summary["groups_trained"] + summary["groups_in_flight"]
     assert (summary["eval_first"], summary["eval_last"]) == (0.0, 0.0)
-    assert [evaluation["step"] for evaluation in summary["evaluations"]] == [0, 4]
+    evaluated = [evaluation["step"] for evaluation in summary["evaluations"]]  # by an evaluator, beside the training
+    assert (evaluated[0], evaluated[-1], len(evaluated) + summary["evaluations_skipped"]) == (0, 4, 3)
     assert "held-out reward: 0.000 -> 0.000\nheld-out pass@1 0.000 -> 0.000, pass@2 0.000 -> 0.000\n" in stdout
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[-1]["eval/step"] == 4
     assert (folder / "rollouts.jsonl").stat().st_size > 0
     assert "max_policy_age: 1" in (folder / "config.yaml").read_text()
     assert "rror" not in (folder / "run.log").read_text()  # the rollouts that the end cancels are no errors
@@ -132,16 +138,3 @@ def test_a_sweep_runs_one_after_another(train, tmp_path):
     assert code == 0
     summaries = sorted(tmp_path.glob("multirun/*/*/*/summary.json"))
     assert [json.loads(path.read_text())["status"] for path in summaries] == ["completed", "completed"]
-
-
-def test_an_evaluator_works_beside_the_training(train, tmp_path):
-    evaluator = ["eval.prompts=8", "eval.every=2", "eval.num_cpus=0"]
-    code, stdout, stderr = finish(train("trainer.max_steps=4", *evaluator))
-    assert (code, stderr) == (0, "")
-    assert "after step 4" in stdout
-    summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
-    steps = [evaluation["step"] for evaluation in summary["evaluations"]]
-    assert (steps[0], steps[-1]) == (0, 4)
-    assert len(steps) + summary["evaluations_skipped"] == 3
-    lines = [json.loads(line) for line in (only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()]
-    assert (lines[-1]["step"], lines[-1]["eval/step"]) == (4, 4)
