@@ -16,7 +16,7 @@ from grpo.recovery import Recovery
 from grpo.rollout import PromptQueue
 from grpo.services import Services
 from grpo.types import CheckpointError, Ticket
-from grpo.waiting import activity_of_its_own
+from grpo.waiting import begin_activity
 
 
 class Checkpoints:
@@ -100,9 +100,9 @@ class Checkpoints:
 
     async def _write(self, step: int, state: Any, groups: Any, progress: dict[str, Any]) -> None:
         assert self._services.checkpointer is not None
+        begin_activity("checkpoint")
         try:
-            with activity_of_its_own("checkpoint"):
-                report = await self._services.checkpointer.save.call_one(step, state, groups, progress)
+            report = await self._services.checkpointer.save.call_one(step, state, groups, progress)
         except CheckpointError as error:  # a full disk must not end the training
             self._recorder.checkpoint_failed(step, error)
         else:

@@ -21,7 +21,7 @@ from grpo.services import EvaluationServices
 from grpo.structured import unless
 from grpo.train import plan_table
 from grpo.types import ConfigError, EvaluationReport, Prompt, Scores
-from grpo.waiting import Activities
+from grpo.waiting import begin_activity
 from grpo.watchdog import Watchdog
 
 _VERSION = 0  # of the weights that a generator loads when it starts
@@ -77,7 +77,7 @@ async def _answer_all(
     services: EvaluationServices, config: RunConfig, run_dir: RunDirectory, console: Screen, failures: Failures
 ) -> EvaluationReport:
     """Raises StalledError when no prompt is done for `watchdog.seconds`; the whole may take as long as it needs."""
-    Activities().begin("evaluation")
+    begin_activity("evaluation")
     watchdog = Watchdog(
         config.watchdog, failures.progress, lambda message: console.print(message, style="yellow", markup=False)
     )

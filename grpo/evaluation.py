@@ -17,7 +17,7 @@ from grpo.rollout import sampling_params
 from grpo.services import EvaluationServices, Services
 from grpo.structured import Signal, together, unless
 from grpo.types import EvaluationReport, GenerationReport, MixedVersionsError, PayloadLost, Prompt, RewardError, Scores
-from grpo.waiting import activity_of_its_own
+from grpo.waiting import begin_activity
 from grpo.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class Evaluation:
             if self._evaluator is None or last:
                 await unless(self._shutdown, self._evaluate(step))
             else:
-                self._running = self._tasks.create_task(self._evaluate(step), name=f"evaluation-{step}")
+                self._running = self._tasks.create_task(self._evaluate_beside(step), name=f"evaluation-{step}")
 
     def cancel(self) -> None:
         """End an evaluation that is under way."""
@@ -90,6 +90,10 @@ class Evaluation:
         if self._evaluator is not None:
             await self._evaluator.update_weights.fanout(weights)
 
+    async def _evaluate_beside(self, step: int) -> None:
+        begin_activity("evaluation")
+        await self._evaluate(step)
+
     async def _evaluate(self, step: int) -> None:
         """Every answer is progress, for its own watchdog and for that of the training, which may wait for it."""
         answered, progress = Signal(), self._recorder.failures.progress
@@ -98,10 +102,9 @@ class Evaluation:
             answered.notify()
             progress.notify()
 
-        with activity_of_its_own("evaluation"):
-            self._prompts = self._prompts or await held_out_prompts(self._services, self._config)
-            work = evaluate(self._services, self._config, self._prompts, step, on_answer)
-            report = await Watchdog(self._config.watchdog, answered, self._recorder.warn).over(work)
+        self._prompts = self._prompts or await held_out_prompts(self._services, self._config)
+        work = evaluate(self._services, self._config, self._prompts, step, on_answer)
+        report = await Watchdog(self._config.watchdog, answered, self._recorder.warn).over(work)
         self._recorder.evaluated(report)
 
 

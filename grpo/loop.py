@@ -27,7 +27,7 @@ from grpo.rollout import PromptQueue, rollout, sampling_params
 from grpo.services import Services
 from grpo.structured import Interrupted, first_error, together, unless
 from grpo.types import GeneratorStats, PayloadLost, RewardError
-from grpo.waiting import Activities
+from grpo.waiting import begin_activity
 from grpo.watchdog import Watchdog
 
 
@@ -41,7 +41,6 @@ class Run:
     config: RunConfig
     recorder: Recorder
     shutdown: asyncio.Event
-    activities: Activities
 
 
 async def run(
@@ -58,10 +57,9 @@ async def run(
     """
     pacer, prompts = recorder.pacer, PromptQueue(services.dataloader, recorder.pacer, config.trainer.groups_per_step)
     recovery = Recovery(services, pacer, recorder, config.trainer.snapshot_every)
-    activities = Activities()
-    activities.begin("training")
+    begin_activity("training")
     watchdog = Watchdog(config.watchdog, recorder.failures.progress, recorder.warn)
-    run = Run(services, pacer, prompts, config, recorder, shutdown, activities)
+    run = Run(services, pacer, prompts, config, recorder, shutdown)
     try:
         async with asyncio.TaskGroup() as tasks:
             watching = [tasks.create_task(watch) for watch in (watchdog.watch(), recorder.failures.until_fatal())]
@@ -98,7 +96,7 @@ async def continuous_rollouts(run: Run) -> None:
     trained and published, or a group was lost), then for the generator, the reward and the reference.
     """
     services, pacer, config, recorder = run.services, run.pacer, run.config, run.recorder
-    run.activities.begin("rollouts")
+    begin_activity("rollouts")
     while not run.shutdown.is_set():
         ticket = await pacer.admit()
         prompt = await run.prompts.prompt_for(ticket)

@@ -1,7 +1,7 @@
 """Who waits for what, and since when: so that a stalled run can say it.
 
-Every long-lived coroutine is an activity of some group ("rollouts", "training"). What it awaits below, also in tasks
-that it starts, is noted under it by `waiting_for`.
+Every long-lived task is an activity of some group ("rollouts", "training"). What it awaits below, also in tasks that
+it starts, is noted under it by `waiting_for`.
 """
 
 from __future__ import annotations
@@ -11,81 +11,53 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from weakref import WeakValueDictionary
 
-_current: ContextVar[Activity | None] = ContextVar("activity", default=None)
+_present: ContextVar[Activity | None] = ContextVar("activity", default=None)
 
 
 class Activity:
-    """One coroutine: what it waits for at this moment, with the time at which each wait began."""
+    """One task: what it waits for at this moment, with the time at which each wait began.
 
-    def __init__(self, group: str, among: Activities) -> None:
+    `among` holds all activities of the run in the order in which they began, as long as their tasks live.
+    """
+
+    def __init__(self, group: str, among: WeakValueDictionary[object, Activity]) -> None:
         self.group, self.among = group, among
         self.waits: dict[object, tuple[str, float]] = {}
+        among[object()] = self
 
 
-class Activities:
-    """All activities of a run."""
-
-    def __init__(self) -> None:
-        self._activities: list[Activity] = []
-
-    def begin(self, group: str) -> None:
-        """What the present task, and every task it starts from now on, waits for is noted under `group`."""
-        activity = Activity(group, self)
-        self._activities.append(activity)
-        _current.set(activity)
-
-    def forget(self, activity: Activity) -> None:
-        self._activities.remove(activity)
-
-    def describe(self) -> str:
-        """For example: "32 rollouts wait for generator.generate, oldest 181 s; training waits for ..."."""
-        now = time.perf_counter()
-        ages: dict[tuple[str, str], list[float]] = defaultdict(list)
-        for activity in self._activities:
-            if activity.waits:
-                what = " and ".join(sorted({what for what, _ in activity.waits.values()}))
-                ages[activity.group, what].append(now - min(since for _, since in activity.waits.values()))
-        lines = [_line(group, what, seconds) for (group, what), seconds in ages.items()]
-        return "; ".join(lines) or "nobody waits for an actor"
-
-
-def who_waits() -> str:
-    """`describe` of the activities that the present task belongs to."""
-    activity = _current.get()
-    return activity.among.describe() if activity else "nobody knows who waits"
-
-
-@contextmanager
-def activity_of_its_own(group: str) -> Iterator[None]:
-    """For a task that an activity starts and does not wait for: what it waits for is noted under `group`."""
-    parent = _current.get()
-    if parent is None:
-        yield
-        return
-    parent.among.begin(group)
-    own = _current.get()
-    assert own is not None
-    try:
-        yield
-    finally:
-        parent.among.forget(own)
-        _current.set(parent)
+def begin_activity(group: str) -> None:
+    """From now on, what the present task and those that it starts wait for is noted under `group`."""
+    present = _present.get()
+    _present.set(Activity(group, WeakValueDictionary() if present is None else present.among))
 
 
 @contextmanager
 def waiting_for(what: str) -> Iterator[None]:
     """Note what the activity at hand waits for; outside of any, nothing is noted."""
-    activity = _current.get()
-    if activity is None:
-        yield
-        return
-    key = object()
-    activity.waits[key] = (what, time.perf_counter())
+    activity, key = _present.get(), object()
+    if activity is not None:
+        activity.waits[key] = (what, time.perf_counter())
     try:
         yield
     finally:
-        del activity.waits[key]
+        if activity is not None:
+            del activity.waits[key]
+
+
+def who_waits() -> str:
+    """For example: "32 rollouts wait for generator.generate, oldest 181 s; training: waits for ..."."""
+    now, present = time.perf_counter(), _present.get()
+    ages: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for activity in [] if present is None else list(present.among.values()):
+        if activity.waits:
+            what = " and ".join(sorted({what for what, _ in activity.waits.values()}))
+            ages[activity.group, what].append(now - min(since for _, since in activity.waits.values()))
+    return (
+        "; ".join(_line(group, what, seconds) for (group, what), seconds in ages.items()) or "nobody waits for an actor"
+    )
 
 
 def _line(group: str, what: str, seconds: list[float]) -> str:

@@ -17,14 +17,8 @@ R = TypeVar("R")
 class Watchdog:
     """Waits for progress. Where none came for `watchdog.seconds`, `watch` raises, or warns and waits on."""
 
-    def __init__(
-        self,
-        config: WatchdogConfig,
-        progress: Signal,
-        warn: Callable[[str], None],
-        describe: Callable[[], str] = who_waits,
-    ) -> None:
-        self._config, self._progress, self._warn, self._describe = config, progress, warn, describe
+    def __init__(self, config: WatchdogConfig, progress: Signal, warn: Callable[[str], None]) -> None:
+        self._config, self._progress, self._warn = config, progress, warn
 
     async def over(self, work: Coroutine[Any, Any, R]) -> R:
         """Await `work` under this watch."""
@@ -44,12 +38,9 @@ class Watchdog:
                     await self._progress.wait()
             except TimeoutError:
                 silent_s += self._config.seconds
-                error = StalledError(self._message(silent_s))
+                message = f"nothing was done for {silent_s:g} s (watchdog.seconds): {who_waits()}"
                 if self._config.action == "fail":
-                    raise error from None
-                self._warn(str(error))
+                    raise StalledError(message) from None
+                self._warn(message)
             else:
                 silent_s = 0.0
-
-    def _message(self, silent_s: float) -> str:
-        return f"nothing was done for {silent_s:g} s (watchdog.seconds): {self._describe()}"

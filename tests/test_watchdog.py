@@ -5,17 +5,12 @@ import pytest
 from grpo.config import WatchdogConfig
 from grpo.structured import Signal, together
 from grpo.types import StalledError
-from grpo.waiting import Activities, activity_of_its_own, waiting_for, who_waits
+from grpo.waiting import begin_activity, waiting_for, who_waits
 from grpo.watchdog import Watchdog
 
 
-@pytest.fixture
-def activities():
-    return Activities()
-
-
-async def wait(activities, group, *whats):
-    activities.begin(group)
+async def wait(group, *whats):
+    begin_activity(group)
 
     async def one(what):
         with waiting_for(what):
@@ -24,28 +19,29 @@ async def wait(activities, group, *whats):
     await together(*map(one, whats))
 
 
-async def test_a_stalled_run_fails_and_says_who_waits_for_what(activities):
-    waits = [wait(activities, "rollouts", "generator.generate") for _ in range(3)]
+async def test_a_stalled_run_fails_and_says_who_waits_for_what():
+    waits = [wait("rollouts", "generator.generate") for _ in range(3)]
     waits += [
-        wait(activities, "rollouts", "reward.score", "reference.logprobs"),
-        wait(activities, "training", "a batch"),
+        wait("rollouts", "reward.score", "reference.logprobs"),
+        wait("training", "a batch"),
     ]
+    begin_activity("the test")
     tasks = [asyncio.ensure_future(one) for one in waits]
     message = (
         r"nothing was done for 0.02 s \(watchdog.seconds\): 3 rollouts wait for generator.generate, oldest 0 s; "
         r"rollouts: waits for reference.logprobs and reward.score, 0 s; training: waits for a batch, 0 s$"
     )
     with pytest.raises(StalledError, match=message):
-        await Watchdog(WatchdogConfig(seconds=0.02), Signal(), print, activities.describe).watch()
+        await Watchdog(WatchdogConfig(seconds=0.02), Signal(), print).watch()
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    assert activities.describe() == "nobody waits for an actor"
+    assert who_waits() == "nobody waits for an actor"
 
 
-async def test_progress_keeps_the_watchdog_quiet(activities):
+async def test_progress_keeps_the_watchdog_quiet():
     progress = Signal()
-    watching = asyncio.ensure_future(Watchdog(WatchdogConfig(seconds=5), progress, print, activities.describe).watch())
+    watching = asyncio.ensure_future(Watchdog(WatchdogConfig(seconds=5), progress, print).watch())
     for _ in range(5):
         await asyncio.sleep(0)
         progress.notify()
@@ -53,7 +49,7 @@ async def test_progress_keeps_the_watchdog_quiet(activities):
     watching.cancel()
 
 
-async def test_a_warning_is_a_setting(activities):
+async def test_a_warning_is_a_setting():
     warned, twice = [], asyncio.Event()
 
     def warn(message):
@@ -62,7 +58,7 @@ async def test_a_warning_is_a_setting(activities):
             twice.set()
 
     config = WatchdogConfig(seconds=0.01, action="warn")
-    watching = asyncio.ensure_future(Watchdog(config, Signal(), warn, activities.describe).watch())
+    watching = asyncio.ensure_future(Watchdog(config, Signal(), warn).watch())
     await asyncio.wait_for(twice.wait(), 5)
     watching.cancel()
     assert [message.partition(" s ")[0] for message in warned] == [
@@ -70,7 +66,7 @@ async def test_a_warning_is_a_setting(activities):
     ]  # fmt: skip
 
 
-async def test_work_under_watch_gives_its_result_or_its_error_or_the_stall(activities):
+async def test_work_under_watch_gives_its_result_or_its_error_or_the_stall():
     async def answer():
         return 42
 
@@ -85,7 +81,7 @@ async def test_work_under_watch_gives_its_result_or_its_error_or_the_stall(activ
         finally:
             ended.set()
 
-    dog = Watchdog(WatchdogConfig(seconds=0.02), Signal(), print, activities.describe)
+    dog = Watchdog(WatchdogConfig(seconds=0.02), Signal(), print)
     assert await dog.over(answer()) == 42
     with pytest.raises(KeyError, match="its own"):
         await dog.over(fail())
@@ -94,16 +90,17 @@ async def test_work_under_watch_gives_its_result_or_its_error_or_the_stall(activ
     assert ended.is_set()
 
 
-def test_outside_of_any_activity_a_wait_is_not_noted(activities):
+def test_outside_of_any_activity_a_wait_is_not_noted():
     with waiting_for("something"):
-        assert activities.describe() == "nobody waits for an actor"
+        assert who_waits() == "nobody waits for an actor"
 
 
-async def test_a_task_that_an_activity_starts_may_be_one_of_its_own(activities):
-    activities.begin("training")
+async def test_a_task_that_an_activity_starts_may_be_one_of_its_own_and_is_forgotten_when_it_ends():
+    begin_activity("training")
 
     async def evaluate():
-        with activity_of_its_own("evaluation"), waiting_for("answers"):
+        begin_activity("evaluation")
+        with waiting_for("answers"):
             await asyncio.sleep(0)
             return who_waits()
 

@@ -68,11 +68,10 @@ class Recorder:
         self._steps: list[Metrics] = []  # what the summary needs of each line of this folder's metrics.jsonl
         self._reports: list[GenerationReport] = []  # of groups finished since the last step
         self._generators: dict[str, GeneratorStats] = {}  # by process, as of the last step
-        self._checkpoint_metrics: Metrics = {}  # since the last line
         self._checkpoints = {"written": 0, "failed": 0, "skipped": 0}
         self._resumed_at: list[int] = []
         self._wall_s_before = 0.0  # of the run that this one goes on with
-        self._evaluation_metrics: Metrics = {}  # since the last line
+        self._for_next_line: Metrics = {}  # what evaluations and checkpoints have left since the last one
         self._evaluations_skipped = 0
         failures.tell = self.warn
         self._started = self._step_began = self._generators_seen = time.perf_counter()
@@ -114,7 +113,7 @@ class Recorder:
         self.failures.reward_failed(error)
 
     def payload_lost(self, ticket: Ticket, error: PayloadLost) -> None:
-        """A group whose tokens went with a node. Raises it when too much was lost, see Failures."""
+        """A group whose tokens went with a node."""
         self.groups_begun_again([ticket], "payload")
         self.failures.payload_lost(error)
 
@@ -137,19 +136,19 @@ class Recorder:
         finally:
             waited_s = time.perf_counter() - started
             self._step_began += waited_s
-            before_s = self._evaluation_metrics.get("time/eval_s", 0.0)
-            self._evaluation_metrics["time/eval_s"] = before_s + waited_s
+            before_s = self._for_next_line.get("time/eval_s", 0.0)
+            self._for_next_line["time/eval_s"] = before_s + waited_s
 
     def evaluated(self, report: EvaluationReport) -> None:
         """Its numbers go into the next line of metrics; where there are two by then, those of the newer one."""
         self.evaluations.append(report)
         self.failures.progress.notify()
-        self._evaluation_metrics |= {f"eval/{name}": value for name, value in report.as_record().items()}
+        self._for_next_line |= {f"eval/{name}": value for name, value in report.as_record().items()}
         self._display.evaluated(report)
 
     def evaluation_skipped(self, step: int) -> None:
         self._evaluations_skipped += 1
-        self._evaluation_metrics["eval/skipped"] = self._evaluation_metrics.get("eval/skipped", 0) + 1
+        self._for_next_line["eval/skipped"] = self._for_next_line.get("eval/skipped", 0) + 1
         self.warn(
             f"no evaluation after step {step}: the one before it still runs; "
             "raise eval.every, or speed it up with fewer eval.prompts or more eval.replicas"
@@ -161,12 +160,12 @@ class Recorder:
 
     def checkpoint_taken(self, seconds: float) -> None:
         """How long the training waited for it."""
-        self._checkpoint_metrics["time/checkpoint_wait_s"] = seconds
+        self._for_next_line["time/checkpoint_wait_s"] = seconds
         self._step_began += seconds
 
     def checkpoint_written(self, report: Mapping[str, float]) -> None:
         self._checkpoints["written"] += 1
-        self._checkpoint_metrics |= {f"checkpoint/{name}": value for name, value in report.items()}
+        self._for_next_line |= {f"checkpoint/{name}": value for name, value in report.items()}
 
     def checkpoint_failed(self, step: int, error: Exception) -> None:
         self._checkpoints["failed"] += 1
@@ -210,8 +209,8 @@ class Recorder:
         try:
             yield
         finally:
-            metrics |= self._evaluation_metrics | self._checkpoint_metrics
-            self._evaluation_metrics, self._checkpoint_metrics = {}, {}
+            metrics |= self._for_next_line
+            self._for_next_line = {}
             self.run_dir.append("metrics.jsonl", metrics)
             self._display.step(metrics)
 
