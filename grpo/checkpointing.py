@@ -9,12 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grpo.config import RunConfig
-from grpo.observe.recorder import Recorder
-from grpo.pacing import Pacer
 from grpo.recovery import Recovery
-from grpo.rollout import PromptQueue
-from grpo.services import Services
+from grpo.run import Run
 from grpo.types import CheckpointError, Ticket
 from grpo.waiting import begin_activity
 
@@ -27,25 +23,15 @@ class Checkpoints:
     warning: the training goes on.
     """
 
-    def __init__(
-        self,
-        services: Services,
-        pacer: Pacer,
-        prompts: PromptQueue,
-        recovery: Recovery,
-        config: RunConfig,
-        recorder: Recorder,
-        tasks: asyncio.TaskGroup,
-    ) -> None:
-        self._services, self._pacer, self._prompts, self._recovery = services, pacer, prompts, recovery
-        self._config, self._recorder, self._tasks = config, recorder, tasks
-        self._every = config.checkpoint.every
+    def __init__(self, run: Run, recovery: Recovery, tasks: asyncio.TaskGroup) -> None:
+        self._run, self._recovery, self._tasks = run, recovery, tasks
+        self._recorder, self._every = run.recorder, run.config.checkpoint.every
         self._writing: asyncio.Task[None] | None = None
         self._newest = 0  # the step of the newest one that was written or restored
 
     async def after(self, step: int) -> None:
         """Take one of the trainer as it is after `step`, if it is due; that of the last step is left to `finish`."""
-        if self._every == 0 or step % self._every or step == self._config.trainer.max_steps:
+        if self._every == 0 or step % self._every or step == self._run.config.trainer.max_steps:
             return
         if self._writing is not None and not self._writing.done():
             self._recorder.checkpoint_skipped(step)
@@ -61,35 +47,34 @@ class Checkpoints:
 
     async def restore(self, path: Path, progress: Mapping[str, Any]) -> None:
         """Bring the actors, the ledger and the records to where the checkpoint at `path` was taken."""
-        services = self._services
+        services, pacer = self._run.services, self._run.pacer
         assert services.checkpointer is not None
         state, _ = await services.checkpointer.load_trainer.call_one(str(path))
         await services.trainer.restore.call(state)
         self._recovery.go_on_from(progress["step"], state)
         groups, serials = await services.checkpointer.load_groups.call_one(str(path))
-        self._prompts.restore(progress["prompts"])
-        self._pacer.restore(progress["ledger"])
+        self._run.prompts.restore(progress["prompts"])
+        pacer.restore(progress["ledger"])
         kept = {Ticket(serial) for serial in serials}
-        lost = [ticket for ticket in self._pacer.in_stage("rollout") if ticket not in kept]
-        await services.replay_buffer.restore.call_one(lost, self._pacer.admitted, groups)
+        lost = [ticket for ticket in pacer.in_stage("rollout") if ticket not in kept]
+        await services.replay_buffer.restore.call_one(lost, pacer.admitted, groups)
         for ticket in kept:
-            self._pacer.is_buffered(ticket)
-        self._recorder.groups_begun_again(lost, "resumed")
-        self._pacer.begin_again(lost, "resumed")
+            pacer.is_buffered(ticket)
+        self._run.begin_again(lost, "resumed")
         self._recorder.restore(progress["step"], progress["records"])
         self._newest = progress["step"]
 
     async def _begin(self, step: int) -> None:
         started = time.perf_counter()
         state = await self._recovery.snapshot(step)
-        groups, _ = await self._services.replay_buffer.state.call_one()
+        groups, _ = await self._run.services.replay_buffer.state.call_one()
         # From here to the next await everything is of one moment; what joined the buffer just now is made again.
         progress = {
             "step": step,
             "run_folder": str(self._recorder.run_dir.path),
-            "config": dataclasses.asdict(self._config),
-            "ledger": self._pacer.state(),
-            "prompts": self._prompts.state(),
+            "config": dataclasses.asdict(self._run.config),
+            "ledger": self._run.pacer.state(),
+            "prompts": self._run.prompts.state(),
             "records": self._recorder.state(),
         }
         files = await asyncio.wrap_future(self._recorder.run_dir.sizes())
@@ -99,10 +84,10 @@ class Checkpoints:
         )
 
     async def _write(self, step: int, state: Any, groups: Any, progress: dict[str, Any]) -> None:
-        assert self._services.checkpointer is not None
+        assert self._run.services.checkpointer is not None
         begin_activity("checkpoint")
         try:
-            report = await self._services.checkpointer.save.call_one(step, state, groups, progress)
+            report = await self._run.services.checkpointer.save.call_one(step, state, groups, progress)
         except CheckpointError as error:  # a full disk must not end the training
             self._recorder.checkpoint_failed(step, error)
         else:

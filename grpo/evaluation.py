@@ -12,9 +12,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 from grpo.config import RunConfig
-from grpo.observe.recorder import Recorder
 from grpo.rollout import sampling_params
-from grpo.services import EvaluationServices, Services
+from grpo.run import Run
+from grpo.services import EvaluationServices
 from grpo.structured import Signal, together, unless
 from grpo.types import EvaluationReport, GenerationReport, MixedVersionsError, PayloadLost, Prompt, RewardError, Scores
 from grpo.waiting import begin_activity
@@ -37,18 +37,12 @@ class Evaluation:
     so their weights stay put too.
     """
 
-    def __init__(
-        self,
-        services: Services,
-        config: RunConfig,
-        recorder: Recorder,
-        tasks: asyncio.TaskGroup,
-        shutdown: asyncio.Event,
-    ) -> None:
+    def __init__(self, run: Run, tasks: asyncio.TaskGroup) -> None:
+        services = run.services
         generator = services.evaluator or services.generator
         self._services = EvaluationServices(services.dataloader, generator, services.reward)
-        self._evaluator = services.evaluator
-        self._config, self._recorder, self._tasks, self._shutdown = config, recorder, tasks, shutdown
+        self._evaluator, self._tasks = services.evaluator, tasks
+        self._config, self._recorder, self._shutdown = run.config, run.recorder, run.shutdown
         self._prompts: Sequence[Prompt] = ()
         self._running: asyncio.Task[None] | None = None
 
@@ -70,6 +64,7 @@ class Evaluation:
             if self._evaluator is None or last:
                 await unless(self._shutdown, self._evaluate(step))
             else:
+                self._recorder.evaluation_began(step)
                 self._running = self._tasks.create_task(self._evaluate_beside(step), name=f"evaluation-{step}")
 
     def cancel(self) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from grpo.config import ModelConfig
-from grpo.learner.checkpoint import MODEL, checkpoints, latest_good, load_trainer, verify
+from grpo.learner.checkpoint import MODEL, find_checkpoint, load_trainer
 from grpo.models.export import export_model
 from grpo.types import CheckpointError
 
@@ -31,19 +31,3 @@ def export(source: Path, out: Path, dtype: torch.dtype, *, trust_remote_code: bo
         shutil.rmtree(out, ignore_errors=True)
         raise CheckpointError(f"{out} can't be written: {' '.join(str(error).split())}") from error
     return checkpoint, warnings
-
-
-def find_checkpoint(source: Path) -> tuple[Path, list[str]]:
-    """A checkpoint itself, or the newest whole one of a run; and what is wrong with newer ones.
-
-    Raises CheckpointError, naming the fix, when there is none.
-    """
-    if (source / MODEL).is_dir():
-        verify(source)
-        return source, []
-    folder = source if checkpoints(source) else source / "checkpoints"
-    newest, warnings = latest_good(folder)
-    if newest is None:
-        found = "; ".join(warnings) or f"no step_* in {folder}"
-        raise CheckpointError(f"no whole checkpoint: {found}; name a checkpoint, or the run that has one")
-    return newest, warnings

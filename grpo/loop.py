@@ -13,34 +13,21 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 from grpo.checkpointing import Checkpoints
 from grpo.config import RunConfig
 from grpo.evaluation import Evaluation
 from grpo.observe.recorder import Recorder
-from grpo.pacing import Pacer
 from grpo.recovery import Recovery
 from grpo.resume import ResumePoint
 from grpo.rollout import PromptQueue, rollout, sampling_params
+from grpo.run import Run
 from grpo.services import Services
 from grpo.structured import Interrupted, first_error, together, unless
 from grpo.types import GeneratorStats, PayloadLost, RewardError
 from grpo.waiting import begin_activity
 from grpo.watchdog import Watchdog
-
-
-@dataclass(frozen=True)
-class Run:
-    """What the coroutines of a run share."""
-
-    services: Services
-    pacer: Pacer
-    prompts: PromptQueue
-    config: RunConfig
-    recorder: Recorder
-    shutdown: asyncio.Event
 
 
 async def run(
@@ -55,27 +42,26 @@ async def run(
     Every task belongs to one task group: the first error ends them all and is raised as it is. Actors that die are
     replaced behind `services`; what only the driver knows of them is in `Recovery`.
     """
-    pacer, prompts = recorder.pacer, PromptQueue(services.dataloader, recorder.pacer, config.trainer.groups_per_step)
-    recovery = Recovery(services, pacer, recorder, config.trainer.snapshot_every)
+    prompts = PromptQueue(services.dataloader, recorder.pacer, config.trainer.groups_per_step)
+    shared = Run(services, recorder.pacer, prompts, config, recorder, shutdown)
+    recovery = Recovery(shared)
     begin_activity("training")
     watchdog = Watchdog(config.watchdog, recorder.failures.progress, recorder.warn)
-    run = Run(services, pacer, prompts, config, recorder, shutdown)
     try:
         async with asyncio.TaskGroup() as tasks:
             watching = [tasks.create_task(watch) for watch in (watchdog.watch(), recorder.failures.until_fatal())]
             background = [tasks.create_task(recorder.loop_lag.watch(), name="loop-lag")]
-            evaluation = Evaluation(services, config, recorder, tasks, shutdown)
-            checkpoints = Checkpoints(services, pacer, prompts, recovery, config, recorder, tasks)
+            evaluation, checkpoints = Evaluation(shared, tasks), Checkpoints(shared, recovery, tasks)
             if resume is not None:
                 await checkpoints.restore(resume.path, resume.progress)
             weights, stats = await publish_weights(services)
             recorder.training_begins(stats)
             for i in range(config.rollout.concurrency):
-                background.append(tasks.create_task(continuous_rollouts(run), name=f"rollouts-{i}"))
+                background.append(tasks.create_task(continuous_rollouts(shared), name=f"rollouts-{i}"))
             with suppress(Interrupted):
                 await evaluation.after(recorder.step, weights)
                 del weights  # they take up room in the object store for as long as they are held
-                await continuous_training(run, recovery, evaluation, checkpoints)
+                await continuous_training(shared, recovery, evaluation, checkpoints)
             evaluation.cancel()
             for task in background:
                 task.cancel()
@@ -111,8 +97,8 @@ async def continuous_rollouts(run: Run) -> None:
             pacer.drop(ticket, error.reason)
             await services.replay_buffer.skip.call_one(ticket)
         except PayloadLost as error:
-            recorder.payload_lost(ticket, error)
-            pacer.begin_again([ticket], "payload")
+            recorder.failures.payload_lost(error)
+            run.begin_again([ticket], "payload")
         else:
             pacer.is_buffered(ticket)
             recorder.group_finished(group, scores, report)

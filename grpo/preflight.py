@@ -61,6 +61,8 @@ def open_run(
         run_dir.close()
         raise
     run_dir.write("config.yaml", to_yaml(config))
+    if config.checkpoint.every:
+        run_dir.lead_to(Path(str(config.checkpoint.dir)))
     return config, run_dir
 
 

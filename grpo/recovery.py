@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from grpo.observe.recorder import Recorder
-from grpo.pacing import Pacer
-from grpo.services import Newcomer, Services
+from grpo.run import Run
+from grpo.services import Newcomer
 from grpo.types import RecoveryError
 
 
@@ -21,13 +20,13 @@ class Recovery:
     hold weights of the present version that differ from its own by rounding, until the next ones are published.
     """
 
-    def __init__(self, services: Services, pacer: Pacer, recorder: Recorder, snapshot_every: int) -> None:
-        self._services, self._pacer, self._recorder, self._every = services, pacer, recorder, snapshot_every
+    def __init__(self, run: Run) -> None:
+        self._run, self._every = run, run.config.trainer.snapshot_every
         self._snapshot: Any = None
         self._snapshot_step = -1
         self._batches: list[Any] = []
-        services.replay_buffer.on_restart(self.restore_replay_buffer)
-        services.trainer.on_restart(self.restore_trainer)
+        run.services.replay_buffer.on_restart(self.restore_replay_buffer)
+        run.services.trainer.on_restart(self.restore_trainer)
 
     async def step_trained(self, step: int, batch: Any) -> None:
         """Remember the batch of a step, or take a snapshot behind it where that is due."""
@@ -40,7 +39,7 @@ class Recovery:
         """A reference to the trainer's state after `step`, its last one."""
         if self._snapshot_step == step:
             return self._snapshot
-        (snapshot, _version), *_ = await self._services.trainer.snapshot.call()
+        (snapshot, _version), *_ = await self._run.services.trainer.snapshot.call()
         self.go_on_from(step, snapshot)
         return snapshot
 
@@ -64,7 +63,7 @@ class Recovery:
 
     async def restore_replay_buffer(self, newcomer: Newcomer) -> None:
         """It awaits every group that is not in training; those that lay in the old one are made again."""
-        lost = self._pacer.in_stage("buffered")
-        await newcomer.restore.call_one(self._pacer.in_stage("rollout", "buffered"), self._pacer.admitted)
-        self._recorder.groups_begun_again(lost, "replay_buffer")
-        self._pacer.begin_again(lost, "replay_buffer")
+        pacer = self._run.pacer
+        lost = pacer.in_stage("buffered")
+        await newcomer.restore.call_one(pacer.in_stage("rollout", "buffered"), pacer.admitted)
+        self._run.begin_again(lost, "replay_buffer")

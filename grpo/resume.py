@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config import RunConfig
-from grpo.learner.checkpoint import checkpoints, latest_good, load_progress, verify
+from grpo.learner.checkpoint import checkpoints, find_checkpoint, load_progress
 from grpo.types import CheckpointError, ConfigError
 
 _DATED = re.compile(r"\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d$")  # the folder that a run gets where none is named
@@ -52,13 +52,13 @@ def find_resume_point(config: RunConfig, folder: Path) -> tuple[ResumePoint | No
     """What `resume` asks for, and warnings; None where `auto` finds no run to go on with.
 
     `auto` looks in `checkpoint.dir`, then in `folder`, where a new run would go, and where that is a dated one among
-    the others, unless `checkpoint.dir` is set. Raises ConfigError when there is nothing at a path that was named, and
-    CheckpointError when all that is there is broken.
+    the others, unless `checkpoint.dir` is set. Raises CheckpointError when nothing is at a path that was named, or all
+    that is there is broken.
     """
     if config.resume is None:
         return None, []
     if config.resume != "auto":
-        return _at(Path(config.resume).expanduser(), folder)
+        return _found(Path(config.resume).expanduser(), folder)
     candidates: Iterable[Path] = (folder / "checkpoints",)
     if config.checkpoint.dir is not None:
         candidates = (Path(config.checkpoint.dir).expanduser(), *candidates)
@@ -66,7 +66,7 @@ def find_resume_point(config: RunConfig, folder: Path) -> tuple[ResumePoint | No
         candidates = chain(candidates, _unfinished_beside(config, folder))
     for candidate in candidates:
         if checkpoints(candidate):
-            return _newest_in(candidate, folder)
+            return _found(candidate, folder)
     return None, ["resume=auto: found no run to go on with; starting a new one"]
 
 
@@ -95,10 +95,7 @@ def check_compatible(config: RunConfig, point: ResumePoint) -> None:
 
     And when nothing is left to do.
     """
-    before, now = (
-        dict(_leaves(point.progress["config"])),
-        dict(_leaves(json.loads(json.dumps(dataclasses.asdict(config))))),
-    )
+    before, now = dict(_leaves(_with_defaults(point.progress["config"]))), dict(_leaves(_as_json(config)))
     differing = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted({*before, *now})
@@ -117,23 +114,12 @@ def check_compatible(config: RunConfig, point: ResumePoint) -> None:
         )
 
 
-def _at(path: Path, new_folder: Path) -> tuple[ResumePoint, list[str]]:
-    """A run folder, its folder of checkpoints, or one checkpoint."""
-    for folder in (path / "checkpoints", path):
-        if checkpoints(folder):
-            return _newest_in(folder, new_folder)
-    if not (path / "progress.json").exists():
-        raise ConfigError(
-            f"no checkpoint at {str(path)!r}; name a run's folder or one of its checkpoints", key="resume"
-        )
-    verify(path)
-    return _point(path, new_folder), []
-
-
-def _newest_in(checkpoint_folder: Path, new_folder: Path) -> tuple[ResumePoint, list[str]]:
-    path, warnings = latest_good(checkpoint_folder)
-    if path is None:
-        raise CheckpointError(f"resume: no checkpoint in {checkpoint_folder} can be used: {'; '.join(warnings)}")
+def _found(source: Path, new_folder: Path) -> tuple[ResumePoint, list[str]]:
+    """A run's folder, its folder of checkpoints, or one checkpoint."""
+    try:
+        path, warnings = find_checkpoint(source)
+    except CheckpointError as error:
+        raise CheckpointError(f"resume: {error}") from error
     return _point(path, new_folder), warnings
 
 
@@ -174,6 +160,20 @@ def _config_of(run: Path) -> Mapping[str, Any] | None:
             continue
         return config
     return None
+
+
+def _with_defaults(before: Mapping[str, Any]) -> dict[str, Any]:
+    """A config of an older version of this package: what it did not know yet has its default."""
+    return {
+        name: {**default, **before.get(name, {})} if isinstance(default, dict) else before.get(name, default)
+        for name, default in _as_json(RunConfig()).items()
+    }
+
+
+def _as_json(config: RunConfig) -> dict[str, Any]:
+    """As it comes back from a checkpoint: tuples and integer keys are gone."""
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return values
 
 
 def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

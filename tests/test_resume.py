@@ -95,7 +95,9 @@ def test_nothing_at_the_path_is_an_error_that_says_what_to_name(config, tmp_path
     for folder in there:
         (tmp_path / "there" / folder).mkdir(parents=True)
     config.resume = str(tmp_path / "there")
-    with pytest.raises(ConfigError, match=r"resume: no checkpoint at '.*/there'; name a run's folder"):
+    with pytest.raises(
+        CheckpointError, match=r"resume: no whole checkpoint: no step_\* in .*; name a checkpoint, or the run"
+    ):
         find_resume_point(config, tmp_path / "new")
 
 
@@ -115,7 +117,7 @@ def test_nothing_but_broken_ones_is_an_error(config, run_with):
     spoil(run, 3)
     spoil(run, 6)
     for config.resume in ("auto", str(run)):
-        with pytest.raises(CheckpointError, match=r"no checkpoint in .*/run/checkpoints can be used: .*step_000006/"):
+        with pytest.raises(CheckpointError, match=r"resume: no whole checkpoint: .*/run/checkpoints/step_000006/"):
             find_resume_point(config, run)
     config.resume = str(run / "checkpoints/step_000003")
     with pytest.raises(CheckpointError, match=r"step_000003/trainer\.safetensors has 6 bytes instead of 2"):
@@ -238,6 +240,17 @@ def point_of(config, folder):
     return find_resume_point(config, folder)[0]
 
 
+def test_a_setting_that_an_older_version_did_not_know_had_its_default(config, run_with):
+    run = run_with(2)
+    point = point_of(config, run)
+    del point.progress["config"]["trainer"]["weight_decay"]
+    del point.progress["config"]["buffer"]
+    check_compatible(config, point)
+    config.trainer.weight_decay = 0.1
+    with pytest.raises(ConfigError, match=r"trainer.weight_decay was 0.0, is 0.1"):
+        check_compatible(config, point)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -344,6 +357,16 @@ def test_what_was_written_after_the_checkpoint_is_put_aside(config, run_with, tm
     assert not (run / "summary.json").exists()
     config.resume = "auto"
     assert found(config, run)[0] == 3
+
+
+def test_a_run_whose_checkpoints_are_kept_elsewhere_leads_to_them(config, run_with, tmp_path, open_run):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    config.checkpoint.every, config.checkpoint.dir = 1, str(elsewhere)
+    open_run(run)
+    assert (run / "checkpoints").readlink() == elsewhere
+    run_with(2, folder=run, kept=elsewhere)
+    config.checkpoint.dir, config.resume = None, str(run)
+    assert found(config, tmp_path / "new") == (2, elsewhere / "step_000002", run, True)
 
 
 def test_what_is_put_aside_replaces_what_was_put_aside_before(config, run_with):

@@ -54,10 +54,9 @@ class ReplayBuffer:
         )
 
     @returns_payload
-    async def state(self) -> tuple[list[tuple[int, Group]], tuple[int, ...]]:
-        """The groups that lie here with the serials of their tickets; and those serials."""
-        groups = [(ticket.serial, self._groups[ticket]) for ticket in sorted(self._groups)]
-        return groups, tuple(serial for serial, _ in groups)
+    async def state(self) -> tuple[list[tuple[int, Group]], None]:
+        """The groups that lie here, each behind the serial of its ticket."""
+        return [(ticket.serial, self._groups[ticket]) for ticket in sorted(self._groups)], None
 
     async def restore(
         self, awaited: Sequence[Ticket], next_serial: int, groups: Sequence[tuple[int, Group]] = ()

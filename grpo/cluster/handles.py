@@ -11,6 +11,7 @@ restored. What was acknowledged before is the restorer's business, so no call is
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from grpo.cluster.endpoints import Endpoint
@@ -18,6 +19,7 @@ from grpo.cluster.replicas import Call, Replica
 from grpo.cluster.services import Service
 from grpo.services import Restore
 from grpo.structured import together
+from grpo.types import ActorDied
 from grpo.waiting import waiting_for
 
 
@@ -60,9 +62,8 @@ class ActorHandle:
             replica = await self.service.available(self._replica)
             if self._sticky:
                 self._replica = replica
-            answered, result = await replica.attempt(call)
-            if answered:
-                return result
+            with suppress(ActorDied):
+                return await replica.attempt(call)
 
 
 class BoundMethod:

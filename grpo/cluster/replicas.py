@@ -101,22 +101,22 @@ class Replica:
         self._common = common
         self._death: asyncio.Future[ActorDied] = asyncio.get_running_loop().create_future()
 
-    async def attempt(self, call: Call) -> tuple[bool, Any]:
-        """(True, result); or (False, None) when the process died, which is then replaced."""
+    async def attempt(self, call: Call) -> Any:
+        """The answer. Raises ActorDied when the process died, which is then replaced: the call can be made again."""
         endpoint, death = self.endpoint, self._death
         assert endpoint is not None
         self.in_flight += 1
         self.requests += 1
         started = time.perf_counter()
         try:
-            return True, await endpoint.invoke(call.method, call.args, call.kwargs)
+            return await endpoint.invoke(call.method, call.args, call.kwargs)
         except ActorDied as error:
             self.failures += 1
             if self.endpoint is endpoint:  # else its replacement is there already
                 self._become(State.UNHEALTHY)
                 if not death.done():
                     death.set_result(error)
-            return False, None
+            raise
         finally:
             self.in_flight -= 1
             self.busy_s += time.perf_counter() - started

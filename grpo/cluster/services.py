@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import count
 from typing import Any
 
@@ -65,9 +66,8 @@ class Service:
             await self._until(lambda: replica.state in (State.HEALTHY, State.STOPPED))
             if replica.state is State.STOPPED:
                 raise ActorDied(f"{replica.name} was removed")
-            answered, result = await replica.attempt(call)
-            if answered:
-                return result
+            with suppress(ActorDied):
+                return await replica.attempt(call)
 
     async def fanout(self, call: Call) -> list[Any]:
         """The answers of all that are healthy and stay so; at least one."""
@@ -75,9 +75,9 @@ class Service:
             self.common.latest = call
         while True:
             await self._until(self._healthy)
-            answers = await together(*(replica.attempt(call) for replica in self._healthy()))
-            if results := [result for answered, result in answers if answered]:
-                return results
+            answers = await together(*(_unless_it_dies(replica, call) for replica in self._healthy()))
+            if any(answers):
+                return [result for answer in answers for result in answer]
 
     def scale(self, replicas: int) -> None:
         """Start more, or let some finish what they have and leave, the healthy ones last; at least one stays."""
@@ -123,6 +123,14 @@ class Service:
         await self.common.changed.wait_for(lambda: self._error or condition())
         if self._error is not None:
             raise self._error
+
+
+async def _unless_it_dies(replica: Replica, call: Call) -> list[Any]:
+    """The answer, if there is one."""
+    try:
+        return [await replica.attempt(call)]
+    except ActorDied:
+        return []
 
 
 def make_service(spec: ActorSpec, spawn: Spawn, failures: Failures, config: RunConfig, claims: Claims) -> Service:

@@ -120,6 +120,22 @@ def latest_good(folder: Path) -> tuple[Path | None, list[str]]:
     return None, warnings
 
 
+def find_checkpoint(source: Path) -> tuple[Path, list[str]]:
+    """A checkpoint itself, or the newest whole one of a run; and what is wrong with newer ones.
+
+    Raises CheckpointError, naming the fix, when there is none.
+    """
+    if (source / MODEL).is_dir():
+        verify(source)
+        return source, []
+    folder = source if checkpoints(source) else source / "checkpoints"
+    newest, warnings = latest_good(folder)
+    if newest is None:
+        found = "; ".join(warnings) or f"no step_* in {folder}"
+        raise CheckpointError(f"no whole checkpoint: {found}; name a checkpoint, or the run that has one")
+    return newest, warnings
+
+
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the `keep` checkpoints that were written last. Raises OSError."""
     for path in checkpoints(folder)[keep:]:

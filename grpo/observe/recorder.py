@@ -21,7 +21,6 @@ from grpo.types import (
     GenerationReport,
     GeneratorStats,
     Group,
-    PayloadLost,
     RewardError,
     Scores,
     Ticket,
@@ -73,6 +72,7 @@ class Recorder:
         self._wall_s_before = 0.0  # of the run that this one goes on with
         self._for_next_line: Metrics = {}  # what evaluations and checkpoints have left since the last one
         self._evaluations_skipped = 0
+        self._evaluating: int | None = None  # the step of an evaluation that runs beside the training
         failures.tell = self.warn
         self._started = self._step_began = self._generators_seen = time.perf_counter()
 
@@ -112,11 +112,6 @@ class Recorder:
         self.run_dir.append("ledger.jsonl", {"dropped": self.pacer.entry(ticket), "reason": error.reason})
         self.failures.reward_failed(error)
 
-    def payload_lost(self, ticket: Ticket, error: PayloadLost) -> None:
-        """A group whose tokens went with a node."""
-        self.groups_begun_again([ticket], "payload")
-        self.failures.payload_lost(error)
-
     def groups_begun_again(self, tickets: Sequence[Ticket], reason: str) -> None:
         """Groups that were lost, with a process or with the run."""
         if tickets:
@@ -142,9 +137,14 @@ class Recorder:
     def evaluated(self, report: EvaluationReport) -> None:
         """Its numbers go into the next line of metrics; where there are two by then, those of the newer one."""
         self.evaluations.append(report)
+        self._evaluating = None
         self.failures.progress.notify()
         self._for_next_line |= {f"eval/{name}": value for name, value in report.as_record().items()}
         self._display.evaluated(report)
+
+    def evaluation_began(self, step: int) -> None:
+        """One that runs beside the training."""
+        self._evaluating = step
 
     def evaluation_skipped(self, step: int) -> None:
         self._evaluations_skipped += 1
@@ -251,11 +251,15 @@ class Recorder:
         return summary
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs of the past, as JSON can hold it; the steps stand in metrics.jsonl."""
+        """What a resumed run needs of the past, as JSON can hold it; the steps stand in metrics.jsonl.
+
+        An evaluation of an earlier step that still runs is skipped there: its weights are gone.
+        """
+        lost = self._evaluating not in (None, self.step)
         return {
             "wall_s": self.wall_s,
             "evaluations": [dataclasses.asdict(report) for report in self.evaluations],
-            "evaluations_skipped": self._evaluations_skipped,
+            "evaluations_skipped": self._evaluations_skipped + lost,
             "resumed_at": self._resumed_at,
         }
 

@@ -46,6 +46,16 @@ class RunDirectory:
                 key="hydra.run.dir",
             )
 
+    def lead_to(self, checkpoints: Path) -> None:
+        """Have `checkpoints` here be a link where they are kept elsewhere: who names the run means them too."""
+        link = self.path / "checkpoints"
+        if link.absolute() != checkpoints and not link.exists():
+            try:
+                link.unlink(missing_ok=True)  # one that leads nowhere
+                link.symlink_to(checkpoints)
+            except OSError as error:  # not every file system has links, and a run can do without
+                log.warning("checkpoints are in %s; no link to them: %s", checkpoints, error)
+
     def cut(self, sizes: Mapping[str, int]) -> None:
         """Take the files that grow back to the moment at which `sizes` were taken, and the end that it came to."""
         (self.path / "summary.json").unlink(missing_ok=True)  # or a run that is killed now would pass for completed

@@ -236,6 +236,19 @@ def test_a_resumed_run_goes_on_from_what_the_files_and_the_state_hold(tiny_confi
     assert (summary["steps"], summary["reward_first"], summary["resumed_at"]) == (3, 0.1, [3])
 
 
+def test_an_evaluation_that_still_runs_at_a_checkpoint_is_skipped_by_a_resumed_run_unless_it_can_be_made_again(
+    tiny_config, make_recorder
+):
+    recorder = make_recorder(tiny_config)
+    record_steps(recorder, [0.1, 0.2])
+    recorder.evaluation_began(2)
+    assert recorder.state()["evaluations_skipped"] == 0  # its step is the checkpoint's
+    recorder.step = 3
+    assert recorder.state()["evaluations_skipped"] == 1
+    recorder.evaluated(evaluation(2, reward=0.25))
+    assert recorder.state()["evaluations_skipped"] == 0
+
+
 def test_the_summary_tells_deaths_and_how_fast_all_was_well_again(tiny_config, make_recorder):
     recorder = make_recorder(tiny_config)
     recorder.failures.actor_is_back(recorder.failures.actor_died("trainer", ActorDied("trainer died: killed")))

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo.config import LossConfig, ModelConfig, TrainerConfig
-from grpo.export import export, find_checkpoint
-from grpo.learner.checkpoint import save_checkpoint
+from grpo.export import export
+from grpo.learner.checkpoint import find_checkpoint, save_checkpoint
 from grpo.learner.learner import Learner
 from grpo.models.export import export_model
 from grpo.models.loading import load_model

@@ -21,6 +21,13 @@ def in_mid_run(process):
     assert any(line.startswith("step") for line in process.stdout)
 
 
+def once_it_runs(process, command):
+    """Wait until a program that it starts is there."""
+    while not any(command in running for running in members(process.pid).values()):
+        assert process.poll() is None
+        time.sleep(0.02)
+
+
 def members(session):
     """Process id and command line of the living processes of a session."""
     found = {}
@@ -78,9 +85,7 @@ def joined():
 
 def test_a_driver_killed_while_ray_starts_leaves_no_process(train):
     process = train(*ENDLESS)
-    while not any("raylet/raylet" in command for command in members(process.pid).values()):
-        assert process.poll() is None
-        time.sleep(0.02)
+    once_it_runs(process, "raylet/raylet")
     process.kill()
     process.communicate()
     assert processes_of(process.pid) == []
@@ -88,9 +93,7 @@ def test_a_driver_killed_while_ray_starts_leaves_no_process(train):
 
 def test_sigterm_while_ray_starts_is_an_interruption_and_leaves_no_process(train):
     process = train(*ENDLESS)
-    while not any("gcs_server" in command for command in members(process.pid).values()):
-        assert process.poll() is None
-        time.sleep(0.02)
+    once_it_runs(process, "gcs_server")
     process.terminate()
     code, stdout, _ = finish(process)
     assert code == 130
