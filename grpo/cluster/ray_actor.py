@@ -115,7 +115,7 @@ class RayEndpoint:
 
 
 def _first_line(error: RayError) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _hoist(arg: Any, payloads: list[ray.ObjectRef]) -> Any:
