@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 R = TypeVar("R")
@@ -63,6 +64,19 @@ async def unless(shutdown: asyncio.Event, work: Coroutine[Any, Any, R]) -> R:
         return task.result()
     finally:
         await cancelled((task, stop))
+
+
+@asynccontextmanager
+async def within(seconds: float | None, late: Callable[[], Exception]) -> AsyncIterator[None]:
+    """Raise what `late()` makes when the block takes longer; time-outs of its own pass through. None is for ever."""
+    timeout = asyncio.timeout(seconds)
+    try:
+        async with timeout:
+            yield
+    except TimeoutError as error:
+        if not timeout.expired():
+            raise
+        raise late() from error
 
 
 async def cancelled(tasks: Iterable[asyncio.Future[Any]]) -> None:

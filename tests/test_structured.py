@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from grpo.structured import Interrupted, Signal, first_error, together, unless
+from grpo.structured import Interrupted, Signal, first_error, together, unless, within
 
 
 async def test_together_gives_results_in_order():
@@ -107,6 +107,17 @@ async def test_a_signal_wakes_everybody_whose_condition_has_become_true():
     signal.notify()
     assert await asyncio.wait_for(waiting[2], 1) == ["a", "b"]
     assert await signal.wait_for(lambda: "at once") == "at once"
+
+
+async def test_a_block_that_is_late_raises_the_error_made_for_it_and_leaves_other_timeouts_alone():
+    with pytest.raises(KeyError, match="late"):
+        async with within(0.01, lambda: KeyError("late")):
+            await asyncio.Event().wait()
+    with pytest.raises(TimeoutError, match="theirs"):
+        async with within(60, lambda: KeyError("late")):
+            raise TimeoutError("theirs")
+    async with within(None, lambda: KeyError("late")):
+        await asyncio.sleep(0)
 
 
 def test_first_error_digs_out_the_leaf_and_notes_the_others():

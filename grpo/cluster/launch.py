@@ -22,7 +22,7 @@ from grpo.cluster.services import Service, make_service
 from grpo.config import ClusterConfig, RunConfig
 from grpo.failures import Failures
 from grpo.services import Services
-from grpo.structured import together
+from grpo.structured import together, within
 from grpo.types import LaunchError
 
 _CLOSE_TIMEOUT_S = 5.0
@@ -119,20 +119,17 @@ def _spawn(spec: ActorSpec, name: str) -> RayEndpoint:
 
 
 async def _all_ready(services: Mapping[str, Service], timeout_s: float) -> None:
-    timeout = asyncio.timeout(timeout_s)
-    try:
-        async with timeout:
-            await together(*(service.ready() for service in services.values()))
-    except TimeoutError:
-        if not timeout.expired():
-            raise
-        late = ", ".join(
+    def late() -> LaunchError:
+        names = ", ".join(
             name
             for name, service in services.items()
             if any(replica.state is State.STARTING and not replica.optional for replica in service.replicas)
         )
         free = ray.available_resources()
-        raise LaunchError(
-            f"cluster.start_timeout_s: {late} not up after {timeout_s:g} s; the cluster has "
+        return LaunchError(
+            f"cluster.start_timeout_s: {names} not up after {timeout_s:g} s; the cluster has "
             f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free, another job may hold the rest"
-        ) from None
+        )
+
+    async with within(timeout_s, late):
+        await together(*(service.ready() for service in services.values()))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from grpo.cluster.endpoints import Endpoint, Spawn
 from grpo.failures import Death, Failures
-from grpo.structured import Signal, cancelled
+from grpo.structured import Signal, cancelled, within
 from grpo.types import ActorDied, LaunchError
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,10 @@ class Timeouts:
 
 
 class Claims:
-    """Who has no place in the cluster yet. Optional replicas step back while a required one is among them."""
+    """Who has no place in the cluster yet. Optional replicas step back while a required one is among them.
+
+    One for all services of a run. `changed` is notified of every change that anybody may wait for, there and here.
+    """
 
     def __init__(self) -> None:
         self.changed = Signal()
@@ -76,7 +79,7 @@ class Common:
     """What the replicas of a service share.
 
     `latest` is the last call that a newcomer has to be given before it serves, `restore` does whatever else a
-    replacement needs. Whoever changes a replica's state, or `latest`, notifies `changed`.
+    replacement needs.
     """
 
     spawn: Spawn
@@ -85,7 +88,10 @@ class Common:
     claims: Claims
     latest: Call | None = None
     restore: Callable[[Endpoint], Awaitable[None]] | None = None
-    changed: Signal = field(default_factory=Signal)
+
+    @property
+    def changed(self) -> Signal:
+        return self.claims.changed
 
 
 class Replica:
@@ -180,37 +186,32 @@ class Replica:
         Raises what the actor's `setup` raises, ActorDied when the process dies of it, and LaunchError for a
         replacement that is late.
         """
-        claims = self._common.claims
+        claims, changed = self._common.claims, self._common.changed
         if self.optional:
-            await claims.changed.wait_for(lambda: not claims.urgent)
-        self._become(State.STARTING)
+            await changed.wait_for(lambda: not claims.urgent or self.state is State.STOPPED)
         if self.state is State.STOPPED:
             return False
+        self._become(State.STARTING)
         self._death = asyncio.get_running_loop().create_future()
         self.endpoint = self._common.spawn(self.name)
         start_s = self._common.timeouts.start_s if again and not self.optional else None
-        late = asyncio.timeout(start_s)
+        late = LaunchError(f"{self.name} not up after {start_s} s (cluster.start_timeout_s)")
         setup = asyncio.ensure_future(self.endpoint.invoke("setup"))
-        gone: list[Coroutine[Any, Any, Any]] = [self._stopped()]
-        if self.optional:
-            gone.append(claims.changed.wait_for(lambda: claims.urgent))
-        others = [asyncio.ensure_future(each) for each in gone]
+        taken_back = asyncio.ensure_future(
+            changed.wait_for(lambda: self.state is State.STOPPED or (self.optional and claims.urgent))
+        )
         try:
-            with nullcontext() if self.optional else claims.required():
-                async with late:
-                    await asyncio.wait([setup, *others], return_when=asyncio.FIRST_COMPLETED)
+            async with within(start_s, lambda: late):
+                with nullcontext() if self.optional else claims.required():
+                    await asyncio.wait((setup, taken_back), return_when=asyncio.FIRST_COMPLETED)
             if setup.done():
                 setup.result()
                 return True
             self.kill(hung=True)
             self.endpoint = None
             return False
-        except TimeoutError as error:
-            if not late.expired():
-                raise
-            raise LaunchError(f"{self.name} not up after {start_s:g} s (cluster.start_timeout_s)") from error
         finally:
-            await cancelled([setup, *others])
+            await cancelled((setup, taken_back))
 
     async def _serve(self, death: Death | None) -> None:
         """Bring the process up to date and watch over it; returns when it was stopped and has finished.
@@ -219,7 +220,9 @@ class Replica:
         """
         endpoint = self.endpoint
         assert endpoint is not None
-        stopped = asyncio.ensure_future(self._stopped(and_finished=True))
+        stopped = asyncio.ensure_future(
+            self._common.changed.wait_for(lambda: self.state is State.STOPPED and not self.in_flight)
+        )
         works = (
             self._bring_up_to_date(endpoint, death),
             endpoint.until_death(),
@@ -250,23 +253,12 @@ class Replica:
 
     async def _ask(self, endpoint: Endpoint) -> NoReturn:
         """Whether a process still answers, time and again."""
-        timeouts = self._common.timeouts
+        every_s, timeout_s = self._common.timeouts.health_every_s, self._common.timeouts.health_timeout_s
+        late = ActorDied(f"{self.name} did not answer for {timeout_s:g} s (recovery.health_timeout_s)")
         while True:
-            await asyncio.sleep(timeouts.health_every_s)
-            late = asyncio.timeout(timeouts.health_timeout_s)
-            try:
-                async with late:
-                    await endpoint.ping()
-            except TimeoutError as error:
-                if not late.expired():
-                    raise
-                seconds = timeouts.health_timeout_s
-                raise ActorDied(f"{self.name} did not answer for {seconds:g} s (recovery.health_timeout_s)") from error
-
-    async def _stopped(self, *, and_finished: bool = False) -> None:
-        await self._common.changed.wait_for(
-            lambda: self.state is State.STOPPED and not (and_finished and self.in_flight)
-        )
+            await asyncio.sleep(every_s)
+            async with within(timeout_s, lambda: late):
+                await endpoint.ping()
 
     def _become(self, state: State) -> None:
         """Once stopped, it stays so."""

@@ -16,17 +16,21 @@ from tests.fakes import Parcel, Worker, service_of
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
+def process():
+    return RayEndpoint("worker", Worker, host_class(Worker).options(num_cpus=0).remote(Worker, {}))
+
+
+@pytest.fixture(scope="module")
+def long_lived(ray_session):
+    """A process for all tests that let it live: one takes seconds to start."""
+    endpoint = process()
+    yield endpoint
+    endpoint.kill()
+
+
 @pytest.fixture
-async def worker():
-    handle = make(1)
-    yield handle
-    handle.service.replicas[0].endpoint.kill()
-
-
-def make(replicas):
-    remote = host_class(Worker).options(num_cpus=0)
-    endpoints = [RayEndpoint("worker", Worker, remote.remote(Worker, {})) for _ in range(replicas)]
-    return ActorHandle(service_of(*endpoints, name="worker"))
+async def worker(long_lived):
+    return ActorHandle(service_of(long_lived, name="worker"))
 
 
 async def test_a_payload_stays_behind_and_is_resolved_where_it_is_used(worker):
@@ -48,8 +52,8 @@ async def test_an_exception_arrives_with_its_type(worker):
     assert type(caught.value) is RewardError
 
 
-async def test_a_dead_process_is_an_error_of_its_own(worker):
-    endpoint = worker.service.replicas[0].endpoint
+async def test_a_dead_process_is_an_error_of_its_own():
+    endpoint = process()
     hears_of_it = asyncio.ensure_future(endpoint.until_death())
     with pytest.raises(ActorDied, match="worker"):
         await endpoint.invoke("die")
@@ -59,8 +63,7 @@ async def test_a_dead_process_is_an_error_of_its_own(worker):
 
 
 async def test_a_process_that_no_longer_answers_can_be_killed():
-    handle = make(1)
-    endpoint = handle.service.replicas[0].endpoint
+    endpoint = process()
     await endpoint.invoke("setup")
     await endpoint.ping()
     os.kill(endpoint.pid, signal.SIGSTOP)
@@ -70,9 +73,9 @@ async def test_a_process_that_no_longer_answers_can_be_killed():
         await waiting
 
 
-async def test_replicas_are_processes_of_their_own():
-    handle = make(2)
+async def test_replicas_are_processes_of_their_own(long_lived):
+    other = process()
+    handle = ActorHandle(service_of(long_lived, other, name="worker"))
     assert len(set(await handle.process.fanout())) == 2
     assert len(await asyncio.gather(*(handle.process.route() for _ in range(4)))) == 4
-    for replica in handle.service.replicas:
-        replica.endpoint.kill()
+    other.kill()
