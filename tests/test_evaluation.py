@@ -248,6 +248,26 @@ async def test_a_shutdown_ends_the_wait_for_the_last_evaluation(loop, replicas):
     assert nothing_is_left_running()
 
 
+@pytest.mark.parametrize("replicas", [1, 0], ids=["evaluator", "borrowed"])
+async def test_who_answers_may_die_and_every_answer_is_there_all_the_same(config, make_recorder, replicas):
+    config.eval.replicas, config.generator.args = replicas, {"latency_s": 0.02, "mean_tokens": 4}
+    recorder, trainer = make_recorder(config), CountingTrainer()
+    async with launch_local(config, recorder.failures, {"trainer": trainer}) as services:
+        (replica,) = (services.evaluator or services.generator).service.replicas
+
+        async def kill_after(step):
+            await trainer.until(step)
+            await asyncio.sleep(0.01)  # an evaluation is due, and under way
+            replica.kill()
+
+        kills = [asyncio.ensure_future(kill_after(step)) for step in (0, 5, 10)]
+        await run(services, config, recorder, asyncio.Event())
+        await asyncio.gather(*kills)
+    assert list(recorder.failures.restarts.values()) == [3]
+    assert {report.step for report in recorder.evaluations} >= {0, 20}
+    assert {(report.prompts, report.completion_count) for report in recorder.evaluations} == {(6, 12)}
+
+
 async def test_an_evaluation_that_fails_ends_the_run_with_its_error(loop):
     gate = GatedAnswers(error=ZeroDivisionError("no answer"))
     gate.open()

@@ -180,9 +180,9 @@ class _Worker:
                 doing = value if kind == "doing" else doing
         except (EOFError, OSError) as error:
             if time.monotonic() < deadline:
-                stopped, ending = self.killed, self._end(_DYING_S)  # the pipe closes a moment before the process ends
-                killed = ending == _describe(-signal.SIGKILL) and not stopped
-                raise (_Killed if killed else RewardCrash)(f"{doing}: its process died with {ending}") from error
+                ours, code = self.killed, self._end(_DYING_S)  # the pipe closes a moment before the process ends
+                kind_of_death = _Killed if code == -signal.SIGKILL and not ours else RewardCrash
+                raise kind_of_death(f"{doing}: its process died with {_describe(code)}") from error
         if kind == "doing":
             self._end()
             raise RewardTimeout(f"{doing}: took longer than {timeout_s:g} s and was killed")
@@ -190,15 +190,15 @@ class _Worker:
             raise value
         return value
 
-    def _end(self, patience_s: float = 0.0) -> str:
-        """Kill a process that has not ended by itself within `patience_s`, and say how it went."""
+    def _end(self, patience_s: float = 0.0) -> int:
+        """Kill a process that has not ended by itself within `patience_s`; how it went, as subprocess tells it."""
         assert self._process is not None
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(patience_s)
         self.kill()
         code = self._process.wait()
         self.clean_up()
-        return _describe(code)
+        return code
 
     @contextmanager
     def _killed_at(self, deadline: float) -> Iterator[None]:
