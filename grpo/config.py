@@ -59,13 +59,56 @@ class RewardConfig:
 
 @dataclass
 class LossConfig:
-    """The loss and the advantages; see grpo/algorithms."""
+    """The loss and the advantages; see grpo/algorithms. A parameter left at null is the loss function's own."""
 
-    name: str = "grpo"
-    advantages: str = "group_norm"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    name: str = "grpo"  # of LOSSES, or `module:function`
+    advantages: str = "group_norm"  # of ADVANTAGES, or `module:function`
+    aggregation: str | None = None  # token_mean, sequence_mean, fixed_horizon
+    horizon: int | None = None  # tokens that fixed_horizon divides by; null: the longest completion of the batch
+    clip_low: float | None = None  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: float | None = None
+    dual_clip: float | None = None  # grpo, dapo: bounds the loss of a bad answer's token at so many times its advantage
+    max_ratio: float | None = None  # reinforce
+    tau_positive: float | None = None  # sapo: how fast the gate closes
+    tau_negative: float | None = None
+    max_tv: float | None = None  # ppo_tv: how far the probability of a token may move
+    args: dict[str, Any] = field(default_factory=dict)  # further ones, of a loss of your own
     beta: float = 0.0  # weight of the KL term to the reference model; 0: there is no reference
+    kl: str = "k3"  # its estimate: k1, k2, k3
+
+
+LOSS_PARAMETERS = ("clip_low", "clip_high", "dual_clip", "max_ratio", "tau_positive", "tau_negative", "max_tv")
+
+
+@dataclass
+class CorrectionConfig:
+    """Importance weights for off-policy samples; see grpo/algorithms/corrections.py, and configs/correction."""
+
+    weights: str = "none"  # none: the loss's ratio is to the policy that sampled; truncate, mask: to the proximal one
+    level: str = "token"  # token, sequence, geometric
+    low: float = 0.0
+    high: float | None = None  # null: no bound
+
+
+@dataclass
+class ShapingConfig:
+    """What becomes of a reward before the advantages: scaled, clipped, and less for long answers."""
+
+    scale: float = 1.0
+    clip_low: float | None = None  # after scaling; null: no bound
+    clip_high: float | None = None
+    length_penalty: float = 0.0  # taken off an answer of max_completion_tokens, of shorter ones in proportion
+    overlong: str = "keep"  # answers cut off at the limit. mask: not trained on; penalize: see overlong_zone
+    overlong_zone: int = 0  # with penalize: the last so many tokens before the limit cost more and more
+    overlong_penalty: float = 1.0  # up to so much
+
+
+@dataclass
+class FilterConfig:
+    """Groups that are dropped before they reach the trainer."""
+
+    zero_advantage: bool = False  # those with nothing to learn from; others are made in their place
+    max_batches: int = 20  # so many batches' worth dropped between two steps are tolerated; one group more ends the run
 
 
 @dataclass
@@ -82,6 +125,7 @@ class TrainerConfig:
 
     max_steps: int = 100
     groups_per_step: int = 16  # P
+    updates_per_batch: int = 1  # optimizer steps over a batch, each on its share of the groups
     lr: float = 1e-6
     lr_schedule: str = "constant"  # constant, linear, cosine
     warmup_steps: int = 0
@@ -190,6 +234,9 @@ class RunConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    shaping: ShapingConfig = field(default_factory=ShapingConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
     buffer: BufferConfig = field(default_factory=BufferConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)

@@ -15,9 +15,15 @@ from typing import NoReturn
 
 from grpo.config import RecoveryConfig
 from grpo.structured import Signal
-from grpo.types import DataError, InfrastructureError, PayloadLost, RewardError
+from grpo.types import DataError, InfrastructureError, PayloadLost, RewardError, ZeroAdvantage
 
 log = logging.getLogger(__name__)
+
+
+_FILTER_FIX = (
+    "the policy answers always or never right: take easier or harder prompts, a larger rollout.group_size, or raise "
+    "filter.max_batches"
+)
 
 
 @dataclass
@@ -44,6 +50,7 @@ class Failures:
         self._fatal: BaseException | None = None
         self._ended = Signal()
         self._config = config
+        self._filtered: Counter[tuple[float, ...]] = Counter()  # since the last step, by their rewards
         self._restarts_left, self._data_failures_left = config.max_restarts, config.max_data_failures
 
     @property
@@ -84,8 +91,15 @@ class Failures:
             raise DataError(f"{error}; recovery.max_data_failures={limit} between two steps are spent") from error
         self._data_failures_left -= 1
 
+    def nothing_to_learn(self, error: ZeroAdvantage, limit: int) -> None:
+        """Note a group that the filter drops. Raises DataError when `limit` were since the last step."""
+        self._filtered[error.rollout.shaped_rewards] += 1
+        if self._filtered.total() > limit:
+            raise DataError(f"filter.zero_advantage: {_seen(self._filtered)}, with no batch in between; {_FILTER_FIX}")
+
     def step_trained(self) -> None:
         """The budgets are full again."""
+        self._filtered.clear()
         now = time.perf_counter()
         for death in self.deaths:
             if death.next_step_s is None:
@@ -98,3 +112,13 @@ class Failures:
             limit = self._config.max_restarts
             raise type(error)(f"{error}; recovery.max_restarts={limit} between two steps are spent") from error
         self._restarts_left -= 1
+
+
+def _seen(filtered: Counter[tuple[float, ...]]) -> str:
+    """`320 groups with nothing to learn from (310 with reward 0 throughout, 10 with reward 1 throughout)`."""
+    equal: Counter[float] = Counter()
+    for rewards, count in filtered.items():
+        if len(set(rewards)) == 1:
+            equal[rewards[0]] += count
+    kinds = [f"{count} with reward {reward:g} throughout" for reward, count in equal.most_common(3)]
+    return f"{filtered.total()} groups with nothing to learn from ({', '.join(kinds) or 'all completions masked'})"

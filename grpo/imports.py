@@ -24,6 +24,15 @@ def import_target(target: str, *, key: str) -> Callable[..., Any]:
     return found
 
 
+def named_function(name: str, known: Mapping[str, Callable[..., Any]], *, key: str) -> Callable[..., Any]:
+    """One of the known ones, or `module:name`. Raises ConfigError that names `key` when there is none."""
+    if name in known:
+        return known[name]
+    if ":" not in name and "." not in name:
+        raise ConfigError(f"{name!r} is not one of {', '.join(known)}, nor of the form module:function", key=key)
+    return import_target(name, key=key)
+
+
 def check_arguments(target: Callable[..., Any], args: Mapping[str, Any], *, key: str) -> None:
     """Raise ConfigError when `target` doesn't take these keyword arguments."""
     known = inspect.signature(target).parameters.values()

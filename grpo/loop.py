@@ -25,7 +25,7 @@ from grpo.rollout import PromptQueue, rollout, sampling_params
 from grpo.run import Run
 from grpo.services import Services
 from grpo.structured import Interrupted, first_error, together, unless
-from grpo.types import GeneratorStats, PayloadLost, RewardError
+from grpo.types import GeneratorStats, PayloadLost, RewardError, ZeroAdvantage
 from grpo.waiting import begin_activity
 from grpo.watchdog import Watchdog
 
@@ -81,28 +81,23 @@ async def continuous_rollouts(run: Run) -> None:
     Consumes tickets and prompts, leaves groups in the replay buffer. Waits for a ticket (woken when a step has been
     trained and published, or a group was lost), then for the generator, the reward and the reference.
     """
-    services, pacer, config, recorder = run.services, run.pacer, run.config, run.recorder
+    services, config = run.services, run.config
     begin_activity("rollouts")
     while not run.shutdown.is_set():
-        ticket = await pacer.admit()
+        ticket = await run.pacer.admit()
         prompt = await run.prompts.prompt_for(ticket)
         params = sampling_params(config.rollout, config.seed, prompt)
         try:
-            group, scores, report = await rollout(prompt, params, services, config.loss)
-            await services.replay_buffer.add.call_one(ticket, group)
-        except RewardError as error:
-            if config.reward.on_error == "fail":
-                raise
-            recorder.group_dropped(ticket, error)
-            pacer.drop(ticket, error.reason)
-            await services.replay_buffer.skip.call_one(ticket)
+            finished = await rollout(prompt, params, services, config)
+            await services.replay_buffer.add.call_one(ticket, finished.group)
+        except (RewardError, ZeroAdvantage) as error:
+            await run.drop(ticket, error)
         except PayloadLost as error:
-            recorder.failures.payload_lost(error)
+            run.recorder.failures.payload_lost(error)
             run.begin_again([ticket], "payload")
         else:
-            pacer.is_buffered(ticket)
-            recorder.group_finished(group, scores, report)
-            del group, scores  # they would lie in the object store while it waits for a ticket
+            run.group_finished(ticket, finished)
+            del finished  # its payload would lie in the object store while this waits for a ticket
 
 
 async def continuous_training(run: Run, recovery: Recovery, evaluation: Evaluation, checkpoints: Checkpoints) -> None:

@@ -11,8 +11,6 @@ from typing import TypeVar
 import torch
 
 from grpo.actors.scoring import reward_function
-from grpo.algorithms.advantages import ADVANTAGES
-from grpo.algorithms.losses import LOSSES
 from grpo.cluster.plan import ActorSpec, check_capacity
 from grpo.composition import to_yaml
 from grpo.config import ModelConfig, RunConfig
@@ -20,10 +18,12 @@ from grpo.engines.simulated import SimulatedEngine
 from grpo.engines.vllm_words import check_installed
 from grpo.imports import check_arguments, import_target
 from grpo.learner.checkpoint import checkpoints
+from grpo.learner.objective import Objective
 from grpo.models.loading import check_architecture, check_weights, context_length, load_settings, load_skeleton
 from grpo.models.tokenizer import load_tokenizer
 from grpo.observe.run_dir import RunDirectory
 from grpo.resume import ResumePoint, check_compatible, is_completed, leave_newer_behind
+from grpo.rollout import advantage_function
 from grpo.tasks.base import Task, make_task
 from grpo.tasks.encoding import PromptEncoder
 from grpo.types import ConfigError
@@ -84,12 +84,8 @@ def _fit_to_run(config: RunConfig, task: Task, folder: Path, resume: ResumePoint
 
 def check_names(config: RunConfig) -> Task:
     """Look up everything that the config names; returns the task. Raises ConfigError or TaskError."""
-    for key, name, known in (
-        ("loss.name", config.loss.name, LOSSES),
-        ("loss.advantages", config.loss.advantages, ADVANTAGES),
-    ):
-        if name not in known:
-            raise ConfigError(f"{name!r} is not one of {', '.join(known)}", key=key)
+    Objective(config.loss, config.correction)
+    advantage_function(config.loss)
     if config.generator.engine == "simulated":
         check_arguments(SimulatedEngine, config.generator.args, key="generator.args")
     elif config.generator.engine == "vllm":

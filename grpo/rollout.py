@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from grpo.algorithms.advantages import ADVANTAGES
-from grpo.config import LossConfig, RolloutConfig
+from grpo.algorithms.shaping import shape
+from grpo.config import LossConfig, RolloutConfig, RunConfig, ShapingConfig
+from grpo.imports import named_function
 from grpo.pacing import Pacer
 from grpo.services import Handle, Services
 from grpo.structured import together
-from grpo.types import GenerationReport, Group, Prompt, PromptBatch, SamplingParams, Scores, Ticket
+from grpo.types import (
+    GenerationReport,
+    Group,
+    Prompt,
+    PromptBatch,
+    Rollout,
+    SamplingParams,
+    Scores,
+    Ticket,
+    ZeroAdvantage,
+)
 
 
 class PromptQueue:
@@ -79,29 +92,57 @@ def sampling_params(config: RolloutConfig, seed: int, prompt: Prompt, n: int | N
     )
 
 
-async def rollout(
-    prompt: Prompt, params: SamplingParams, services: Services, loss: LossConfig
-) -> tuple[Group, Scores, GenerationReport]:
+async def rollout(prompt: Prompt, params: SamplingParams, services: Services, config: RunConfig) -> Rollout:
     """Generate, then score and look up reference log-probabilities side by side.
 
     Tokens stay where they are: the group carries references to them. Raises what the services raise; RewardError is
-    the one that a run may choose to tolerate.
+    the one that a run may choose to tolerate. Raises ZeroAdvantage for a group that `filter` wants dropped.
     """
     completions, report = await services.generator.generate.route(prompt, params)
     scores, reference_logprobs = await together(
         services.reward.score.route(prompt, completions),
         _reference_logprobs(services, prompt, completions),
     )
-    advantages_G = ADVANTAGES[loss.advantages](torch.tensor(scores.rewards))
+    shaped_G = shaped_rewards(scores, report, params, config.shaping)
     group = Group(
         prompt=prompt,
         completions=completions,
         reference_logprobs=reference_logprobs,
         rewards=scores.rewards,
-        advantages=tuple(advantages_G.tolist()),
+        advantages=tuple(advantage_function(config.loss)(shaped_G).tolist()),
         oldest_version=report.oldest_version,
+        masked=_masked(report, config.shaping),
     )
-    return group, scores, report
+    finished = Rollout(group, scores, report, tuple(shaped_G.tolist()))
+    if config.filter.zero_advantage and not group.has_signal:
+        raise ZeroAdvantage(finished)
+    return finished
+
+
+def shaped_rewards(scores: Scores, report: GenerationReport, params: SamplingParams, config: ShapingConfig) -> Tensor:
+    """What the advantages of a group are taken of."""
+    return shape(
+        torch.tensor(scores.rewards),
+        torch.tensor(report.lengths),
+        params.max_tokens,
+        scale=config.scale,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        length_penalty=config.length_penalty,
+        overlong_zone=config.overlong_zone if config.overlong == "penalize" else 0,
+        overlong_penalty=config.overlong_penalty,
+    )
+
+
+def advantage_function(config: LossConfig) -> Callable[[Tensor], Tensor]:
+    """An entry of ADVANTAGES, or `module:function`. Raises ConfigError when there is none."""
+    return named_function(config.advantages, ADVANTAGES, key="loss.advantages")
+
+
+def _masked(report: GenerationReport, config: ShapingConfig) -> tuple[int, ...]:
+    if config.overlong != "mask":
+        return ()
+    return tuple(i for i, truncated in enumerate(report.truncated) if truncated)
 
 
 async def _reference_logprobs(services: Services, prompt: Prompt, completions: Any) -> Any:

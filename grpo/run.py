@@ -11,7 +11,7 @@ from grpo.observe.recorder import Recorder
 from grpo.pacing import Pacer
 from grpo.rollout import PromptQueue
 from grpo.services import Services
-from grpo.types import Ticket
+from grpo.types import RewardError, Rollout, Ticket, ZeroAdvantage
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,25 @@ class Run:
     config: RunConfig
     recorder: Recorder
     shutdown: asyncio.Event
+
+    def group_finished(self, ticket: Ticket, rollout: Rollout) -> None:
+        """It lies in the replay buffer."""
+        self.pacer.is_buffered(ticket)
+        self.recorder.group_finished(rollout)
+
+    async def drop(self, ticket: Ticket, error: RewardError | ZeroAdvantage) -> None:
+        """Leave a group out and hand its ticket back.
+
+        Raises the error where it isn't tolerated, and DataError when there were too many.
+        """
+        if isinstance(error, RewardError) and self.config.reward.on_error == "fail":
+            raise error
+        self.recorder.group_dropped(ticket, error)
+        if isinstance(error, ZeroAdvantage):
+            limit = self.config.filter.max_batches * self.config.trainer.groups_per_step
+            self.recorder.failures.nothing_to_learn(error, limit)
+        self.pacer.drop(ticket, error.reason)
+        await self.services.replay_buffer.skip.call_one(ticket)
 
     def begin_again(self, tickets: Sequence[Ticket], reason: str) -> None:
         """Groups that are lost, with a process, a node or the run before, are made again."""

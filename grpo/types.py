@@ -98,9 +98,20 @@ class GenerationReport:
 
     oldest_version: int
     newest_version: int
-    completion_count: int
-    token_count: int
-    truncated_count: int
+    lengths: tuple[int, ...]  # tokens of each completion
+    truncated: tuple[bool, ...]  # whether it ended because it had become too long
+
+    @property
+    def completion_count(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def token_count(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def truncated_count(self) -> int:
+        return sum(self.truncated)
 
 
 @dataclass(frozen=True)
@@ -120,6 +131,7 @@ class Group:
     """The completions of one prompt with rewards and advantages: never split, in the buffer or in a batch.
 
     In the driver `completions` and `reference_logprobs` are references to payloads; inside an actor they are values.
+    `masked` are the places of completions that are not trained on, whatever their advantage.
     """
 
     prompt: Prompt
@@ -128,6 +140,22 @@ class Group:
     rewards: tuple[float, ...]
     advantages: tuple[float, ...]
     oldest_version: int
+    masked: tuple[int, ...] = ()
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether there is anything to learn from it."""
+        return any(advantage and i not in self.masked for i, advantage in enumerate(self.advantages))
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A finished group and what is said of it. Its advantages are of `shaped_rewards`: see algorithms/shaping.py."""
+
+    group: Group
+    scores: Scores
+    report: GenerationReport
+    shaped_rewards: tuple[float, ...]
 
 
 @dataclass(frozen=True, order=True)
@@ -229,6 +257,16 @@ class TaskError(DataError):
     """A task that has no usable prompt."""
 
 
+class ZeroAdvantage(DataError):
+    """A group from which nothing can be learned: dropped when `filter.zero_advantage` is set."""
+
+    reason: ClassVar[str] = "zero_advantage"
+
+    def __init__(self, rollout: Rollout) -> None:
+        super().__init__("all rewards of the group are equal, or no completion of it is trained on")
+        self.rollout = rollout
+
+
 class RewardError(DataError):
     """A reward function that raised. Its subclasses tell what else may go wrong.
 
@@ -307,4 +345,4 @@ class WeightsError(GRPOError):
 
 
 class NonFiniteError(GRPOError):
-    """Too many steps in a row whose loss or gradient was not finite."""
+    """Too many updates in a row whose loss or gradient was not finite."""

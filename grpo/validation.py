@@ -15,6 +15,11 @@ _CHOICES = {
     "trainer.lr_schedule": ("constant", "linear", "cosine"),
     "generator.engine": ("torch", "vllm", "simulated"),
     "watchdog.action": ("fail", "warn"),
+    "loss.aggregation": (None, "token_mean", "sequence_mean", "fixed_horizon"),
+    "loss.kl": ("k1", "k2", "k3"),
+    "correction.weights": ("none", "truncate", "mask"),
+    "correction.level": ("token", "sequence", "geometric"),
+    "shaping.overlong": ("keep", "mask", "penalize"),
     "generator.weight_update": ("in_flight", "in_flight_recompute", "drain"),
 }
 
@@ -47,6 +52,16 @@ _AT_LEAST = {
     "reference.threads": (0, "0 takes as many as num_cpus"),
     "loss.clip_low": (0, "0 clips every ratio below 1"),
     "loss.clip_high": (0, "0 clips every ratio above 1"),
+    "loss.dual_clip": (1, "it bounds the loss at so many times the advantage"),
+    "loss.horizon": (1, "the loss is divided by it"),
+    "loss.max_tv": (0, "0 stops every token that moves"),
+    "correction.low": (0, "importance weights are not negative"),
+    "correction.high": (1, "1 is the weight of a sample of the present policy"),
+    "shaping.length_penalty": (0, "0 lets answers be as long as they like"),
+    "shaping.overlong_zone": (0, "with overlong=penalize, tokens before the limit"),
+    "shaping.overlong_penalty": (0, "it is taken off the reward"),
+    "filter.max_batches": (1, "a batch's worth of groups is soon dropped"),
+    "trainer.updates_per_batch": (1, "1 makes one optimizer step of a batch"),
     "loss.beta": (0, "0 switches the KL term off"),
     "eval.prompts": (0, "0 switches evaluation off"),
     "eval.every": (0, "0 evaluates only at the start and at the end"),
@@ -76,6 +91,10 @@ _POSITIVE = (
     "recovery.health_timeout_s",
     "reward.timeout_s",
     "cluster.start_timeout_s",
+    "loss.max_ratio",
+    "loss.tau_positive",
+    "loss.tau_negative",
+    "shaping.scale",
 )
 
 
@@ -83,13 +102,13 @@ def validate(config: RunConfig) -> None:
     """Check ranges, choices and what belongs together. Raises ConfigError naming the key and the fix."""
     for key, choices in _CHOICES.items():
         if (value := _value(config, key)) not in choices:
-            raise ConfigError(f"{value!r} is not one of {', '.join(choices)}", key=key)
+            raise ConfigError(f"{value!r} is not one of {', '.join(map(_shown, choices))}", key=key)
     for key, (least, why) in _AT_LEAST.items():
-        if not _value(config, key) >= least:
-            raise ConfigError(f"is {_value(config, key)}, must be at least {least}: {why}", key=key)
+        if (value := _value(config, key)) is not None and not value >= least:
+            raise ConfigError(f"is {value}, must be at least {least}: {why}", key=key)
     for key in _POSITIVE:
-        if not _value(config, key) > 0:
-            raise ConfigError(f"is {_value(config, key)}, must be greater than 0", key=key)
+        if (value := _value(config, key)) is not None and not value > 0:
+            raise ConfigError(f"is {value}, must be greater than 0", key=key)
     if not 0 < config.rollout.top_p <= 1:
         raise ConfigError(f"is {config.rollout.top_p}, must be in (0, 1]; 1 switches it off", key="rollout.top_p")
     if len(config.trainer.betas) != 2 or not all(0 <= beta < 1 for beta in config.trainer.betas):
@@ -101,8 +120,38 @@ def validate(config: RunConfig) -> None:
         raise ConfigError("set either model.path (with model=hf) or model.prepare", key="model.path")
     if not config.reward.functions:
         raise ConfigError("is empty; name at least one, for example {task: 1.0}", key="reward.functions")
+    _validate_algorithm(config)
     _validate_generator(config)
     _validate_evaluation(config)
+
+
+def _validate_algorithm(config: RunConfig) -> None:
+    updates, groups, correction = config.trainer.updates_per_batch, config.trainer.groups_per_step, config.correction
+    if updates > groups:
+        raise ConfigError(
+            f"is {updates}, but a batch has {groups} groups (trainer.groups_per_step), which are not split: lower it",
+            key="trainer.updates_per_batch",
+        )
+    if correction.weights == "none" and (correction.low, correction.high) != (0, None):
+        raise ConfigError(
+            "no weights are there to bound; take correction=tis, mis, icepop or decoupled", key="correction"
+        )
+    if correction.low > 1:
+        raise ConfigError(f"is {correction.low}, must be at most 1, the weight of a fresh sample", key="correction.low")
+    low, high, zone = config.shaping.clip_low, config.shaping.clip_high, config.shaping.overlong_zone
+    if low is not None and high is not None and low >= high:
+        raise ConfigError(f"is {low}, must be below shaping.clip_high={high}", key="shaping.clip_low")
+    if (config.shaping.overlong == "penalize") != (zone > 0):
+        raise ConfigError(
+            f"is {zone} with shaping.overlong={config.shaping.overlong}; "
+            "penalize needs the number of tokens before the limit that cost, the others none (0)",
+            key="shaping.overlong_zone",
+        )
+    if zone > config.rollout.max_completion_tokens:
+        raise ConfigError(
+            f"is {zone}, more than rollout.max_completion_tokens={config.rollout.max_completion_tokens}; lower it",
+            key="shaping.overlong_zone",
+        )
 
 
 def _validate_generator(config: RunConfig) -> None:
@@ -193,6 +242,10 @@ def warnings(config: RunConfig) -> list[str]:
             "the start and the end are evaluated"
         )
     return found
+
+
+def _shown(choice: str | None) -> str:
+    return "null" if choice is None else choice
 
 
 def _value(config: RunConfig, key: str) -> Any:

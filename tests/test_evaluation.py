@@ -339,7 +339,7 @@ class Crowd:
         self.began_in.append(self.turn)
         await self._barrier.wait()
         completion = Completion(np.array([5]), np.zeros(1, np.float32), ((0, 1),), "stop")
-        return [completion] * params.n, GenerationReport(0, 0, params.n, params.n, 0)
+        return [completion] * params.n, GenerationReport(0, 0, (1,) * params.n, (False,) * params.n)
 
 
 async def test_prompts_are_answered_side_by_side_but_begun_one_a_turn_of_the_loop(config):
@@ -371,7 +371,7 @@ def test_pass_at_k_of_many_samples_is_a_number():
 
 def answer(*rewards):
     count = len(rewards)
-    return Scores(rewards, {}, ()), GenerationReport(3, 3, count, token_count=10 * count, truncated_count=1)
+    return Scores(rewards, {}, ()), GenerationReport(3, 3, (10,) * count, (True,) + (False,) * (count - 1))
 
 
 def test_a_report_adds_up(config):

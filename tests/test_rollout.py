@@ -94,9 +94,10 @@ async def test_a_group_has_rewards_advantages_and_the_oldest_version(tiny_config
     async with launch_local(tiny_config, Failures(tiny_config.recovery)) as services:
         (prompt,) = (await services.dataloader.sample.call_one(0, 1)).prompts
         params = sampling_params(tiny_config.rollout, 0, prompt)
-        group, scores, report = await rollout(prompt, params, services, tiny_config.loss)
+        finished = await rollout(prompt, params, services, tiny_config)
+    group, scores, report = finished.group, finished.scores, finished.report
     assert len(group.completions) == len(group.rewards) == len(group.advantages) == 4
-    assert group.rewards == scores.rewards
+    assert group.rewards == scores.rewards == finished.shaped_rewards
     assert sum(group.advantages) == pytest.approx(0, abs=1e-5)
     assert group.oldest_version == report.oldest_version == 0
     assert report.token_count == sum(len(completion.token_ids) for completion in group.completions)
@@ -127,4 +128,4 @@ async def test_the_reference_runs_side_by_side_with_the_reward(tiny_config):
         params = sampling_params(tiny_config.rollout, 0, prompt)
         with pytest.raises(RewardError, match="both were asked"):
             async with asyncio.timeout(30):
-                await rollout(prompt, params, services, tiny_config.loss)
+                await rollout(prompt, params, services, tiny_config)

@@ -39,9 +39,8 @@ class Generator:
         return completions, GenerationReport(
             oldest_version=min(versions),
             newest_version=max(versions),
-            completion_count=len(completions),
-            token_count=sum(len(completion.token_ids) for completion in completions),
-            truncated_count=sum(completion.finish_reason == "length" for completion in completions),
+            lengths=tuple(len(completion.token_ids) for completion in completions),
+            truncated=tuple(completion.finish_reason == "length" for completion in completions),
         )
 
     @brings_up_to_date

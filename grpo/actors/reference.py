@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from grpo.compute import ComputeThread
 from grpo.config import RunConfig
-from grpo.learner.collate import Sample, collate, make_sample, plan
-from grpo.learner.logprobs import token_logprobs
+from grpo.learner.collate import Sample, make_sample
+from grpo.learner.logprobs import sample_logprobs
 from grpo.models.loading import load_model
 from grpo.services import returns_payload
 from grpo.types import Completion, Floats, Prompt
@@ -38,14 +37,6 @@ class Reference:
     async def close(self) -> None:
         self._thread.close()
 
-    @torch.inference_mode()
     def _logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
-        results: list[Floats] = [np.empty(0, np.float32)] * len(samples)
         temperature = self._config.rollout.temperature or 1.0
-        lengths = [len(sample) for sample in samples]
-        for part in plan(lengths, self._config.reference.micro_batch_tokens):
-            micro = collate([samples[i] for i in part], self._model.device)
-            logprobs_BK = token_logprobs(self._model, micro, temperature)
-            for i, logprobs_K, mask_K in zip(part, logprobs_BK, micro.mask_BK, strict=True):
-                results[i] = logprobs_K[mask_K].cpu().numpy()
-        return results
+        return sample_logprobs(self._model, samples, temperature, self._config.reference.micro_batch_tokens)

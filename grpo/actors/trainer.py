@@ -9,6 +9,7 @@ import torch
 from grpo.compute import ComputeThread
 from grpo.config import RunConfig
 from grpo.learner.learner import Learner
+from grpo.learner.objective import Objective
 from grpo.learner.state import TrainerState
 from grpo.models.loading import load_model
 from grpo.services import returns_payload
@@ -28,7 +29,7 @@ class Trainer:
         self._learner = Learner(
             await asyncio.to_thread(load_model, config.model, torch.float32, self._device),
             config.trainer,
-            config.loss,
+            Objective(config.loss, config.correction),
             temperature=config.rollout.temperature or 1.0,
             age_bound=config.age_bound,
             compute_dtype=getattr(torch, config.model.dtype),

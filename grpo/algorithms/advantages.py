@@ -1,4 +1,8 @@
-"""From the rewards of a group to advantages. Add one: write the function, put it into ADVANTAGES."""
+"""From the rewards of a group to advantages. Add one: write the function, put it into ADVANTAGES.
+
+Each takes the rewards of the G completions of one prompt and returns as many advantages. A group whose rewards are all
+equal, a group of one included, has nothing to learn from: exactly zero.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,20 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from grpo.types import DataError
+
 _EPSILON = 1e-4
 
 
-def group_norm(rewards_G: Tensor) -> Tensor:
-    """Rewards relative to the group, in units of its spread: (r - mean) / (std + 1e-4), std unbiased.
+def group_norm(rewards_G: Tensor, *, epsilon: float = _EPSILON) -> Tensor:
+    """Rewards relative to the group, in units of its spread: (r - mean) / (std + epsilon), std unbiased.
 
-    Exactly zero for a group whose rewards are all equal, and for a group of one. (DeepSeekMath, arXiv:2402.03300,
-    section 4.1.2: outcome supervision.)
+    (DeepSeekMath, arXiv:2402.03300, section 4.1.2: outcome supervision.)
     """
     centered_G = mean_only(rewards_G)
     if not centered_G.any():
         return centered_G
-    return centered_G / (rewards_G.std(unbiased=True) + _EPSILON)
+    return centered_G / (rewards_G.std(unbiased=True) + epsilon)
 
 
 def mean_only(rewards_G: Tensor) -> Tensor:
@@ -31,4 +36,49 @@ def mean_only(rewards_G: Tensor) -> Tensor:
     return rewards_G - rewards_G.mean()
 
 
-ADVANTAGES: dict[str, Callable[[Tensor], Tensor]] = {"group_norm": group_norm, "mean_only": mean_only}
+def leave_one_out(rewards_G: Tensor) -> Tensor:
+    """Each reward minus the mean of the others: a baseline that does not depend on the answer itself, hence no bias.
+
+    That is G / (G - 1) times `mean_only`. (RLOO, arXiv:2402.14740.)
+    """
+    return mean_only(rewards_G) * len(rewards_G) / max(1, len(rewards_G) - 1)
+
+
+def max_rl(rewards_G: Tensor) -> Tensor:
+    """Rewards relative to the group, in units of its mean: (r - mean) / mean. For rewards of 0 and more.
+
+    With rewards of 0 and 1 it follows the log-likelihood of a right answer instead of its probability, up to pass@G:
+    the rarer a prompt is solved, the more it weighs. Raises DataError for a negative reward. (MaxRL, arXiv:2602.02710.)
+    """
+    if (rewards_G < 0).any():
+        raise DataError(
+            f"loss.advantages=max_rl divides by the mean reward and takes none below 0, but there is "
+            f"{float(rewards_G.min()):g}; take another, or rewards and shaping that stay above"
+        )
+    centered_G = mean_only(rewards_G)
+    return centered_G / rewards_G.mean() if centered_G.any() else centered_G
+
+
+def global_norm(rewards_G: Tensor) -> Tensor:
+    """Rewards relative to the mean of the group, in units of the spread over the whole batch.
+
+    The spread is known when the batch is: this returns r - mean, and the learner multiplies by `batch_scale`. Unlike
+    `group_norm` it doesn't blow up the small differences of nearly solved prompts.
+    (REINFORCE++ with the group's mean as baseline, arXiv:2501.03262.)
+    """
+    return mean_only(rewards_G)
+
+
+def batch_scale(advantages_N: Tensor) -> float:
+    """What the advantages of `global_norm` are multiplied by: 1 / (std + 1e-4) over the N completions of a batch."""
+    return 1 / (float(advantages_N.std(unbiased=True)) + _EPSILON) if len(advantages_N) > 1 else 0.0
+
+
+ADVANTAGES: dict[str, Callable[..., Tensor]] = {
+    "group_norm": group_norm,
+    "mean_only": mean_only,
+    "leave_one_out": leave_one_out,
+    "max_rl": max_rl,
+    "global_norm": global_norm,
+}
+BATCH_SCALED = frozenset({"global_norm"})

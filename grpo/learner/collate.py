@@ -22,10 +22,17 @@ class Sample:
     versions: Ints
     advantage: float
     reference_logprobs: Floats | None = None
+    proximal_logprobs: Floats | None = None
+    trained: bool = True
 
     @property
     def prompt_length(self) -> int:
         return len(self.token_ids) - len(self.behavior_logprobs)
+
+    @property
+    def trained_length(self) -> int:
+        """How many tokens are trained on."""
+        return len(self.behavior_logprobs) if self.trained else 0
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -46,18 +53,26 @@ class MicroBatch:
     advantages_BK: Tensor
     versions_BK: Tensor
     reference_logprobs_BK: Tensor | None
+    proximal_logprobs_BK: Tensor | None
 
 
 def samples_of(group: Group) -> list[Sample]:
     references: Iterable[Floats | None] = group.reference_logprobs or [None] * len(group.completions)
     return [
-        make_sample(group.prompt.token_ids, completion, advantage, reference)
-        for completion, advantage, reference in zip(group.completions, group.advantages, references, strict=True)
+        make_sample(group.prompt.token_ids, completion, advantage, reference, trained=i not in group.masked)
+        for i, (completion, advantage, reference) in enumerate(
+            zip(group.completions, group.advantages, references, strict=True)
+        )
     ]
 
 
 def make_sample(
-    prompt_ids: Ints, completion: Completion, advantage: float = 0.0, reference_logprobs: Floats | None = None
+    prompt_ids: Ints,
+    completion: Completion,
+    advantage: float = 0.0,
+    reference_logprobs: Floats | None = None,
+    *,
+    trained: bool = True,
 ) -> Sample:
     versions, counts = zip(*completion.versions, strict=True)
     return Sample(
@@ -66,6 +81,7 @@ def make_sample(
         versions=np.repeat(versions, counts),
         advantage=advantage,
         reference_logprobs=reference_logprobs,
+        trained=trained,
     )
 
 
@@ -100,7 +116,10 @@ def collate(samples: Sequence[Sample], device: torch.device) -> MicroBatch:
         values_BK[mask_BK] = torch.from_numpy(np.concatenate(list(arrays))).to(dtype)
         return values_BK.to(device)
 
-    references = [sample.reference_logprobs for sample in samples if sample.reference_logprobs is not None]
+    def spread_if_there(arrays: Iterable[np.ndarray | None]) -> Tensor | None:
+        there = [array for array in arrays if array is not None]
+        return spread(there, torch.float32) if there else None
+
     return MicroBatch(
         tokens_BT=tokens_BT.to(device),
         attention_BT=(positions_T < lengths_B[:, None]).long().to(device),
@@ -109,5 +128,6 @@ def collate(samples: Sequence[Sample], device: torch.device) -> MicroBatch:
         behavior_logprobs_BK=spread((sample.behavior_logprobs for sample in samples), torch.float32),
         advantages_BK=torch.tensor([[sample.advantage] for sample in samples], device=device).expand(mask_BK.shape),
         versions_BK=spread((sample.versions for sample in samples), torch.long),
-        reference_logprobs_BK=spread(references, torch.float32) if references else None,
+        reference_logprobs_BK=spread_if_there(sample.reference_logprobs for sample in samples),
+        proximal_logprobs_BK=spread_if_there(sample.proximal_logprobs for sample in samples),
     )

@@ -91,6 +91,7 @@ def _record(serial: int, group: Group) -> dict[str, Any]:
         "rewards": [float(reward) for reward in group.rewards],
         "advantages": [float(advantage) for advantage in group.advantages],
         "oldest_version": int(group.oldest_version),
+        "masked": list(group.masked),
     }
 
 
@@ -115,4 +116,5 @@ def _group(record: Mapping[str, Any], streams: Mapping[str, _Stream]) -> Group:
         rewards=tuple(record["rewards"]),
         advantages=tuple(record["advantages"]),
         oldest_version=record["oldest_version"],
+        masked=tuple(record.get("masked", ())),  # older checkpoints know of none
     )

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
 
+import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel, get_scheduler
 
-from grpo.algorithms.losses import LOSSES, LossOutput
-from grpo.config import LossConfig, TrainerConfig
+from grpo.config import TrainerConfig
 from grpo.learner.collate import MicroBatch, Sample, collate, plan, samples_of
-from grpo.learner.logprobs import token_logprobs
+from grpo.learner.diagnostics import Diagnostics
+from grpo.learner.logprobs import sample_logprobs, token_logprobs_and_entropy
+from grpo.learner.objective import Objective
 from grpo.learner.state import StateWriter, TrainerState
 from grpo.types import Batch, CheckpointError, NonFiniteError, StalenessError
 from grpo.weights import Weights, WeightsWriter
 
 _COUNTERS = {"nonfinite_steps", "nonfinite_in_a_row", "schedule_position", "optimizer_steps"}
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one update is made of: the samples that cost a forward pass, and what their loss is divided by."""
+
+    samples: Sequence[Sample]
+    denominator: float
 
 
 class Learner:
@@ -29,7 +39,7 @@ class Learner:
         self,
         model: PreTrainedModel,
         config: TrainerConfig,
-        loss: LossConfig,
+        objective: Objective,
         *,
         temperature: float,
         age_bound: int,
@@ -44,8 +54,7 @@ class Learner:
         self._config, self._temperature, self._age_bound = config, temperature, age_bound
         self._compute_dtype = compute_dtype
         self._device = next(model.parameters()).device
-        self._loss = make_loss(loss)
-        self._trains_zero_advantage = loss.beta > 0  # the KL term pulls on those too
+        self._objective = objective
         self._writer = WeightsWriter(model, compute_dtype)
         beta1, beta2 = config.betas
         self._optimizer = torch.optim.AdamW(
@@ -56,37 +65,35 @@ class Learner:
         self._states = StateWriter(model, self._optimizer)
 
     def train_step(self, batch: Batch) -> dict[str, float]:
-        """Take one optimizer step; returns metrics by name.
+        """Take `updates_per_batch` optimizer steps, each on its share of the groups; returns metrics by name.
 
-        The loss is divided by the number of completion tokens of the whole batch, so the split into micro-batches
-        doesn't matter. Groups without any advantage count there, but cost no forward pass. A step whose gradient is
-        not finite is skipped and counted. The version moves in any case. Raises StalenessError for a group that is
-        older than the bound, NonFiniteError when more than `max_nonfinite_steps` in a row had to be skipped.
+        The loss of each is divided by what its share of the batch says, zero advantages included, so the split into
+        micro-batches doesn't matter; but groups without any advantage cost no forward pass. An update whose gradient
+        is not finite is skipped and counted. The version moves by one in any case. Raises StalenessError for a group
+        that is older than the bound, NonFiniteError when more than `max_nonfinite_steps` in a row had to be skipped.
         """
         ages = [self.version - group.oldest_version for group in batch.groups]
         if max(ages) > self._age_bound:
             raise StalenessError(
                 f"a group of age {max(ages)} at version {self.version}; the bound is {self._age_bound}"
             )
-        samples = [sample for group in batch.groups for sample in samples_of(group)]
-        trained = samples if self._trains_zero_advantage else [sample for sample in samples if sample.advantage != 0]
-        token_count = sum(len(sample.behavior_logprobs) for sample in samples)
-        loss, sums = self._backward(trained, token_count)
-        grad_norm = float(clip_grad_norm_(self.model.parameters(), self._config.max_grad_norm))
-        lr = self._schedule.get_last_lr()[0]
-        self._update(loss, grad_norm)
+        diagnostics, lr = Diagnostics(self.version), self._schedule.get_last_lr()[0]
+        groups = [samples_of(group) for group in batch.groups]
+        samples = [sample for group in groups for sample in group]
+        updates = [self._update(i, share, diagnostics) for i, share in enumerate(self._shares(groups))]
+        losses, grad_norms = zip(*updates, strict=True)
         self._schedule.step()
         self.version += 1
         return {
-            "loss": loss,
+            "loss": fmean(losses),
             "policy_age/max": float(max(ages)),
             "policy_age/mean": sum(ages) / len(ages),
-            "trainer/grad_norm": grad_norm,
+            "trainer/grad_norm": fmean(grad_norms),
             "trainer/lr": lr,
-            "trainer/tokens": float(token_count),
+            "trainer/tokens": float(sum(sample.trained_length for sample in samples)),
             "trainer/zero_advantage_fraction": 1 - sum(sample.advantage != 0 for sample in samples) / len(samples),
             "trainer/nonfinite_steps": float(self.nonfinite_steps),
-            **_means(sums),
+            **diagnostics.metrics(),
         }
 
     def weights(self) -> Weights:
@@ -118,50 +125,58 @@ class Learner:
         self._nonfinite_in_a_row = counters["nonfinite_in_a_row"]
         self.version = state.version
 
-    def _backward(self, samples: list[Sample], token_count: int) -> tuple[float, Mapping[str, float]]:
-        loss, sums = 0.0, defaultdict[str, float](float)
-        for part in plan([len(sample) for sample in samples], self._config.micro_batch_tokens):
-            micro = collate([samples[i] for i in part], self._device)
-            with torch.autocast(self._device.type, self._compute_dtype, enabled=self._compute_dtype != torch.float32):
-                logprobs_BK = token_logprobs(self.model, micro, self._temperature)
-            output = self._loss(
-                logprobs_BK,
-                micro.behavior_logprobs_BK,
-                micro.advantages_BK,
-                micro.mask_BK,
-                reference_logprobs_BT=micro.reference_logprobs_BK,
-                denominator=token_count,
-            )
-            output.loss.backward()
-            loss += float(output.loss.detach())
-            for name, value in [
-                *output.metrics.items(),
-                *self._agreement(logprobs_BK.detach(), micro).items(),
-            ]:
-                sums[name] += float(value)
-        return loss, sums
+    def _shares(self, groups: Sequence[list[Sample]]) -> list[Share]:
+        """One for each update; those after the first know the policy at the start of the step, if need be."""
+        scale = self._objective.advantage_scale([sample.advantage for group in groups for sample in group])
+        parts = np.array_split(np.arange(len(groups)), min(len(groups), self._config.updates_per_batch))
+        shares = [self._share([sample for i in part for sample in groups[i]], scale) for part in parts]
+        if self._objective.needs_proximal:
+            shares[1:] = [replace(share, samples=self._with_proximal(share.samples)) for share in shares[1:]]
+        return shares
 
-    def _agreement(self, logprobs_BK: torch.Tensor, micro: MicroBatch) -> dict[str, torch.Tensor]:
-        """How far trainer and generator are apart on completions sampled with the very weights of this step.
+    def _share(self, samples: Sequence[Sample], scale: float) -> Share:
+        trained = [s for s in samples if s.trained and (s.advantage != 0 or self._objective.trains_zero_advantage)]
+        return Share(
+            [replace(sample, advantage=scale * sample.advantage) for sample in trained],
+            self._objective.denominator([sample.trained_length for sample in samples]),
+        )
 
-        Completions under way during an update are left out: their keys and values may be of older weights.
-        """
-        other_BK = micro.mask_BK & (micro.versions_BK != self.version)
-        same_BK = micro.mask_BK & ~other_BK.any(dim=1, keepdim=True)
-        gap_BK = (logprobs_BK - micro.behavior_logprobs_BK).abs()
-        return {
-            "tokens": micro.mask_BK.sum(),
-            "surprise": -logprobs_BK[micro.mask_BK].sum(),
-            "same_version_tokens": same_BK.sum(),
-            "same_version_gap": gap_BK[same_BK].sum(),
-        }
+    def _with_proximal(self, samples: Sequence[Sample]) -> list[Sample]:
+        with self._autocast():
+            logprobs = sample_logprobs(self.model, samples, self._temperature, self._config.micro_batch_tokens)
+        return [replace(sample, proximal_logprobs=found_T) for sample, found_T in zip(samples, logprobs, strict=True)]
+
+    def _update(self, number: int, share: Share, diagnostics: Diagnostics) -> tuple[float, float]:
+        """One optimizer step; returns the loss and the norm of the gradient before it was clipped."""
+        loss = 0.0
+        for part in plan([len(sample) for sample in share.samples], self._config.micro_batch_tokens):
+            micro = collate([share.samples[i] for i in part], self._device)
+            loss += self._backward(micro, share.denominator, diagnostics, first=number == 0)
+        grad_norm = float(clip_grad_norm_(self.model.parameters(), self._config.max_grad_norm))
+        self._step(loss, grad_norm)
+        return loss, grad_norm
+
+    def _backward(self, micro: MicroBatch, denominator: float, diagnostics: Diagnostics, *, first: bool) -> float:
+        """Add a micro-batch's part of the gradient; returns its part of the loss."""
+        with self._autocast():
+            logprobs_BK, entropy_BK = token_logprobs_and_entropy(self.model, micro, self._temperature)
+        output = self._objective(logprobs_BK, micro, denominator)
+        output.loss.backward()
+        proximal_BK = micro.proximal_logprobs_BK
+        at_version = first or proximal_BK is not None
+        seen_BK = logprobs_BK.detach() if proximal_BK is None else proximal_BK
+        diagnostics.add(micro, seen_BK, entropy_BK, output.metrics, at_version=at_version)
+        return float(output.loss.detach())
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, self._compute_dtype, enabled=self._compute_dtype != torch.float32)
 
     def _move_schedule(self, position: int) -> None:
         (settings,), schedule = self._optimizer.param_groups, self._schedule
         settings["lr"] = schedule.base_lrs[0] * schedule.lr_lambdas[0](position)
         schedule.load_state_dict(schedule.state_dict() | {"last_epoch": position, "_last_lr": [settings["lr"]]})
 
-    def _update(self, loss: float, grad_norm: float) -> None:
+    def _step(self, loss: float, grad_norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self._nonfinite_in_a_row = 0
         else:
@@ -175,24 +190,3 @@ class Learner:
             )
         self._optimizer.step()  # without gradients it changes nothing, but the schedule warns when it is left out
         self._optimizer.zero_grad(set_to_none=True)
-
-
-def make_loss(config: LossConfig) -> Callable[..., LossOutput]:
-    return partial(LOSSES[config.name], clip_low=config.clip_low, clip_high=config.clip_high, beta=config.beta)
-
-
-def _means(sums: Mapping[str, float]) -> dict[str, float]:
-    """Per-token means of what was summed over the tokens trained on; left out where there were none."""
-    tokens, same = sums.get("tokens", 0), sums.get("same_version_tokens", 0)
-    names = {
-        "ratio": "trainer/ratio_mean",
-        "clip_fraction": "trainer/clip_fraction",
-        "surprise": "trainer/entropy",  # the mean of -log p over sampled tokens estimates it
-        "behavior_abs": "mismatch/behavior_abs",
-        "behavior_k3": "mismatch/behavior_k3",
-        "reference_k3": "trainer/reference_kl",
-    }
-    means = {label: sums[name] / tokens for name, label in names.items() if name in sums and tokens}
-    if same:
-        means["mismatch/same_version_abs"] = sums["same_version_gap"] / same
-    return means

@@ -1,12 +1,18 @@
-"""Log-probabilities of given tokens under a model, shared by the trainer and the reference."""
+"""Log-probabilities of given tokens under a model, for the trainer and the reference. V is the vocabulary."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo.learner.collate import MicroBatch
+from grpo.learner.collate import MicroBatch, Sample, collate, plan
+from grpo.types import Floats
+
+_CHUNK = 1 << 22  # logits of which the entropy is computed at a time, to bound the memory
 
 
 def token_logprobs(model: PreTrainedModel, micro: MicroBatch, temperature: float) -> Tensor:
@@ -14,6 +20,31 @@ def token_logprobs(model: PreTrainedModel, micro: MicroBatch, temperature: float
 
     Only the columns that predict completion tokens go through the vocabulary. Masked places hold arbitrary numbers.
     """
+    return _picked(token_logits(model, micro, temperature), micro)
+
+
+def token_logprobs_and_entropy(model: PreTrainedModel, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    """As `token_logprobs`, and the entropy of each of those distributions in nats, float32 [B, K], without gradient."""
+    logits_BKV = token_logits(model, micro, temperature)
+    return _picked(logits_BKV, micro), _entropy(logits_BKV)
+
+
+@torch.no_grad()
+def sample_logprobs(
+    model: PreTrainedModel, samples: Sequence[Sample], temperature: float, max_tokens: int
+) -> list[Floats]:
+    """float32 [T] for each completion, computed in micro-batches of at most `max_tokens` padded tokens."""
+    results: list[Floats] = [np.empty(0, np.float32)] * len(samples)
+    for part in plan([len(sample) for sample in samples], max_tokens):
+        micro = collate([samples[i] for i in part], model.device)
+        logprobs_BK = token_logprobs(model, micro, temperature)
+        for i, logprobs_K, mask_K in zip(part, logprobs_BK, micro.mask_BK, strict=True):
+            results[i] = logprobs_K[mask_K].cpu().numpy()
+    return results
+
+
+def token_logits(model: PreTrainedModel, micro: MicroBatch, temperature: float) -> Tensor:
+    """float32 [B, K, V], divided by the temperature."""
     columns_K = torch.arange(micro.first, micro.tokens_BT.shape[1] - 1, device=micro.tokens_BT.device)
     logits_BKV = model(
         input_ids=micro.tokens_BT,
@@ -21,7 +52,17 @@ def token_logprobs(model: PreTrainedModel, micro: MicroBatch, temperature: float
         use_cache=False,
         logits_to_keep=columns_K,
     ).logits
+    return logits_BKV.float() / temperature
+
+
+def _picked(logits_BKV: Tensor, micro: MicroBatch) -> Tensor:
     targets_BK = micro.tokens_BT[:, micro.first + 1 :]
-    scaled_BKV = logits_BKV.float() / temperature
-    picked_BK = scaled_BKV.gather(-1, targets_BK[..., None])[..., 0]
-    return picked_BK - scaled_BKV.logsumexp(dim=-1)
+    return logits_BKV.gather(-1, targets_BK[..., None])[..., 0] - logits_BKV.logsumexp(dim=-1)
+
+
+@torch.no_grad()
+def _entropy(logits_BKV: Tensor) -> Tensor:
+    flat_NV = logits_BKV.flatten(0, 1)
+    rows = max(1, _CHUNK // flat_NV.shape[1])
+    logprobs = (chunk_NV.log_softmax(dim=-1) for chunk_NV in flat_NV.split(rows))
+    return torch.cat([-(chunk_NV.exp() * chunk_NV).sum(dim=-1) for chunk_NV in logprobs]).view(logits_BKV.shape[:2])

@@ -20,16 +20,17 @@ from grpo.types import (
     EvaluationReport,
     GenerationReport,
     GeneratorStats,
-    Group,
     RewardError,
-    Scores,
+    Rollout,
     Ticket,
+    ZeroAdvantage,
     evaluation_report,
 )
 
 log = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
+Rewards = tuple[float, ...]
 
 _IN_SUMMARY = (
     "reward/mean", "policy_age/max", "time/step_s", "time/trainer_wait_s", "time/weight_sync_s",
@@ -65,7 +66,10 @@ class Recorder:
         self.pacer, self._display = pacer, display
         self.step = 0  # the last one that was trained
         self._steps: list[Metrics] = []  # what the summary needs of each line of this folder's metrics.jsonl
-        self._reports: list[GenerationReport] = []  # of groups finished since the last step
+        self._finished: list[
+            tuple[GenerationReport, Rewards, Rewards]
+        ] = []  # groups since the last step, those dropped included
+        self._filtered = 0  # of them, for having nothing to learn from
         self._generators: dict[str, GeneratorStats] = {}  # by process, as of the last step
         self._checkpoints = {"written": 0, "failed": 0, "skipped": 0}
         self._resumed_at: list[int] = []
@@ -88,8 +92,10 @@ class Recorder:
         self._generators = {stats.process: stats for stats in generators}
         self._step_began = self._generators_seen = time.perf_counter()
 
-    def group_finished(self, group: Group, scores: Scores, report: GenerationReport) -> None:
-        self._reports.append(report)
+    def group_finished(self, rollout: Rollout) -> None:
+        """Also of one that is dropped because nothing can be learned from it."""
+        group, scores = rollout.group, rollout.scores
+        self._finished.append((rollout.report, scores.rewards, rollout.shaped_rewards))
         if scores.texts:
             self.run_dir.append(
                 "rollouts.jsonl",
@@ -101,16 +107,21 @@ class Recorder:
                     "completions": scores.texts,
                     "rewards": scores.rewards,
                     "reward_parts": dict(scores.parts),
+                    "shaped_rewards": rollout.shaped_rewards,
                     "advantages": group.advantages,
                     "policy_version": group.oldest_version,
                 },
             )
 
-    def group_dropped(self, ticket: Ticket, error: RewardError) -> None:
+    def group_dropped(self, ticket: Ticket, error: RewardError | ZeroAdvantage) -> None:
         """Raises DataError when too many were, see Failures."""
-        self.warn(f"dropped a group: {error}")
         self.run_dir.append("ledger.jsonl", {"dropped": self.pacer.entry(ticket), "reason": error.reason})
-        self.failures.reward_failed(error)
+        if isinstance(error, ZeroAdvantage):
+            self._filtered += 1
+            self.group_finished(error.rollout)
+        else:
+            self.warn(f"dropped a group: {error}")
+            self.failures.reward_failed(error)
 
     def groups_begun_again(self, tickets: Sequence[Ticket], reason: str) -> None:
         """Groups that were lost, with a process or with the run."""
@@ -198,6 +209,7 @@ class Recorder:
             **times.seconds,
             "time/step_s": step_s,
             **self._generator_metrics(generators, now),
+            **self._rollout_metrics(),
             "recovery/restarts": len(self.failures.deaths),
             "recovery/groups_begun_again": self.pacer.reissued.total(),
             "buffer/groups_waiting": batch.groups_waiting,
@@ -289,16 +301,24 @@ class Recorder:
             busy_s += stats.busy_s - before.busy_s
             tokens += stats.tokens - before.tokens
         self._generators = {stats.process: stats for stats in generators}
-        reports, self._reports = self._reports, []
-        metrics = {
+        return {
             "generator/busy_fraction": min(1.0, busy_s / elapsed_s / len(generators)),
             "generator/replicas": len(generators),
             "generator/tokens_per_s": tokens / elapsed_s,
         }
-        completions = sum(report.completion_count for report in reports)
-        if completions:
-            metrics["generator/completion_tokens_mean"] = sum(r.token_count for r in reports) / completions
-            metrics["generator/truncated_fraction"] = sum(r.truncated_count for r in reports) / completions
+
+    def _rollout_metrics(self) -> Metrics:
+        """Of all groups finished since the last step; `reward/mean` is of those that were trained on."""
+        finished, self._finished = self._finished, []
+        filtered, self._filtered = self._filtered, 0
+        metrics: Metrics = {"rollout/zero_advantage_dropped": filtered}
+        if finished:
+            reports, rewards, shaped = zip(*finished, strict=True)
+            completions = sum(report.completion_count for report in reports)
+            metrics["rollout/reward_mean"] = fmean(reward for group in rewards for reward in group)
+            metrics["rollout/shaped_reward_mean"] = fmean(reward for group in shaped for reward in group)
+            metrics["generator/completion_tokens_mean"] = sum(report.token_count for report in reports) / completions
+            metrics["generator/truncated_fraction"] = sum(report.truncated_count for report in reports) / completions
         return metrics
 
 

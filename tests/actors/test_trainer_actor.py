@@ -60,7 +60,8 @@ async def test_the_temperature_is_that_of_the_rollouts(make_trainer, config, mak
     micro = collate(samples_of(group), torch.device("cpu"))
     with torch.no_grad():
         logprobs_BK = token_logprobs(load_model(config.model, torch.float32, "cpu"), micro, effective)
-    assert metrics["trainer/entropy"] == pytest.approx(-float(logprobs_BK[micro.mask_BK].mean()), rel=1e-5)
+    expected = (micro.behavior_logprobs_BK - logprobs_BK)[micro.mask_BK].mean()
+    assert metrics["mismatch/behavior_k1"] == pytest.approx(float(expected), rel=1e-4)
 
 
 async def test_the_published_dtype_is_the_models(make_trainer, config):

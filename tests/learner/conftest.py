@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from grpo.config import LossConfig, TrainerConfig
+from grpo.config import CorrectionConfig, LossConfig, TrainerConfig
 from grpo.learner.learner import Learner
+from grpo.learner.objective import Objective
 from grpo.models.tiny import tiny_llama
 from grpo.types import Completion, Group, Problem, Prompt
 
@@ -80,10 +81,14 @@ def slow_logprobs():
 
 @pytest.fixture
 def make_learner(model):
-    def make(of=None, *, temperature=1.0, age_bound=0, dtype=torch.float32, beta=0.0, **trainer):
+    def make(
+        of=None, *, temperature=1.0, age_bound=0, dtype=torch.float32, beta=0.0, loss=None, correction=None, **trainer
+    ):
         settings = TrainerConfig(**({"lr": 1e-3, "max_grad_norm": 1e9} | trainer))
-        loss = LossConfig(beta=beta, clip_low=0.2, clip_high=0.2)
-        return Learner(of or model, settings, loss, temperature=temperature, age_bound=age_bound, compute_dtype=dtype)
+        loss = loss or LossConfig(beta=beta, clip_low=0.2, clip_high=0.2)
+        objective = Objective(loss, correction or CorrectionConfig())
+        options = {"temperature": temperature, "age_bound": age_bound, "compute_dtype": dtype}
+        return Learner(of or model, settings, objective, **options)
 
     return make
 

@@ -15,6 +15,7 @@ from grpo.types import (
     Problem,
     Prompt,
     RewardTimeout,
+    Rollout,
     Scores,
     Ticket,
 )
@@ -34,7 +35,7 @@ def hand_out_tickets(recorder):
 def record_steps(recorder, rewards):
     hand_out_tickets(recorder)
     for step, reward in enumerate(rewards, start=1):
-        recorder.group_finished(*finished_group(step, reward))
+        recorder.group_finished(finished_group(step, reward))
         times = recorder.stopwatch()
         for name in ("time/trainer_wait_s", "time/train_step_s", "time/weight_sync_s"):
             with times(name):
@@ -49,7 +50,11 @@ def finished_group(serial, reward):
     prompt = Prompt(serial, Problem("ba>", "ab"), None)
     group = Group(prompt, (), None, (reward, reward), (0.0, 0.0), oldest_version=0)
     texts = ("ab", "ba") if serial % 2 == 0 else ()
-    return group, Scores((reward, reward), {"task": (reward, reward)}, texts), GenerationReport(0, 0, 2, 6, 1)
+    scores, report = (
+        Scores((reward, reward), {"task": (reward, reward)}, texts),
+        GenerationReport(0, 0, (2, 4), (False, True)),
+    )
+    return Rollout(group, scores, report, shaped_rewards=(reward / 2, reward / 2))
 
 
 def evaluation(step, reward):

@@ -1,0 +1,92 @@
+"""What a train step says of its samples, whatever the loss: how far off-policy they are, by age, and the entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from grpo.learner.collate import MicroBatch
+
+_PERCENTILES = (1, 50, 99)
+_LABELS = {"ratio": "ratio_mean"}
+_BY_AGE = ("entropy", "clip_fraction")
+
+
+class Diagnostics:
+    """Collects the tokens of a train step, micro-batch by micro-batch. `version` is that at the start of the step."""
+
+    def __init__(self, version: int) -> None:
+        self._version = version
+        self._tokens: dict[str, list[NDArray[np.float32]]] = {}
+        self._of_loss: tuple[str, ...] = ()
+
+    def add(
+        self,
+        micro: MicroBatch,
+        logprobs_BK: Tensor,
+        entropy_BK: Tensor,
+        of_loss: Mapping[str, Tensor],
+        *,
+        at_version: bool,
+    ) -> None:
+        """Per-token tensors without gradient. `logprobs_BK` are those of the weights of `version` if `at_version`.
+
+        Else they come from the middle of a step that makes several updates.
+        """
+        self._of_loss = tuple(of_loss)
+        other_BK = micro.mask_BK & (micro.versions_BK != self._version)
+        same_BK = ~other_BK.any(dim=1, keepdim=True).expand(other_BK.shape) & at_version
+        columns = {
+            "log_ratio": logprobs_BK - micro.behavior_logprobs_BK,
+            "entropy": entropy_BK,
+            "age": self._version - micro.versions_BK,
+            "same_version": same_BK,
+            **of_loss,
+        }
+        values = torch.stack([column_BK.float()[micro.mask_BK] for column_BK in columns.values()]).cpu().numpy()
+        for name, column in zip(columns, values, strict=True):
+            self._tokens.setdefault(name, []).append(column)
+
+    def metrics(self) -> dict[str, float]:
+        """Means and more over the tokens trained on; empty where there were none.
+
+        `mismatch/` compares the trainer with the policy that sampled, r = trainer / sampler: `behavior_k1` and
+        `behavior_k3` estimate KL(sampler || trainer), `ess` is the effective sample size as a fraction, (sum r)² /
+        (n sum r²). `same_version_abs` looks only at completions sampled with the very weights of this step: it is what
+        two ways of computing are apart. Completions under way during an update don't count there: their keys and
+        values may be of older weights.
+        """
+        tokens = {name: np.concatenate(parts).astype(np.float64) for name, parts in self._tokens.items()}
+        if not tokens or not len(tokens["age"]):
+            return {}
+        log_ratio, ages = tokens["log_ratio"], tokens["age"].astype(int)
+        percentiles = np.percentile(np.exp(log_ratio), _PERCENTILES)
+        metrics = {
+            **_off_policy("mismatch/", log_ratio),
+            **{f"mismatch/ratio_p{p:02}": value for p, value in zip(_PERCENTILES, percentiles, strict=True)},
+            "mismatch/behavior_abs": np.abs(log_ratio).mean(),
+            **{f"trainer/{_LABELS.get(name, name)}": tokens[name].mean() for name in ("entropy", *self._of_loss)},
+        }
+        if (same := tokens["same_version"] > 0).any():
+            metrics["mismatch/same_version_abs"] = np.abs(log_ratio[same]).mean()
+        for age in np.unique(ages):
+            prefix, those = f"mismatch/age_{age}/", ages == age
+            metrics |= _off_policy(prefix, log_ratio[those])
+            metrics |= {f"{prefix}{name}": tokens[name][those].mean() for name in _BY_AGE if name in tokens}
+            metrics[f"{prefix}tokens"] = those.sum()
+        return {name: float(value) for name, value in metrics.items()}
+
+
+def _off_policy(prefix: str, log_ratio: NDArray[np.float64]) -> dict[str, float]:
+    ratio = np.exp(log_ratio)
+    return {
+        f"{prefix}ratio_mean": ratio.mean(),
+        f"{prefix}ratio_max": ratio.max(),
+        f"{prefix}behavior_k1": -log_ratio.mean(),
+        f"{prefix}behavior_k3": (ratio - 1 - log_ratio).mean(),
+        f"{prefix}ess": ratio.sum() ** 2 / (len(ratio) * (ratio**2).sum()),
+    }
