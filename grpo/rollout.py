@@ -122,7 +122,7 @@ async def rollout(prompt: Prompt, params: SamplingParams, services: Services, co
 def shaped_rewards(scores: Scores, report: GenerationReport, params: SamplingParams, config: ShapingConfig) -> Tensor:
     """What the advantages of a group are taken of."""
     return shape(
-        torch.tensor(scores.rewards),
+        torch.tensor(scores.rewards, dtype=torch.float64),
         torch.tensor(report.lengths),
         params.max_tokens,
         scale=config.scale,

@@ -62,7 +62,7 @@ async def sequential(config):
             params = sampling_params(config.rollout, config.seed, prompt)
             completions, report = await generator.generate(prompt, params)
             rewards = (await actors["reward"].score(prompt, completions)).rewards
-            advantages = tuple(ADVANTAGES[config.loss.advantages](torch.tensor(rewards)).tolist())
+            advantages = tuple(ADVANTAGES[config.loss.advantages](torch.tensor(rewards, dtype=torch.float64)).tolist())
             groups.append(Group(prompt, completions, None, rewards, advantages, report.oldest_version))
         losses.append((await trainer.train_step(Batch(groups)))["loss"])
         weights, _ = await trainer.push_weights()
