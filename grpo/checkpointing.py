@@ -53,7 +53,7 @@ class Checkpoints:
         await services.trainer.restore.call(state)
         self._recovery.go_on_from(progress["step"], state)
         groups, serials = await services.checkpointer.load_groups.call_one(str(path))
-        self._run.prompts.restore(progress["prompts"])
+        await self._run.prompts.restore(progress["prompts"])
         pacer.restore(progress["ledger"])
         kept = {Ticket(serial) for serial in serials}
         lost = [ticket for ticket in pacer.in_stage("rollout") if ticket not in kept]

@@ -32,6 +32,14 @@ class TaskConfig:
 
 
 @dataclass
+class DataloaderConfig:
+    """Which prompts are trained on."""
+
+    sampling: str = "uniform"  # uniform; difficulty: without problems that the last group solved always, or never
+    revisit: float = 0.1  # with difficulty: the share of their turns that such problems keep
+
+
+@dataclass
 class RolloutConfig:
     """How groups are made."""
 
@@ -231,6 +239,7 @@ class RunConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
+    dataloader: DataloaderConfig = field(default_factory=DataloaderConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -258,6 +267,10 @@ class RunConfig:
     @property
     def age_bound(self) -> int:
         return age_bound(self.trainer.groups_per_step, self.buffer.max_policy_age, self.buffer.window)
+
+    @property
+    def uses_difficulty(self) -> bool:
+        return self.dataloader.sampling == "difficulty"
 
     @property
     def uses_reference(self) -> bool:

@@ -42,7 +42,7 @@ async def run(
     Every task belongs to one task group: the first error ends them all and is raised as it is. Actors that die are
     replaced behind `services`; what only the driver knows of them is in `Recovery`.
     """
-    prompts = PromptQueue(services.dataloader, recorder.pacer, config.trainer.groups_per_step)
+    prompts = PromptQueue(services.dataloader, recorder.pacer, config.trainer.groups_per_step, config.uses_difficulty)
     shared = Run(services, recorder.pacer, prompts, config, recorder, shutdown)
     recovery = Recovery(shared)
     begin_activity("training")
@@ -89,6 +89,9 @@ async def continuous_rollouts(run: Run) -> None:
         params = sampling_params(config.rollout, config.seed, prompt)
         try:
             finished = await rollout(prompt, params, services, config)
+            run.prompts.learned(
+                prompt, finished.group.rewards
+            )  # before `add`: a checkpoint with the group knows it too
             await services.replay_buffer.add.call_one(ticket, finished.group)
         except (RewardError, ZeroAdvantage) as error:
             await run.drop(ticket, error)

@@ -39,6 +39,7 @@ class Run:
             raise error
         self.recorder.group_dropped(ticket, error)
         if isinstance(error, ZeroAdvantage):
+            self.prompts.learned(error.rollout.group.prompt, error.rollout.group.rewards)
             limit = self.config.filter.max_batches * self.config.trainer.groups_per_step
             self.recorder.failures.nothing_to_learn(error, limit)
         self.pacer.drop(ticket, error.reason)

@@ -46,19 +46,27 @@ class Problem:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A problem as tokens. `serial` is its place in the run's endless stream of problems, and seeds the sampling."""
+    """A problem as tokens. `serial` is its place in the run's endless stream of problems, and seeds the sampling.
+
+    `problem_index` is the problem's place among those of the task to train on; -1 where it is none of them.
+    """
 
     serial: int
     problem: Problem
     token_ids: Ints
+    problem_index: int = -1
 
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts handed out together, and where the stream goes on. Serials between them were skipped."""
+    """Prompts handed out together, and where the stream goes on. Serials between them were skipped.
+
+    `left_out` are those of problems that the caller wanted left out; the other prompts were over the length limit.
+    """
 
     prompts: tuple[Prompt, ...]
     next_serial: int
+    left_out: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

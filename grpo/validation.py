@@ -11,6 +11,7 @@ from grpo.types import ConfigError
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "task.template": ("plain", "chat"),
+    "dataloader.sampling": ("uniform", "difficulty"),
     "reward.on_error": ("fail", "drop"),
     "trainer.lr_schedule": ("constant", "linear", "cosine"),
     "generator.engine": ("torch", "vllm", "simulated"),
@@ -111,6 +112,12 @@ def validate(config: RunConfig) -> None:
             raise ConfigError(f"is {value}, must be greater than 0", key=key)
     if not 0 < config.rollout.top_p <= 1:
         raise ConfigError(f"is {config.rollout.top_p}, must be in (0, 1]; 1 switches it off", key="rollout.top_p")
+    if not 0 < config.dataloader.revisit <= 1:
+        raise ConfigError(
+            f"is {config.dataloader.revisit}, must be in (0, 1], or what is left out never comes back; 0.1 is usual, "
+            "dataloader.sampling=uniform leaves nothing out",
+            key="dataloader.revisit",
+        )
     if len(config.trainer.betas) != 2 or not all(0 <= beta < 1 for beta in config.trainer.betas):
         raise ConfigError(f"is {config.trainer.betas}, must be two numbers in [0, 1)", key="trainer.betas")
     for name, weight in config.reward.functions.items():

@@ -27,6 +27,11 @@ def sometimes_timing_out(problem, completions):
     return sometimes_raising(problem, completions)
 
 
+def sometimes_equal(problem, completions):
+    """Nothing can be learned from questions of an odd length."""
+    return [0.0] * len(completions) if len(problem.question) % 2 else vowel_share(problem, completions)
+
+
 def not_a_number(problem, completions):
     return [float("nan")] * len(completions)
 

@@ -14,6 +14,7 @@ from grpo.actors.checkpointer import Checkpointer
 from grpo.actors.generator import Generator
 from grpo.actors.trainer import Trainer
 from grpo.cluster.local import launch_local
+from grpo.config import DataloaderConfig
 from grpo.learner import checkpoint
 from grpo.learner.checkpoint import checkpoints
 from grpo.loop import run
@@ -197,6 +198,21 @@ async def test_a_run_goes_on_exactly_from_each_of_its_checkpoints(start, tmp_pat
         evaluations = [(e["step"], e["reward_mean"]) for e in resumed.summary["evaluations"]]
         assert evaluations == [(e["step"], e["reward_mean"]) for e in undisturbed.summary["evaluations"]]
         assert [step for step, _ in evaluations] == [0, 5]
+
+
+async def test_a_run_that_samples_by_difficulty_goes_on_exactly_too(start, config, tmp_path):
+    config.task.args = {"train_size": 6, "held_out_size": 8}
+    config.reward.functions = {"tests.fake_rewards:sometimes_equal": 1.0}
+    config.dataloader = DataloaderConfig("difficulty", revisit=0.2)
+    config.trainer.max_steps = 9
+    undisturbed = await start().to_the_end()
+    assert any(undisturbed.losses)
+    assert undisturbed.summary["prompts"]["left_out_difficulty"] > 6
+    for step in range(1, 9):
+        folder = shutil.copytree(tmp_path / "run", tmp_path / f"copy-{step}")
+        keep_only(folder, step)
+        resumed = await start("auto", folder).to_the_end()
+        assert_continued(resumed, undisturbed)
 
 
 @pytest.mark.parametrize(

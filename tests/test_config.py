@@ -39,7 +39,9 @@ def test_every_experiment_composes(experiment):
 @pytest.mark.parametrize(
     ("group", "choice"),
     sorted(
-        (path.parent.name, path.stem) for group in ("model", "task", "loss") for path in (CONFIGS / group).glob("*")
+        (path.parent.name, path.stem)
+        for group in ("model", "task", "dataloader", "loss")
+        for path in (CONFIGS / group).glob("*")
     ),
 )
 def test_every_choice_of_a_group_composes(group, choice):
@@ -69,6 +71,10 @@ def test_every_choice_of_a_group_composes(group, choice):
         ("reward.functions.task=nan", r"reward\.functions: the weight of task is nan, must be finite"),
         ("model.dtype=float16", r"model\.dtype: 'float16' is not one of float32, bfloat16"),
         ("rollout.top_p=0", r"rollout\.top_p: is 0\.0, must be in \(0, 1\]"),
+        ("dataloader.sampling=hard", r"dataloader\.sampling: 'hard' is not one of uniform, difficulty"),
+        ("dataloader.revisit=0", r"dataloader\.revisit: is 0\.0, must be in \(0, 1\], .* 0\.1 is usual"),
+        ("dataloader.revisit=1.5", r"dataloader\.revisit: is 1\.5, must be in \(0, 1\]"),
+        ("dataloader.revisit=nan", r"dataloader\.revisit: is nan, must be in \(0, 1\]"),
         ("generator.engine=magic", r"generator\.engine: 'magic' is not one of torch, vllm, simulated"),
         ("reward.on_error=ignore", r"reward\.on_error: 'ignore' is not one of fail, drop"),
         ("generator.max_sequences=4", r"generator\.max_sequences: is 4, but a group of rollout\.group_size=8"),

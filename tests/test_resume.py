@@ -261,6 +261,7 @@ def test_a_setting_that_an_older_version_did_not_know_had_its_default(config, ru
         (lambda c: setattr(c.rollout, "group_size", 8), "rollout.group_size was 4, is 8"),
         (lambda c: setattr(c.rollout, "temperature", 0.5), "rollout.temperature was 1.0, is 0.5"),
         (lambda c: setattr(c.buffer, "max_policy_age", 3), "buffer.max_policy_age was 1, is 3"),
+        (lambda c: setattr(c.dataloader, "revisit", 0.2), "dataloader.revisit was 0.1, is 0.2"),
         (lambda c: setattr(c.loss, "beta", 0.1), "loss.beta was 0.0, is 0.1"),
         (lambda c: setattr(c.task, "target", "a:B"), "task.target was 'grpo.tasks.sorting:Sorting', is 'a:B'"),
         (lambda c: c.task.args.update(train_size=60), "task.args.train_size was 50, is 60"),

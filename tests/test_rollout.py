@@ -19,7 +19,7 @@ class CountingDataloader:
     def __init__(self, skips=1_000_000):
         self.calls, self._skips = [], skips
 
-    async def sample(self, start, count):
+    async def sample(self, start, count, left_out=()):
         self.calls.append((start, count))
         await asyncio.sleep(0)
         serials = [serial for serial in range(start, start + 2 * count + 2) if serial == 0 or serial % self._skips][
@@ -68,18 +68,19 @@ async def test_a_group_that_is_made_again_gets_the_same_prompt_and_counts_once()
     again = [await pacer.admit() for _ in range(2)]
     assert again == tickets[1:]
     assert [(await queue.prompt_for(ticket)).serial for ticket in again] == before[1:]
-    assert queue.counts() == {"handed_out": 3, "skipped_length": 0}
+    assert queue.counts() == {"handed_out": 3, "skipped_length": 0, "left_out_difficulty": 0}
 
 
 async def test_a_queue_goes_on_from_the_first_prompt_that_nobody_has():
     pacer = Pacer(30)
     queue = make_queue(CountingDataloader(skips=3), pacer, bulk=8)
     assert [(await queue.prompt_for(await pacer.admit())).serial for _ in range(4)] == [0, 1, 2, 4]
-    assert queue.counts() == {"handed_out": 4, "skipped_length": 1}
+    assert queue.counts() == {"handed_out": 4, "skipped_length": 1, "left_out_difficulty": 0}
     other = make_queue(CountingDataloader(skips=3), pacer, bulk=8)
-    other.restore(queue.state())
+    await other.restore(queue.state())
     assert [(await other.prompt_for(await pacer.admit())).serial for _ in range(3)] == [5, 7, 8]
-    assert other.counts() == {"handed_out": 7, "skipped_length": 3}  # with 9, which was fetched ahead of 10
+    # with 9, which was fetched ahead of 10
+    assert other.counts() == {"handed_out": 7, "skipped_length": 3, "left_out_difficulty": 0}
 
 
 def test_seeds_differ_by_run_and_prompt_only(tiny_config):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from grpo.config import RunConfig
 from grpo.models.tokenizer import load_tokenizer
 from grpo.tasks.base import make_task
 from grpo.tasks.encoding import PromptEncoder
-from grpo.types import Ints, Problem, Prompt, PromptBatch
+from grpo.types import Ints, Prompt, PromptBatch
 
 
 class Dataloader:
@@ -31,19 +33,26 @@ class Dataloader:
         self._encoder.check_usable(self._task)
         self._problems = self._task.problems("train")
         self._order = lru_cache(maxsize=2)(self._permutation)
+        self._draws = lru_cache(maxsize=2)(self._random_numbers)
 
-    async def sample(self, start: int, count: int) -> PromptBatch:
-        """The next `count` prompts of the endless stream from place `start` on, without those over the length limit."""
+    async def sample(self, start: int, count: int, left_out: Collection[int] = frozenset()) -> PromptBatch:
+        """The next `count` prompts of the endless stream from place `start` on, without those over the length limit.
+
+        And without problems whose index is in `left_out`, except where the seed wants them revisited.
+        """
         prompts: list[Prompt] = []
+        passed_over: list[int] = []
         serial = start
         while len(prompts) < count:
-            if (prompt := self._prompt(serial)) is not None:
+            if self._problem_index(serial) in left_out and not self._is_revisit(serial):
+                passed_over.append(serial)
+            elif (prompt := self._prompt(serial)) is not None:
                 prompts.append(prompt)
             serial += 1
-        return PromptBatch(tuple(prompts), next_serial=serial)
+        return PromptBatch(tuple(prompts), next_serial=serial, left_out=tuple(passed_over))
 
     async def prompt(self, serial: int) -> Prompt:
-        """The prompt that was handed out under this serial. Raises KeyError for one that was skipped."""
+        """The prompt that was handed out under this serial. Raises KeyError for one over the length limit."""
         if (prompt := self._prompt(serial)) is None:
             raise KeyError(serial)
         return prompt
@@ -61,17 +70,26 @@ class Dataloader:
         """Nothing to end."""
 
     def _prompt(self, serial: int) -> Prompt | None:
-        problem = self._problem(serial)
-        token_ids = self._encoder.encode(problem)
-        return None if token_ids is None else Prompt(serial, problem, token_ids)
+        index = self._problem_index(serial)
+        token_ids = self._encoder.encode(self._problems[index])
+        return None if token_ids is None else Prompt(serial, self._problems[index], token_ids, index)
 
-    def _problem(self, serial: int) -> Problem:
+    def _problem_index(self, serial: int) -> int:
         """Every problem once per epoch, each epoch in an order of its own that follows from the seed."""
         epoch, place = divmod(serial, len(self._problems))
-        return self._problems[self._order(epoch)[place]]
+        return int(self._order(epoch)[place])
 
     def _permutation(self, epoch: int) -> Ints:
         return np.random.default_rng([self._config.seed, epoch]).permutation(len(self._problems))
+
+    def _is_revisit(self, serial: int) -> bool:
+        """Whether a problem that is left out has its turn at this place all the same: a draw of the seed and serial."""
+        epoch, place = divmod(serial, len(self._problems))
+        return bool(self._draws(epoch)[place] < self._config.dataloader.revisit)
+
+    def _random_numbers(self, epoch: int) -> NDArray[np.float64]:
+        """One in [0, 1) for every place of an epoch. The 1 keeps them apart from the numbers behind its order."""
+        return np.random.default_rng([self._config.seed, epoch, 1]).random(len(self._problems))
 
     def _held_out(self, count: int) -> tuple[list[Prompt], int]:
         prompts: list[Prompt] = []

@@ -28,7 +28,7 @@ _DTYPES = {
 
 
 def write_groups(folder: Path, groups: Iterable[tuple[int, Group]]) -> None:
-    """Write (ticket serial, group) pairs, groups with their values. The metadata of problems is not kept."""
+    """Write (ticket serial, group) pairs, groups with their values. Of problems, metadata and index are not kept."""
     arrays: dict[str, list[NDArray[Any]]] = {name: [np.empty(0, dtype)] for name, dtype in _DTYPES.items()}
     records = []
     for serial, group in groups:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from grpo.actors.dataloader import Dataloader
+from grpo.tasks.base import make_task
 from grpo.types import ConfigError, TaskError
 
 
@@ -80,6 +81,29 @@ async def test_prompts_over_the_limit_are_skipped_and_leave_gaps(make_loader):
     skipped = next(serial for serial in range(24) if serial not in short)
     with pytest.raises(KeyError):
         await loader.prompt(skipped)
+
+
+async def test_prompts_know_their_place_among_the_problems_of_the_task(make_loader, config):
+    loader = await make_loader()
+    problems = make_task(config.task).problems("train")
+    prompts = (await loader.sample(0, 24)).prompts
+    assert all(problems[prompt.problem_index] == prompt.problem for prompt in prompts)
+    assert {prompt.problem_index for prompt in await loader.held_out(4)} == {-1}
+
+
+async def test_what_is_left_out_leaves_gaps_and_comes_back_where_seed_and_place_say(make_loader):
+    left_out = frozenset(range(0, 12, 2))
+    loader, other = await make_loader(), await make_loader(seed=1)
+    everything = (await loader.sample(0, 2400)).prompts
+    batch = await loader.sample(0, 1300, left_out)
+    kept = {prompt.serial for prompt in batch.prompts}
+    assert [p.serial for p in everything[: batch.next_serial] if p.serial not in kept] == list(batch.left_out)
+    assert {everything[serial].problem_index for serial in batch.left_out} == left_out
+    revisited = [prompt.serial for prompt in batch.prompts if prompt.problem_index in left_out]
+    assert len(revisited) / (batch.next_serial / 2) == pytest.approx(0.1, abs=0.03)
+    again = await loader.sample(revisited[7], 1, frozenset(range(12)))  # whatever else is left out
+    assert again.prompts[0].serial == revisited[7]
+    assert (await other.sample(0, 1300, left_out)).left_out != batch.left_out
 
 
 async def test_prompts_are_the_questions_as_tokens(make_loader, tokenizer):
