@@ -19,9 +19,10 @@ from grpo.checkpointing import Checkpoints
 from grpo.config import RunConfig
 from grpo.evaluation import Evaluation
 from grpo.observe.recorder import Recorder
+from grpo.prompts import PromptQueue
 from grpo.recovery import Recovery
 from grpo.resume import ResumePoint
-from grpo.rollout import PromptQueue, rollout, sampling_params
+from grpo.rollout import rollout, sampling_params
 from grpo.run import Run
 from grpo.services import Services
 from grpo.structured import Interrupted, first_error, together, unless
@@ -89,9 +90,7 @@ async def continuous_rollouts(run: Run) -> None:
         params = sampling_params(config.rollout, config.seed, prompt)
         try:
             finished = await rollout(prompt, params, services, config)
-            run.prompts.learned(
-                prompt, finished.group.rewards
-            )  # before `add`: a checkpoint with the group knows it too
+            run.prompts.learned(prompt, finished.group.rewards)  # first: who has the group must know of it too
             await services.replay_buffer.add.call_one(ticket, finished.group)
         except (RewardError, ZeroAdvantage) as error:
             await run.drop(ticket, error)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from grpo.config import RunConfig
 from grpo.observe.recorder import Recorder
 from grpo.pacing import Pacer
-from grpo.rollout import PromptQueue
+from grpo.prompts import PromptQueue
 from grpo.services import Services
 from grpo.types import RewardError, Rollout, Ticket, ZeroAdvantage
 

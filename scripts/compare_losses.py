@@ -58,7 +58,7 @@ def config_of(setting: Setting, overrides: Sequence[str]) -> RunConfig:
 @cache  # it takes a tenth of a second
 def _composed(loss: str, correction: str, age: int, overrides: tuple[str, ...]) -> RunConfig:
     """What train.py would use, with as many rollouts as there are tickets: fewer would keep the ages down."""
-    groups = [f"loss={loss}", *([f"correction={correction}"] if names("correction") else [])]
+    groups = [f"loss={loss}", f"correction={correction}"]
     config = from_hydra(compose("config", [*groups, f"buffer.max_policy_age={age}", *FIXED, *overrides]))
     config.rollout.concurrency = config.ticket_capacity
     return config

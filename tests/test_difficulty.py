@@ -12,7 +12,7 @@ from grpo.cluster.handles import ActorHandle
 from grpo.config import DataloaderConfig
 from grpo.difficulty import Difficulty
 from grpo.pacing import Pacer
-from grpo.rollout import PromptQueue
+from grpo.prompts import PromptQueue
 from grpo.types import Problem, Prompt
 from tests.fakes import service_of
 
