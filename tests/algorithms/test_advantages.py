@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 
-from grpo.algorithms.advantages import ADVANTAGES, group_norm, mean_only
+from grpo.algorithms.advantages import (
+    ADVANTAGES,
+    BATCH_SCALED,
+    batch_scale,
+    global_norm,
+    group_norm,
+    leave_one_out,
+    max_rl,
+    mean_only,
+)
+from grpo.types import DataError
 
 
 def slow_mean_only(rewards):
@@ -13,23 +23,58 @@ def slow_mean_only(rewards):
     return [reward - mean for reward in rewards]
 
 
+def slow_std(values):
+    centered = slow_mean_only(values)
+    return math.sqrt(math.fsum(x * x for x in centered) / (len(values) - 1))
+
+
 def slow_group_norm(rewards):
-    centered = slow_mean_only(rewards)
-    std = math.sqrt(math.fsum(x * x for x in centered) / (len(rewards) - 1))
-    return [x / (std + 1e-4) for x in centered]
+    std = slow_std(rewards)
+    return [x / (std + 1e-4) for x in slow_mean_only(rewards)]
+
+
+def slow_leave_one_out(rewards):
+    advantages = []
+    for i, reward in enumerate(rewards):
+        others = rewards[:i] + rewards[i + 1 :]
+        advantages.append(reward - math.fsum(others) / len(others))
+    return advantages
+
+
+def slow_max_rl(rewards):
+    mean = math.fsum(rewards) / len(rewards)
+    return [(reward - mean) / mean for reward in rewards]
+
+
+SLOW = {
+    "group_norm": slow_group_norm,
+    "mean_only": slow_mean_only,
+    "leave_one_out": slow_leave_one_out,
+    "max_rl": slow_max_rl,
+    "global_norm": slow_mean_only,
+}
 
 
 def random_rewards(seed, dtype=torch.float64):
+    """None is negative: one of the functions refuses those."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(2 + seed, generator=generator, dtype=dtype) * 10.0 ** (seed - 2)
+    return torch.rand(2 + seed, generator=generator, dtype=dtype) * 10.0 ** (seed - 2)
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize(("fast", "slow"), [(group_norm, slow_group_norm), (mean_only, slow_mean_only)])
-def test_agree_with_a_slow_reference(fast, slow, seed):
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_agree_with_a_slow_reference(name, seed):
     rewards_G = random_rewards(seed)
-    expected_G = torch.tensor(slow(rewards_G.tolist()), dtype=torch.float64)
-    torch.testing.assert_close(fast(rewards_G), expected_G, rtol=1e-12, atol=1e-12)
+    expected_G = torch.tensor(SLOW[name](rewards_G.tolist()), dtype=torch.float64)
+    torch.testing.assert_close(ADVANTAGES[name](rewards_G), expected_G, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", sorted(set(ADVANTAGES) - {"max_rl"}))
+def test_negative_rewards_agree_with_a_slow_reference(name, seed):
+    rewards_G = random_rewards(seed) - 10.0 ** (seed - 2) / 2
+    expected_G = torch.tensor(SLOW[name](rewards_G.tolist()), dtype=torch.float64)
+    torch.testing.assert_close(ADVANTAGES[name](rewards_G), expected_G, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
@@ -37,18 +82,45 @@ def test_agree_with_a_slow_reference(fast, slow, seed):
 def test_float32_is_enough_and_advantages_sum_to_zero(name, seed):
     rewards_G = random_rewards(seed, torch.float32)
     advantages_G = ADVANTAGES[name](rewards_G)
+    assert advantages_G.dtype == torch.float32
     torch.testing.assert_close(advantages_G, ADVANTAGES[name](rewards_G.double()).float(), rtol=1e-4, atol=1e-5)
     assert abs(float(advantages_G.double().mean())) <= 1e-6 * float(advantages_G.abs().max())
 
 
-def test_two_answers_one_right():
-    expected_G = torch.tensor([0.5, -0.5]) / (math.sqrt(0.5) + 1e-4)
-    torch.testing.assert_close(group_norm(torch.tensor([1.0, 0.0])), expected_G)
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_better_answers_have_greater_advantages(name):
+    advantages = ADVANTAGES[name](torch.tensor([0.0, 0.1, 0.5, 0.5, 2.0])).tolist()
+    assert advantages == sorted(advantages)
+    assert advantages[0] < 0 < advantages[-1]
+    assert advantages[2] == advantages[3]
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_the_order_of_the_answers_does_not_matter(name):
+    rewards_G = random_rewards(4)
+    expected_G = ADVANTAGES[name](rewards_G).flip(0)
+    torch.testing.assert_close(ADVANTAGES[name](rewards_G.flip(0)), expected_G, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("group_norm", [1.5 / (1 + 2e-4), *[-0.5 / (1 + 2e-4)] * 3]),
+        ("mean_only", [0.75, -0.25, -0.25, -0.25]),
+        ("leave_one_out", [1.0, -1 / 3, -1 / 3, -1 / 3]),
+        ("max_rl", [3.0, -1.0, -1.0, -1.0]),
+        ("global_norm", [0.75, -0.25, -0.25, -0.25]),
+    ],
+)
+def test_four_answers_one_right(name, expected):
+    assert ADVANTAGES[name](torch.tensor([1.0, 0.0, 0.0, 0.0])).tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 0.7, 1 / 3, -2.7, 1e6 + 0.1, 1e-30])
 def test_equal_rewards_give_exactly_zero(name, reward):
+    if name == "max_rl":
+        reward = abs(reward)
     for size in range(1, 20):
         advantages_G = ADVANTAGES[name](torch.full((size,), reward))
         assert advantages_G.tolist() == [0.0] * size
@@ -61,24 +133,8 @@ def test_the_mean_of_equal_rewards_does_round():
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
-def test_a_group_of_one_is_finite(name):
+def test_a_group_of_one_is_zero(name):
     assert ADVANTAGES[name](torch.tensor([3.0])).tolist() == [0.0]
-
-
-def test_group_norm_does_not_see_the_unit_of_the_reward():
-    rewards_G = torch.tensor([0.0, 1.0, 1.0, 5.0], dtype=torch.float64)
-    torch.testing.assert_close(group_norm(100 * rewards_G + 7), group_norm(rewards_G), rtol=1e-4, atol=0)
-    assert float(group_norm(rewards_G).std()) == pytest.approx(1, abs=1e-4)
-
-
-def test_group_norm_does_not_blow_up_a_tiny_difference():
-    advantages_G = group_norm(torch.tensor([1.0, 1.0, 1.0 + 1e-6]))
-    assert float(advantages_G.abs().max()) < 0.02
-
-
-def test_mean_only_keeps_the_unit_of_the_reward():
-    rewards_G = torch.tensor([0.0, 1.0, 1.0, 5.0], dtype=torch.float64)
-    torch.testing.assert_close(mean_only(100 * rewards_G + 7), 100 * mean_only(rewards_G))
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
@@ -86,3 +142,73 @@ def test_rewards_are_left_as_they_are(name):
     rewards_G = torch.tensor([0.0, 1.0, 0.5])
     ADVANTAGES[name](rewards_G)
     assert rewards_G.tolist() == [0.0, 1.0, 0.5]
+
+
+REWARDS_G = torch.tensor([0.0, 1.0, 1.0, 5.0], dtype=torch.float64)
+
+
+def test_group_norm_does_not_see_the_unit_of_the_reward():
+    torch.testing.assert_close(group_norm(100 * REWARDS_G + 7), group_norm(REWARDS_G), rtol=1e-4, atol=0)
+    assert float(group_norm(REWARDS_G).std()) == pytest.approx(1, abs=1e-4)
+
+
+def test_group_norm_does_not_blow_up_a_tiny_difference():
+    advantages_G = group_norm(torch.tensor([1.0, 1.0, 1.0 + 1e-6]))
+    assert float(advantages_G.abs().max()) < 0.02
+
+
+def test_the_epsilon_of_group_norm_is_added_to_the_spread():
+    expected_G = mean_only(REWARDS_G) / (REWARDS_G.std() + 2.0)
+    torch.testing.assert_close(group_norm(REWARDS_G, epsilon=2.0), expected_G)
+
+
+@pytest.mark.parametrize("advantages", [mean_only, leave_one_out, global_norm])
+def test_advantages_without_a_norm_keep_the_unit_of_the_reward_and_not_its_zero(advantages):
+    torch.testing.assert_close(advantages(100 * REWARDS_G + 7), 100 * advantages(REWARDS_G))
+
+
+def test_max_rl_does_not_see_the_unit_of_the_reward_but_its_zero():
+    torch.testing.assert_close(max_rl(100 * REWARDS_G), max_rl(REWARDS_G))
+    assert float(max_rl(REWARDS_G + 7).max()) < 0.5 * float(max_rl(REWARDS_G).max())
+
+
+@pytest.mark.parametrize("rewards", [[-1.0, 3.0, 3.0], [-1.0, 1.0], [-1.0, -2.0]])
+def test_max_rl_refuses_negative_rewards(rewards):
+    with pytest.raises(DataError):
+        max_rl(torch.tensor(rewards))
+
+
+@pytest.mark.parametrize("size", [2, 3, 50])
+def test_the_scale_of_a_batch_agrees_with_a_slow_reference(size):
+    advantages_N = torch.randn(size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+    scale = batch_scale(advantages_N)
+    assert isinstance(scale, float)
+    assert scale == pytest.approx(1 / (slow_std(advantages_N.tolist()) + 1e-4), rel=1e-12)
+
+
+@pytest.mark.parametrize("advantages", [[], [2.0]])
+def test_the_scale_of_a_batch_too_small_for_a_spread_is_zero(advantages):
+    assert batch_scale(torch.tensor(advantages)) == 0.0
+
+
+def test_the_scale_of_a_batch_of_equal_answers_is_finite():
+    assert math.isfinite(batch_scale(torch.zeros(8)))
+
+
+def test_global_norm_takes_its_unit_from_the_batch_and_keeps_hard_and_easy_groups_apart():
+    assert "global_norm" in BATCH_SCALED
+    assert set(ADVANTAGES) >= BATCH_SCALED
+
+    def scaled(factor):
+        groups = [global_norm(factor * torch.tensor(rewards)) for rewards in ([0.0, 1.0], [0.0, 0.1], [1.0, 1.0])]
+        advantages_N = torch.cat(groups)
+        return advantages_N * batch_scale(advantages_N)
+
+    torch.testing.assert_close(scaled(100.0), scaled(1.0), rtol=1e-3, atol=0)
+    assert float(scaled(1.0).std()) == pytest.approx(1, abs=1e-3)
+    torch.testing.assert_close(scaled(1.0)[0], 10 * scaled(1.0)[2])
+    assert scaled(1.0)[4:].tolist() == [0.0, 0.0]
+
+
+def test_every_function_has_a_slow_reference():
+    assert set(ADVANTAGES) == set(SLOW)
