@@ -180,7 +180,7 @@ def sapo(
     """
     log_ratio_BT = _log_ratio(policy_logprobs_BT, behavior_logprobs_BT, mask_BT)
     advantages_BT = _masked(advantages_BT, mask_BT)
-    tau_BT = torch.where(advantages_BT > 0, tau_positive, tau_negative).to(log_ratio_BT.dtype)
+    tau_BT = torch.full_like(log_ratio_BT, tau_negative).masked_fill(advantages_BT > 0, tau_positive)
     gate_BT = 4 / tau_BT * torch.sigmoid(tau_BT * (log_ratio_BT.exp() - 1))
     token_loss_BT, cut_BT = -gate_BT * advantages_BT, torch.zeros_like(mask_BT)
     return _output(token_loss_BT, log_ratio_BT, cut_BT, policy_logprobs_BT, mask_BT, aggregation, **common)

@@ -77,4 +77,4 @@ def value_and_gradient(name, inputs, **kwargs):
     policy_BT = inputs.policy_BT.detach().clone().requires_grad_()
     output = replace(inputs, policy_BT=policy_BT).loss(name, **kwargs)
     output.loss.backward()
-    return output.loss.detach(), policy_BT.grad, output.metrics
+    return output.loss.detach(), policy_BT.grad, {key: value.sum() for key, value in output.metrics.items()}

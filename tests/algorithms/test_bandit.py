@@ -62,7 +62,7 @@ def train(logits_TV, loss, reward, *, advantages="group_norm", drawn_from=latest
             output = loss(logprobs_of(logits_TV, tokens_NT), proximal_NT, advantages_NT, mask_NT)
             output.loss.backward()
             optimizer.step()
-            ratios.append(float(output.metrics["ratio"]) / tokens_NT.numel())
+            ratios.append(float(output.metrics["ratio"].mean()))
     return logits_TV.detach(), ratios
 
 

@@ -47,7 +47,7 @@ def test_tight_bounds_are_felt_by_many_tokens_and_not_by_all(name):
     for seed in range(4):
         inputs = random_inputs(seed)
         metrics = inputs.loss(name, **TIGHT[name]).metrics
-        fractions.append(float(metrics["clip_fraction"]) / sum(inputs.lengths))
+        fractions.append(float(metrics["clip_fraction"].sum()) / sum(inputs.lengths))
     assert 0.25 < sum(fractions) / len(fractions) < 0.75
 
 
@@ -219,6 +219,14 @@ def test_without_a_reference_there_is_no_kl(name):
     with_reference = value_and_gradient(name, inputs, beta=0.0)
     assert torch.equal(loss, with_reference[0])
     assert torch.equal(gradient_BT, with_reference[1])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_metrics_are_per_token_and_nothing_in_masked_places(name):
+    inputs = random_inputs(0)
+    for value_BT in inputs.loss(name, beta=0.1).metrics.values():
+        assert value_BT.shape == inputs.mask_BT.shape
+        assert not value_BT[~inputs.mask_BT].any()
 
 
 @pytest.mark.parametrize("name", LOSSES)

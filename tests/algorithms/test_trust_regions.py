@@ -17,7 +17,7 @@ def one_token(name, ratio, advantage, behavior=0.0, **own):
     advantages_BT = torch.full((1, 1), advantage, dtype=torch.float64)
     output = LOSSES[name](policy_BT, behavior_BT, advantages_BT, torch.ones(1, 1), **own)
     output.loss.backward()
-    return float(output.loss.detach()), float(policy_BT.grad), float(output.metrics["clip_fraction"])
+    return float(output.loss.detach()), float(policy_BT.grad), float(output.metrics["clip_fraction"].sum())
 
 
 @pytest.mark.parametrize("name", sorted(set(LOSSES) - {"sapo", "cispo", "reinforce"}))
@@ -137,7 +137,7 @@ def one_row(log_ratios, advantage, **own):
     zero_BT = torch.zeros_like(policy_BT)
     output = LOSSES["gspo"](policy_BT, zero_BT, zero_BT + advantage, zero_BT == 0, **own)
     output.loss.backward()
-    return float(output.loss.detach()), policy_BT.grad[0].tolist(), float(output.metrics["clip_fraction"])
+    return float(output.loss.detach()), policy_BT.grad[0].tolist(), float(output.metrics["clip_fraction"].sum())
 
 
 def test_gspo_sees_only_the_mean_log_ratio_of_the_row():
