@@ -10,7 +10,8 @@ from grpo.cluster.handles import ActorHandle
 from grpo.cluster.local import launch_local
 from grpo.failures import Failures
 from grpo.pacing import Pacer
-from grpo.rollout import PromptQueue, advantage_function, rollout, sampling_params
+from grpo.prompts import PromptQueue
+from grpo.rollout import advantage_function, rollout, sampling_params
 from grpo.services import Services
 from grpo.types import ConfigError, Group, Problem, Prompt, PromptBatch, RewardError, ZeroAdvantage
 from tests.fakes import AnswersOf, RewardBy, service_of
