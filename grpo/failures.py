@@ -92,9 +92,12 @@ class Failures:
         self._data_failures_left -= 1
 
     def nothing_to_learn(self, error: ZeroAdvantage, limit: int) -> None:
-        """Note a group that the filter drops. Raises DataError when `limit` were since the last step."""
+        """Note a group that the filter drops. Raises DataError for the first beyond `limit` since the last step.
+
+        Other rollouts may drop theirs before they are cancelled: once is enough to say.
+        """
         self._filtered[error.rollout.shaped_rewards] += 1
-        if self._filtered.total() > limit:
+        if self._filtered.total() == limit + 1:
             raise DataError(f"filter.zero_advantage: {_seen(self._filtered)}, with no batch in between; {_FILTER_FIX}")
 
     def step_trained(self) -> None:

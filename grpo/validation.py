@@ -145,6 +145,9 @@ def _validate_algorithm(config: RunConfig) -> None:
         )
     if correction.low > 1:
         raise ConfigError(f"is {correction.low}, must be at most 1, the weight of a fresh sample", key="correction.low")
+    for key in ("shaping.scale", "shaping.clip_low", "shaping.clip_high"):
+        if (value := _value(config, key)) is not None and not math.isfinite(value):
+            raise ConfigError(f"is {value}, must be finite", key=key)
     low, high, zone = config.shaping.clip_low, config.shaping.clip_high, config.shaping.overlong_zone
     if low is not None and high is not None and low >= high:
         raise ConfigError(f"is {low}, must be below shaping.clip_high={high}", key="shaping.clip_low")

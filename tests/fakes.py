@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 
+from grpo.algorithms.losses import grpo
 from grpo.cluster.endpoints import LocalEndpoint
 from grpo.cluster.replicas import Claims, Common, Replica, State, Timeouts
 from grpo.cluster.services import Service
@@ -14,7 +15,7 @@ from grpo.config import RecoveryConfig
 from grpo.failures import Failures
 from grpo.services import returns_payload
 from grpo.structured import Signal
-from grpo.types import Batch, GeneratorStats, RewardError, SamplingParams
+from grpo.types import Batch, GenerationReport, GeneratorStats, RewardError, SamplingParams, Scores
 from grpo.weights import Weights
 
 
@@ -133,6 +134,28 @@ class _Guarded:
         self.update_weights = partial(gate.update_weights, generator)
 
 
+class AnswersOf:
+    """A generator whose groups have these lengths; the places in `cut` were cut off. The answers are their places."""
+
+    def __init__(self, lengths, cut=()) -> None:
+        truncated = tuple(i in cut for i in range(len(lengths)))
+        self._report = GenerationReport(0, 0, tuple(lengths), truncated)
+
+    async def generate(self, prompt, params):
+        return list(range(len(self._report.lengths))), self._report
+
+
+class RewardBy:
+    """Scores a group with `rewards(serial of its prompt, number of completions)`."""
+
+    def __init__(self, rewards) -> None:
+        self._rewards = rewards
+
+    async def score(self, prompt, completions) -> Scores:
+        rewards = tuple(map(float, self._rewards(prompt.serial, len(completions))))
+        return Scores(rewards, {"task": rewards}, ())
+
+
 @dataclass(frozen=True)
 class Parcel:
     label: str
@@ -167,3 +190,21 @@ class Worker:
 
 def prepare_model(task, folder):
     return folder
+
+
+def doubled_grpo(policy_BT, behavior_BT, advantages_BT, mask_BT, *, factor=2.0, **common):
+    """A loss of somebody's own, with a parameter of its own."""
+    return grpo(policy_BT, behavior_BT, factor * advantages_BT, mask_BT, **common)
+
+
+def spelled_out(
+    policy_BT, behavior_BT, advantages_BT, mask_BT, *,
+    sharpness=1.0, aggregation, denominator, horizon, reference_logprobs_BT, beta, kl,
+):  # fmt: skip
+    """A loss of somebody's own that names all that it is given."""
+    raise NotImplementedError
+
+
+def above_half(rewards_G):
+    """Advantages of somebody's own."""
+    return rewards_G - 0.5

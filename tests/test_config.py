@@ -1,12 +1,18 @@
+import inspect
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from grpo.algorithms.losses import LOSSES, grpo
 from grpo.composition import explain, from_hydra, register, to_yaml
-from grpo.config import RunConfig
+from grpo.config import LOSS_PARAMETERS, CorrectionConfig, LossConfig, RunConfig
+from grpo.learner.collate import MicroBatch
+from grpo.learner.objective import Objective
 from grpo.types import ConfigError
 from grpo.validation import validate, warnings
 
@@ -23,6 +29,17 @@ def composed(*overrides) -> RunConfig:
             raise ConfigError(explain(error)) from error
 
 
+def checked(*overrides) -> RunConfig:
+    """Composed, and asked for the loss that it names, as it is before anything starts."""
+    config = composed(*overrides)
+    Objective(config.loss, config.correction)
+    return config
+
+
+def in_file(group, choice) -> dict:
+    return OmegaConf.to_container(OmegaConf.load(CONFIGS / group / f"{choice}.yaml"))
+
+
 def test_the_default_is_the_design():
     config = composed()
     assert (config.rollout.concurrency, config.rollout.group_size, config.buffer.max_policy_age) == (32, 8, 1)
@@ -36,16 +53,48 @@ def test_every_experiment_composes(experiment):
     composed(f"+experiment={experiment}", *(["model.path=x"] if needs_a_model else []))
 
 
+GROUPS = ("model", "task", "dataloader", "loss", "correction", "shaping", "filter")
+GOES_WITH = {  # what a choice can't do without
+    ("model", "hf"): ["model.path=x"],
+    ("shaping", "overlong_penalty"): ["task=gsm8k"],  # answers with room for its zone
+}
+
+
 @pytest.mark.parametrize(
     ("group", "choice"),
-    sorted(
-        (path.parent.name, path.stem)
-        for group in ("model", "task", "dataloader", "loss")
-        for path in (CONFIGS / group).glob("*")
-    ),
+    sorted((path.parent.name, path.stem) for group in GROUPS for path in (CONFIGS / group).glob("*")),
 )
 def test_every_choice_of_a_group_composes(group, choice):
-    composed(f"{group}={choice}", *(["model.path=x"] if (group, choice) == ("model", "hf") else []))
+    config = checked(f"{group}={choice}", *GOES_WITH.get((group, choice), []))
+    if group in ("model", "task"):  # they reach beyond their own
+        return
+    values = in_file(group, choice)
+    if "horizon" in values:
+        values["horizon"] = config.rollout.max_completion_tokens  # to which it refers
+    assert {name: getattr(getattr(config, group), name) for name in values} == values
+
+
+@pytest.mark.parametrize("correction", ["none", "tis", "mis", "icepop", "decoupled"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_goes_with_every_correction(loss, correction):
+    config = composed(f"loss={loss}", f"correction={correction}")
+    assert Objective(config.loss, config.correction).needs_proximal == (correction != "none")
+
+
+def test_every_loss_has_a_choice_of_its_name():
+    assert {path.stem for path in (CONFIGS / "loss").glob("*")} == set(LOSSES)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_choice_of_a_loss_says_what_the_function_does_by_itself(name):
+    values = in_file("loss", name)
+    defaults = {
+        parameter.name: parameter.default
+        for parameter in inspect.signature(LOSSES[name]).parameters.values()
+        if parameter.default not in (parameter.empty, None)
+    }
+    assert values["name"] == name
+    assert {key: values[key] for key in values if key in (*LOSS_PARAMETERS, "aggregation")} == defaults
 
 
 @pytest.mark.parametrize(
@@ -98,6 +147,49 @@ def test_every_choice_of_a_group_composes(group, choice):
         ("eval.temperature=-1", r"eval\.temperature: is -1\.0, must be at least 0"),
         ("eval.temperature=nan", r"eval\.temperature: is nan, must be at least 0"),
         ("eval.solved_at=nan", r"eval\.solved_at: is nan, must be finite"),
+        ("trainer.updates_per_batch=17", r"trainer\.updates_per_batch: is 17, but a batch has 16 groups .*: lower it"),
+        ("trainer.updates_per_batch=0", r"trainer\.updates_per_batch: is 0, must be at least 1"),
+        ("loss.name=magic", r"loss\.name: 'magic' is not one of grpo, .*, nor of the form module:function"),
+        ("loss=magic", r"Could not find 'loss/magic' Available options in 'loss': .*grpo"),
+        ("loss.tau_positive=1", r"loss\.tau_positive: the loss grpo takes .* but clip_low, .*; take it out"),
+        ("loss=sapo loss.clip_low=0.2", r"loss\.clip_low: the loss sapo takes .* tau_positive, tau_negative; take it"),
+        ("+loss.args.speed=3", r"loss\.args\.speed: the loss grpo takes no such parameter, but clip_low, .*; take it"),
+        ("+loss.args.aggregation=token_mean", r"loss\.args\.aggregation: the loss grpo takes no such parameter"),
+        ("+loss.args.beta=1", r"loss\.args\.beta: the loss grpo takes no such parameter"),
+        ("loss.kl=k4", r"loss\.kl: 'k4' is not one of k1, k2, k3"),
+        ("loss.aggregation=mean", r"loss\.aggregation: 'mean' is not one of null, token_mean, sequence_mean, fixed_"),
+        ("loss.horizon=0", r"loss\.horizon: is 0, must be at least 1"),
+        ("loss.beta=-1", r"loss\.beta: is -1\.0, must be at least 0"),
+        ("loss.clip_low=-1", r"loss\.clip_low: is -1\.0, must be at least 0"),
+        ("loss.dual_clip=0.5", r"loss\.dual_clip: is 0\.5, must be at least 1"),
+        ("loss=reinforce loss.max_ratio=0", r"loss\.max_ratio: is 0\.0, must be greater than 0"),
+        ("loss=sapo loss.tau_negative=0", r"loss\.tau_negative: is 0\.0, must be greater than 0"),
+        ("correction.high=3", r"correction: no weights are there to bound; take correction=tis, mis, icepop or dec"),
+        ("correction.low=0.5", r"correction: no weights are there to bound; take correction=tis, mis, icepop or dec"),
+        ("correction=tis correction.low=1.5", r"correction\.low: is 1\.5, must be at most 1"),
+        ("correction=tis correction.high=0.5", r"correction\.high: is 0\.5, must be at least 1"),
+        ("correction=tis correction.low=nan", r"correction\.low: is nan, must be at least 0"),
+        ("correction.weights=clip", r"correction\.weights: 'clip' is not one of none, truncate, mask"),
+        ("correction=tis correction.level=word", r"correction\.level: 'word' is not one of token, sequence, geometric"),
+        ("shaping.overlong=cut", r"shaping\.overlong: 'cut' is not one of keep, mask, penalize"),
+        ("shaping.overlong_zone=4", r"shaping\.overlong_zone: is 4 with shaping\.overlong=keep; .* others none \(0\)"),
+        ("shaping=overlong_mask shaping.overlong_zone=4", r"shaping\.overlong_zone: is 4 with shaping\.overlong=mask;"),
+        ("shaping.overlong=penalize", r"shaping\.overlong_zone: is 0 with .*=penalize; penalize needs the number of"),
+        ("shaping=overlong_penalty", r"shaping\.overlong_zone: is 256, more than .*max_completion_tokens=12; lower it"),
+        (
+            "shaping.clip_low=1 shaping.clip_high=1",
+            r"shaping\.clip_low: is 1\.0, must be below shaping\.clip_high=1\.0",
+        ),
+        (
+            "shaping.clip_low=2 shaping.clip_high=1",
+            r"shaping\.clip_low: is 2\.0, must be below shaping\.clip_high=1\.0",
+        ),
+        ("shaping.clip_low=nan", r"shaping\.clip_low: is nan, must be finite"),
+        ("shaping.clip_high=inf", r"shaping\.clip_high: is inf, must be finite"),
+        ("shaping.scale=0", r"shaping\.scale: is 0\.0, must be greater than 0"),
+        ("shaping.scale=inf", r"shaping\.scale: is inf, must be finite"),
+        ("shaping.length_penalty=-1", r"shaping\.length_penalty: is -1\.0, must be at least 0"),
+        ("filter.max_batches=0", r"filter\.max_batches: is 0, must be at least 1"),
         ("eval.samples=0", r"eval\.samples: is 0, must be at least 1"),
         ("eval.samples=512", r"eval\.samples: is 512, but .* generator\.max_sequences=256"),
         ("trainer.betas=[0.9]", r"trainer\.betas: is \[0\.9\], must be two numbers in"),
@@ -109,8 +201,51 @@ def test_every_choice_of_a_group_composes(group, choice):
 )
 def test_bad_input_is_one_line_that_names_the_key(override, message):
     with pytest.raises(ConfigError, match=message) as caught:
-        composed(*override.split())
+        checked(*override.split())
     assert "\n" not in str(caught.value)
+
+
+def micro_batch() -> tuple[torch.Tensor, MicroBatch]:
+    """Log-probabilities of a policy, and what they belong to: three answers of up to five tokens."""
+    generator = torch.Generator().manual_seed(0)
+    policy_BK, behavior_BK = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64) / 4 - 1
+    advantages_BK = torch.tensor([[1.0], [-1.0], [0.5]], dtype=torch.float64).expand(3, 5)
+    mask_BK = torch.arange(5) < torch.tensor([[5], [3], [2]])
+    others = dict.fromkeys(
+        ("tokens_BT", "attention_BT", "versions_BK", "reference_logprobs_BK", "proximal_logprobs_BK")
+    )
+    micro = MicroBatch(
+        first=0, mask_BK=mask_BK, behavior_logprobs_BK=behavior_BK, advantages_BK=advantages_BK, **others
+    )
+    return policy_BK, micro
+
+
+@pytest.mark.parametrize(
+    ("args", "factor"), [([], 2.0), (["+loss.args.factor=3.0"], 3.0), (["+loss.args={factor: 0.5}"], 0.5)]
+)
+def test_a_loss_of_ones_own_is_named_by_module_and_function_and_gets_its_arguments(args, factor):
+    own = ["loss.name=tests.fakes:doubled_grpo", "loss.clip_low=null", "loss.clip_high=null"]
+    config = composed(*own, *args)
+    policy_BK, micro = micro_batch()
+    found = Objective(config.loss, config.correction)(policy_BK, micro, denominator=7.0)
+    expected = grpo(policy_BK, micro.behavior_logprobs_BK, factor * micro.advantages_BK, micro.mask_BK, denominator=7.0)
+    assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-12)
+    assert float(found.loss) != 0
+
+
+def test_a_loss_of_ones_own_takes_no_arguments_but_its_own():
+    own = ["loss.name=tests.fakes:doubled_grpo", "loss.clip_low=null", "loss.clip_high=null"]
+    with pytest.raises(ConfigError, match=r"^loss\.args\.speed: .* takes no such parameter, but factor; take it out$"):
+        checked(*own, "+loss.args.speed=3")
+    with pytest.raises(ConfigError, match=r"^loss\.clip_low: .* takes no such parameter, but factor; take it out$"):
+        checked("loss.name=tests.fakes:doubled_grpo")
+
+
+@pytest.mark.parametrize("name", ["aggregation", "beta", "kl", "horizon", "denominator", "reference_logprobs_BT"])
+def test_what_every_loss_is_given_is_no_argument_of_its_own(name):
+    """Also of a loss that spells it out."""
+    with pytest.raises(ConfigError, match=rf"^loss\.args\.{name}: .* takes no such parameter, but sharpness; take it"):
+        Objective(LossConfig(name="tests.fakes:spelled_out", args={name: 1.0}), CorrectionConfig())
 
 
 def test_more_rollouts_than_tickets_is_a_warning_that_says_how_many_can_run():
@@ -144,8 +279,6 @@ def test_math_verify_that_can_end_the_run_is_warned_about():
 
 def test_yaml_round_trip():
     config = composed("task.args.max_letters=4", "trainer.lr=1e-5")
-    from omegaconf import OmegaConf
-
     again = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(to_yaml(config))))
     assert again == config
 

@@ -2,7 +2,17 @@ import pytest
 
 from grpo.config import RecoveryConfig
 from grpo.failures import Failures
-from grpo.types import ActorDied, DataError, PayloadLost, RewardTimeout
+from grpo.types import (
+    ActorDied,
+    DataError,
+    GenerationReport,
+    Group,
+    PayloadLost,
+    RewardTimeout,
+    Rollout,
+    Scores,
+    ZeroAdvantage,
+)
 
 
 @pytest.fixture
@@ -51,3 +61,48 @@ def test_a_death_is_remembered_with_the_times_until_all_was_well_again(failures)
     before = death.next_step_s
     failures.step_trained()
     assert death.next_step_s == before
+
+
+def nothing_to_learn(*shaped_rewards):
+    group = Group(None, (), None, (0.5,) * len(shaped_rewards), (0.0,) * len(shaped_rewards), oldest_version=0)
+    report = GenerationReport(0, 0, (1,) * len(shaped_rewards), (False,) * len(shaped_rewards))
+    return ZeroAdvantage(Rollout(group, Scores(group.rewards, {}, ()), report, shaped_rewards))
+
+
+def test_one_group_more_than_the_limit_ends_the_run_and_says_what_was_seen(failures):
+    for rewards in [(0.0, 0.0)] * 3 + [(1.0, 1.0)] * 2 + [(0.0, 1.0)]:  # all of the last are masked
+        failures.nothing_to_learn(nothing_to_learn(*rewards), limit=6)
+    with pytest.raises(DataError) as caught:
+        failures.nothing_to_learn(nothing_to_learn(0.25, 0.25), limit=6)
+    message = str(caught.value)
+    assert message.startswith(
+        "filter.zero_advantage: 7 groups with nothing to learn from (3 with reward 0 throughout, "
+        "2 with reward 1 throughout, 1 with reward 0.25 throughout), with no batch in between; "
+    )
+    assert "raise filter.max_batches" in message
+    assert "\n" not in message
+
+
+def test_groups_with_nothing_to_learn_from_are_forgotten_when_a_step_is_trained(failures):
+    for _ in range(5):
+        for _ in range(2):
+            failures.nothing_to_learn(nothing_to_learn(1.0, 1.0), limit=2)
+        failures.step_trained()
+    for _ in range(2):
+        failures.nothing_to_learn(nothing_to_learn(0.0, 0.0), limit=2)
+    with pytest.raises(DataError, match=r"3 groups .* \(3 with reward 0 throughout\)"):
+        failures.nothing_to_learn(nothing_to_learn(0.0, 0.0), limit=2)
+
+
+def test_the_end_for_want_of_something_to_learn_is_said_once(failures):
+    """Other rollouts drop one more each before they are cancelled."""
+    failures.nothing_to_learn(nothing_to_learn(1.0, 1.0), limit=1)
+    with pytest.raises(DataError):
+        failures.nothing_to_learn(nothing_to_learn(1.0, 1.0), limit=1)
+    failures.nothing_to_learn(nothing_to_learn(1.0, 1.0), limit=1)
+
+
+def test_groups_with_nothing_to_learn_from_cost_no_other_budget(failures):
+    for _ in range(50):
+        failures.nothing_to_learn(nothing_to_learn(1.0, 1.0), limit=50)
+    failures.reward_failed(RewardTimeout("slow"))

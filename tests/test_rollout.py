@@ -2,15 +2,19 @@ import asyncio
 
 import numpy as np
 import pytest
+import torch
 
+from grpo.algorithms.advantages import group_norm
 from grpo.cluster.endpoints import LocalEndpoint
 from grpo.cluster.handles import ActorHandle
 from grpo.cluster.local import launch_local
 from grpo.failures import Failures
 from grpo.pacing import Pacer
-from grpo.rollout import PromptQueue, rollout, sampling_params
-from grpo.types import Problem, Prompt, PromptBatch, RewardError
-from tests.fakes import service_of
+from grpo.prompts import PromptQueue
+from grpo.rollout import advantage_function, rollout, sampling_params
+from grpo.services import Services
+from grpo.types import ConfigError, Group, Problem, Prompt, PromptBatch, RewardError, ZeroAdvantage
+from tests.fakes import AnswersOf, RewardBy, service_of
 
 
 class CountingDataloader:
@@ -130,3 +134,130 @@ async def test_the_reference_runs_side_by_side_with_the_reward(tiny_config):
         with pytest.raises(RewardError, match="both were asked"):
             async with asyncio.timeout(30):
                 await rollout(prompt, params, services, tiny_config)
+
+
+PROMPT = Prompt(7, Problem("q", "a"), np.array([1]))
+
+
+async def rolled_out(config, rewards, lengths=None, cut=()):
+    """The group of these rewards and lengths; the completions at the places `cut` have become too long."""
+    actors = {
+        "generator": AnswersOf(lengths or [1] * len(rewards), cut),
+        "reward": RewardBy(lambda serial, count: rewards),
+        **dict.fromkeys(("dataloader", "replay_buffer", "trainer")),
+    }
+    services = {name: ActorHandle(service_of(LocalEndpoint(actor))) for name, actor in actors.items()}
+    return await rollout(PROMPT, sampling_params(config.rollout, 0, PROMPT), Services(**services), config)
+
+
+def advantages_of(rewards):
+    return tuple(group_norm(torch.tensor(rewards, dtype=torch.float64)).tolist())
+
+
+async def test_advantages_are_of_the_shaped_rewards_and_the_rewards_stay_raw(tiny_config):
+    tiny_config.shaping.scale, tiny_config.shaping.clip_high, tiny_config.shaping.length_penalty = 2.0, 1.0, 0.5
+    finished = await rolled_out(tiny_config, (0.1, 0.4, 0.9, 0.9), lengths=(8, 4, 2, 2))
+    assert finished.group.rewards == finished.scores.rewards == (0.1, 0.4, 0.9, 0.9)
+    assert finished.shaped_rewards == (2 * 0.1 - 0.5, 2 * 0.4 - 0.25, 1.0 - 0.125, 1.0 - 0.125)
+    assert finished.group.advantages == advantages_of(finished.shaped_rewards)
+
+
+async def test_rewards_that_differ_only_beyond_a_bound_are_equal(tiny_config):
+    tiny_config.shaping.clip_low = 0.5
+    finished = await rolled_out(tiny_config, (0.1, 0.4, 0.3, 0.5))
+    assert finished.group.advantages == (0.0,) * 4
+    assert not finished.group.has_signal
+
+
+async def test_answers_that_were_cut_off_are_masked_and_no_others(tiny_config):
+    tiny_config.shaping.overlong = "mask"
+    finished = await rolled_out(tiny_config, (1, 0, 0, 1), lengths=(8, 8, 3, 8), cut=(1, 3))
+    assert finished.group.masked == (1, 3)
+    assert finished.shaped_rewards == (1, 0, 0, 1)
+    assert finished.group.advantages == advantages_of((1, 0, 0, 1))  # they still say how good the others are
+
+
+async def test_long_answers_are_penalized_more_and_more_before_the_limit(tiny_config):
+    shaping = tiny_config.shaping
+    shaping.overlong, shaping.overlong_zone, shaping.overlong_penalty = "penalize", 4, 0.5
+    finished = await rolled_out(tiny_config, (1, 1, 1, 1), lengths=(4, 5, 8, 8), cut=(3,))
+    assert finished.shaped_rewards == (1.0, 0.875, 0.5, 0.5)
+    assert finished.group.rewards == (1, 1, 1, 1)
+    assert finished.group.masked == ()
+    assert finished.group.has_signal
+
+
+@pytest.mark.parametrize("overlong", ["keep", "mask"])
+async def test_the_zone_costs_nothing_unless_it_is_asked_for(tiny_config, overlong):
+    tiny_config.shaping.overlong, tiny_config.shaping.overlong_zone = overlong, 4
+    finished = await rolled_out(tiny_config, (1, 0, 1, 0), lengths=(8, 8, 8, 8), cut=(0,))
+    assert finished.shaped_rewards == (1, 0, 1, 0)
+
+
+@pytest.mark.parametrize("rewards", [(1, 1, 1, 1), (0, 0, 0, 0), (0.7,) * 4])
+async def test_a_group_with_nothing_to_learn_from_is_kept_unless_the_filter_is_set(tiny_config, rewards):
+    finished = await rolled_out(tiny_config, rewards)
+    assert finished.group.advantages == (0.0,) * 4
+    tiny_config.filter.zero_advantage = True
+    with pytest.raises(ZeroAdvantage) as caught:
+        await rolled_out(tiny_config, rewards)
+    assert caught.value.rollout == finished
+    assert caught.value.reason == "zero_advantage"
+
+
+async def test_the_filter_lets_groups_pass_from_which_something_can_be_learned(tiny_config):
+    tiny_config.filter.zero_advantage = True
+    assert (await rolled_out(tiny_config, (1, 1, 1, 0.999))).group.has_signal
+
+
+async def test_the_filter_looks_at_the_shaped_rewards(tiny_config):
+    """Lengths may tell answers of one reward apart."""
+    tiny_config.filter.zero_advantage, tiny_config.shaping.length_penalty = True, 0.1
+    assert (await rolled_out(tiny_config, (1, 1, 1, 1), lengths=(2, 2, 2, 3))).group.has_signal
+    with pytest.raises(ZeroAdvantage):
+        await rolled_out(tiny_config, (1, 1, 1, 1), lengths=(2, 2, 2, 2))
+
+
+async def test_a_group_whose_only_advantages_are_masked_has_nothing_to_learn_from(tiny_config):
+    tiny_config.filter.zero_advantage, tiny_config.shaping.overlong = True, "mask"
+    with pytest.raises(ZeroAdvantage) as caught:
+        await rolled_out(tiny_config, (1, 0, 1, 0), lengths=(8,) * 4, cut=(0, 1, 2, 3))
+    assert any(caught.value.rollout.group.advantages)
+    assert (await rolled_out(tiny_config, (1, 0, 1, 0), lengths=(8,) * 4, cut=(0, 1, 2))).group.has_signal
+
+
+@pytest.mark.parametrize(
+    ("advantages", "masked", "signal"),
+    [
+        ((1.5, 0.0, -1.5), (), True),
+        ((1.5, 0.0, -1.5), (0,), True),
+        ((1.5, 0.0, -1.5), (0, 2), False),
+        ((1.5, 0.0, -1.5), (1,), True),
+        ((0.0, 0.0, 0.0), (), False),
+    ],
+)
+def test_a_group_has_signal_where_an_advantage_is_neither_zero_nor_masked(advantages, masked, signal):
+    assert Group(PROMPT, [], None, (0.0,) * 3, advantages, 0, masked).has_signal is signal
+
+
+async def test_advantages_of_ones_own_are_named_by_module_and_function(tiny_config):
+    tiny_config.loss.advantages = "tests.fakes:above_half"
+    finished = await rolled_out(tiny_config, (1, 0, 0.5, 1))
+    assert finished.group.advantages == (0.5, -0.5, 0.0, 0.5)
+    tiny_config.filter.zero_advantage = True
+    assert (await rolled_out(tiny_config, (1, 1, 1, 1))).group.advantages == (0.5,) * 4  # theirs to say what is none
+    with pytest.raises(ZeroAdvantage):
+        await rolled_out(tiny_config, (0.5, 0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("magic", r"^loss\.advantages: 'magic' is not one of group_norm, .*, nor of the form module:function$"),
+        ("tests.fakes:magic", r"^loss\.advantages: can't import 'tests\.fakes:magic'"),
+    ],
+)
+def test_advantages_that_are_not_there_name_the_key(tiny_config, name, message):
+    tiny_config.loss.advantages = name
+    with pytest.raises(ConfigError, match=message):
+        advantage_function(tiny_config.loss)

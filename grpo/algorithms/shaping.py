@@ -23,6 +23,7 @@ def shape(
     last `overlong_zone` tokens before the limit it also costs from 0 to `overlong_penalty`, linearly, so that long
     answers learn to end before they are cut off. (Soft overlong punishment: DAPO, arXiv:2503.14476, equation 13.)
     """
+    lengths_G = lengths_G.to(rewards_G.dtype)  # integers would be divided in single precision
     shaped_G = scale * rewards_G
     if clip_low is not None or clip_high is not None:
         shaped_G = shaped_G.clamp(clip_low, clip_high)

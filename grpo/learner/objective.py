@@ -14,7 +14,7 @@ from torch import Tensor
 from grpo.algorithms.advantages import BATCH_SCALED, batch_scale
 from grpo.algorithms.aggregation import batch_denominator
 from grpo.algorithms.corrections import importance_weights
-from grpo.algorithms.losses import LOSSES, LossOutput
+from grpo.algorithms.losses import LOSSES, Common, LossOutput
 from grpo.config import LOSS_PARAMETERS, CorrectionConfig, LossConfig
 from grpo.imports import named_function
 from grpo.learner.collate import MicroBatch
@@ -87,7 +87,7 @@ def _parameters(config: LossConfig, function: Callable[..., Any]) -> dict[str, A
     taken = [
         name
         for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and name != "aggregation"
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in ("aggregation", *Common.__annotations__)
     ]
     for key, given in (("loss", named), ("loss.args", config.args)):
         if unknown := [name for name in given if name not in taken]:

@@ -119,6 +119,23 @@ def test_groups_come_back_as_they_were(save, groups):
     assert load_groups(save(2, groups=[])) == []
 
 
+def test_completions_that_are_masked_stay_so(save, groups):
+    (first, plain_group), (second, group) = groups
+    groups = [(first, plain_group), (second, dataclasses.replace(group, masked=(1,)))]
+    loaded = load_groups(save(1, groups=groups))
+    assert [group.masked for _, group in loaded] == [(), (1,)]
+    assert [group.has_signal for _, group in loaded] == [group.has_signal for _, group in groups]
+
+
+def test_a_checkpoint_from_before_there_were_masks_has_none(save):
+    path = save(1)
+    records = json.loads((path / "groups.json").read_text(encoding="utf-8"))
+    for record in records:
+        del record["masked"]
+    (path / "groups.json").write_text(json.dumps(records), encoding="utf-8")
+    assert [group.masked for _, group in load_groups(path)] == [(), ()]
+
+
 def test_the_metadata_of_problems_is_not_kept(save, make_group):
     group = make_group(3, [2], [0.5])
     prompt = dataclasses.replace(group.prompt, problem=Problem("?", "!", {"source": object()}))

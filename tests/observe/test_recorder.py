@@ -1,6 +1,7 @@
 import asyncio
 import json
 import time
+import weakref
 
 import pytest
 
@@ -18,6 +19,7 @@ from grpo.types import (
     Rollout,
     Scores,
     Ticket,
+    ZeroAdvantage,
 )
 
 
@@ -46,9 +48,9 @@ def record_steps(recorder, rewards):
             pass
 
 
-def finished_group(serial, reward):
+def finished_group(serial, reward, completions=()):
     prompt = Prompt(serial, Problem("ba>", "ab"), None)
-    group = Group(prompt, (), None, (reward, reward), (0.0, 0.0), oldest_version=0)
+    group = Group(prompt, completions, None, (reward, reward), (0.0, 0.0), oldest_version=0)
     texts = ("ab", "ba") if serial % 2 == 0 else ()
     scores, report = (
         Scores((reward, reward), {"task": (reward, reward)}, texts),
@@ -267,3 +269,39 @@ def test_the_summary_tells_deaths_and_how_fast_all_was_well_again(tiny_config, m
     ]
     assert summary["recovery"]["back_s_max"] == summary["recovery"]["back_s_median"] > 0
     assert summary["recovery"]["next_step_s_max"] >= summary["recovery"]["next_step_s_median"] > 0
+
+
+def test_groups_that_the_filter_drops_are_counted_and_measured_apart_from_those_trained_on(tiny_config, make_recorder):
+    recorder = make_recorder(tiny_config)
+    hand_out_tickets(recorder)
+    for serial in (20, 21, 22):
+        recorder.group_dropped(Ticket(serial), ZeroAdvantage(finished_group(serial, 1.0)))
+    record_steps(recorder, [0.2, 0.2])
+    first, second = lines(recorder)
+    assert (first["rollout/zero_advantage_dropped"], second["rollout/zero_advantage_dropped"]) == (3, 0)
+    assert (first["reward/mean"], second["reward/mean"]) == (0.2, 0.2)
+    assert first["rollout/reward_mean"] == pytest.approx((3 * 1.0 + 0.2) / 4)
+    assert first["rollout/shaped_reward_mean"] == pytest.approx((3 * 0.5 + 0.1) / 4)
+    assert second["rollout/reward_mean"] == pytest.approx(0.2)
+    ledger, samples = (recorder.run_dir.read(name) for name in ("ledger.jsonl", "rollouts.jsonl"))
+    assert ledger[:3] == [{"dropped": [s, 100 + s], "reason": "zero_advantage"} for s in (20, 21, 22)]
+    assert [sample["prompt_serial"] for sample in samples] == [20, 22, 2]  # those that came with texts
+
+
+class Payload(list):
+    """A list that a weak reference can look at."""
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_only_numbers_of_a_group_are_kept_not_its_payload(tiny_config, make_recorder, filtered):
+    recorder = make_recorder(tiny_config)
+    hand_out_tickets(recorder)
+    payload = Payload(["ab", "ba"])
+    seen, rollout = weakref.ref(payload), finished_group(4, 1.0, completions=payload)
+    if filtered:
+        recorder.group_dropped(Ticket(4), ZeroAdvantage(rollout))
+    else:
+        recorder.group_finished(rollout)
+    assert seen() is payload
+    del payload, rollout
+    assert seen() is None
