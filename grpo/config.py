@@ -107,7 +107,7 @@ class ShapingConfig:
     clip_high: float | None = None
     length_penalty: float = 0.0  # taken off an answer of max_completion_tokens, of shorter ones in proportion
     overlong: str = "keep"  # answers cut off at the limit. mask: not trained on; penalize: see overlong_zone
-    overlong_zone: int = 0  # with penalize: the last so many tokens before the limit cost more and more
+    overlong_zone: float = 0.0  # with penalize: that last part of max_completion_tokens costs more and more
     overlong_penalty: float = 1.0  # up to so much
 
 

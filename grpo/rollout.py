@@ -77,7 +77,7 @@ def shaped_rewards(scores: Scores, report: GenerationReport, params: SamplingPar
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         length_penalty=config.length_penalty,
-        overlong_zone=config.overlong_zone if config.overlong == "penalize" else 0,
+        overlong_zone=config.overlong_zone * params.max_tokens if config.overlong == "penalize" else 0,
         overlong_penalty=config.overlong_penalty,
     )
 

@@ -38,11 +38,13 @@ class Run:
         if isinstance(error, RewardError) and self.config.reward.on_error == "fail":
             raise error
         self.recorder.group_dropped(ticket, error)
+        self.pacer.drop(ticket, error.reason)
         if isinstance(error, ZeroAdvantage):
             self.prompts.learned(error.rollout.group.prompt, error.rollout.group.rewards)
             limit = self.config.filter.max_batches * self.config.trainer.groups_per_step
             self.recorder.failures.nothing_to_learn(error, limit)
-        self.pacer.drop(ticket, error.reason)
+        else:
+            self.recorder.failures.reward_failed(error)
         await self.services.replay_buffer.skip.call_one(ticket)
 
     def begin_again(self, tickets: Sequence[Ticket], reason: str) -> None:

@@ -59,7 +59,7 @@ _AT_LEAST = {
     "correction.low": (0, "importance weights are not negative"),
     "correction.high": (1, "1 is the weight of a sample of the present policy"),
     "shaping.length_penalty": (0, "0 lets answers be as long as they like"),
-    "shaping.overlong_zone": (0, "with overlong=penalize, tokens before the limit"),
+    "shaping.overlong_zone": (0, "with overlong=penalize, a part of max_completion_tokens"),
     "shaping.overlong_penalty": (0, "it is taken off the reward"),
     "filter.max_batches": (1, "a batch's worth of groups is soon dropped"),
     "trainer.updates_per_batch": (1, "1 makes one optimizer step of a batch"),
@@ -141,7 +141,7 @@ def _validate_algorithm(config: RunConfig) -> None:
         )
     if correction.weights == "none" and (correction.low, correction.high) != (0, None):
         raise ConfigError(
-            "no weights are there to bound; take correction=tis, mis, icepop or decoupled", key="correction"
+            "no weights are there to bound; take correction=tis, mis, icepop or decoupled", key="correction.weights"
         )
     if correction.low > 1:
         raise ConfigError(f"is {correction.low}, must be at most 1, the weight of a fresh sample", key="correction.low")
@@ -151,15 +151,10 @@ def _validate_algorithm(config: RunConfig) -> None:
     low, high, zone = config.shaping.clip_low, config.shaping.clip_high, config.shaping.overlong_zone
     if low is not None and high is not None and low >= high:
         raise ConfigError(f"is {low}, must be below shaping.clip_high={high}", key="shaping.clip_low")
-    if (config.shaping.overlong == "penalize") != (zone > 0):
+    if (config.shaping.overlong == "penalize") != (zone > 0) or zone > 1:
         raise ConfigError(
-            f"is {zone} with shaping.overlong={config.shaping.overlong}; "
-            "penalize needs the number of tokens before the limit that cost, the others none (0)",
-            key="shaping.overlong_zone",
-        )
-    if zone > config.rollout.max_completion_tokens:
-        raise ConfigError(
-            f"is {zone}, more than rollout.max_completion_tokens={config.rollout.max_completion_tokens}; lower it",
+            f"is {zone:g} with shaping.overlong={config.shaping.overlong}; penalize needs a part of "
+            "rollout.max_completion_tokens, like 0.2, the others 0",
             key="shaping.overlong_zone",
         )
 

@@ -151,9 +151,9 @@ def test_the_choice_of_a_loss_says_what_the_function_does_by_itself(name):
         ("trainer.updates_per_batch=0", r"trainer\.updates_per_batch: is 0, must be at least 1"),
         ("loss.name=magic", r"loss\.name: 'magic' is not one of grpo, .*, nor of the form module:function"),
         ("loss=magic", r"Could not find 'loss/magic' Available options in 'loss': .*grpo"),
-        ("loss.tau_positive=1", r"loss\.tau_positive: the loss grpo takes .* but clip_low, .*; take it out"),
-        ("loss=sapo loss.clip_low=0.2", r"loss\.clip_low: the loss sapo takes .* tau_positive, tau_negative; take it"),
-        ("+loss.args.speed=3", r"loss\.args\.speed: the loss grpo takes no such parameter, but clip_low, .*; take it"),
+        ("loss.tau_positive=1", r"loss\.tau_positive: the loss grpo takes .* but clip_low, .*; leave it at null"),
+        ("loss=sapo loss.clip_low=0.2", r"loss\.clip_low: the loss sapo takes .* tau_positive, tau_negative; leave it"),
+        ("+loss.args.speed=3", r"loss\.args\.speed: the loss grpo takes no such parameter, but clip_low, .*; leave it"),
         ("+loss.args.aggregation=token_mean", r"loss\.args\.aggregation: the loss grpo takes no such parameter"),
         ("+loss.args.beta=1", r"loss\.args\.beta: the loss grpo takes no such parameter"),
         ("loss.kl=k4", r"loss\.kl: 'k4' is not one of k1, k2, k3"),
@@ -164,18 +164,27 @@ def test_the_choice_of_a_loss_says_what_the_function_does_by_itself(name):
         ("loss.dual_clip=0.5", r"loss\.dual_clip: is 0\.5, must be at least 1"),
         ("loss=reinforce loss.max_ratio=0", r"loss\.max_ratio: is 0\.0, must be greater than 0"),
         ("loss=sapo loss.tau_negative=0", r"loss\.tau_negative: is 0\.0, must be greater than 0"),
-        ("correction.high=3", r"correction: no weights are there to bound; take correction=tis, mis, icepop or dec"),
-        ("correction.low=0.5", r"correction: no weights are there to bound; take correction=tis, mis, icepop or dec"),
+        (
+            "correction.high=3",
+            r"correction\.weights: no weights are there to bound; take correction=tis, mis, icepop or dec",
+        ),
+        (
+            "correction.low=0.5",
+            r"correction\.weights: no weights are there to bound; take correction=tis, mis, icepop or dec",
+        ),
         ("correction=tis correction.low=1.5", r"correction\.low: is 1\.5, must be at most 1"),
         ("correction=tis correction.high=0.5", r"correction\.high: is 0\.5, must be at least 1"),
         ("correction=tis correction.low=nan", r"correction\.low: is nan, must be at least 0"),
         ("correction.weights=clip", r"correction\.weights: 'clip' is not one of none, truncate, mask"),
         ("correction=tis correction.level=word", r"correction\.level: 'word' is not one of token, sequence, geometric"),
         ("shaping.overlong=cut", r"shaping\.overlong: 'cut' is not one of keep, mask, penalize"),
-        ("shaping.overlong_zone=4", r"shaping\.overlong_zone: is 4 with shaping\.overlong=keep; .* others none \(0\)"),
-        ("shaping=overlong_mask shaping.overlong_zone=4", r"shaping\.overlong_zone: is 4 with shaping\.overlong=mask;"),
-        ("shaping.overlong=penalize", r"shaping\.overlong_zone: is 0 with .*=penalize; penalize needs the number of"),
-        ("shaping=overlong_penalty", r"shaping\.overlong_zone: is 256, more than .*max_completion_tokens=12; lower it"),
+        ("shaping.overlong_zone=0.3", r"shaping\.overlong_zone: is 0\.3 with shaping\.overlong=keep; .* the others 0"),
+        ("shaping=overlong_mask shaping.overlong_zone=0.3", r"shaping\.overlong_zone: is 0\.3 with .*overlong=mask;"),
+        ("shaping.overlong=penalize", r"shaping\.overlong_zone: is 0 with .*=penalize; penalize needs a part of"),
+        (
+            "shaping=overlong_penalty shaping.overlong_zone=4",
+            r"shaping\.overlong_zone: is 4 .* needs a part of rollout",
+        ),
         (
             "shaping.clip_low=1 shaping.clip_high=1",
             r"shaping\.clip_low: is 1\.0, must be below shaping\.clip_high=1\.0",
@@ -235,16 +244,20 @@ def test_a_loss_of_ones_own_is_named_by_module_and_function_and_gets_its_argumen
 
 def test_a_loss_of_ones_own_takes_no_arguments_but_its_own():
     own = ["loss.name=tests.fakes:doubled_grpo", "loss.clip_low=null", "loss.clip_high=null"]
-    with pytest.raises(ConfigError, match=r"^loss\.args\.speed: .* takes no such parameter, but factor; take it out$"):
+    with pytest.raises(
+        ConfigError, match=r"^loss\.args\.speed: .* takes no such parameter, but factor; leave it at null$"
+    ):
         checked(*own, "+loss.args.speed=3")
-    with pytest.raises(ConfigError, match=r"^loss\.clip_low: .* takes no such parameter, but factor; take it out$"):
+    with pytest.raises(
+        ConfigError, match=r"^loss\.clip_low: .* takes no such parameter, but factor; leave it at null$"
+    ):
         checked("loss.name=tests.fakes:doubled_grpo")
 
 
 @pytest.mark.parametrize("name", ["aggregation", "beta", "kl", "horizon", "denominator", "reference_logprobs_BT"])
 def test_what_every_loss_is_given_is_no_argument_of_its_own(name):
     """Also of a loss that spells it out."""
-    with pytest.raises(ConfigError, match=rf"^loss\.args\.{name}: .* takes no such parameter, but sharpness; take it"):
+    with pytest.raises(ConfigError, match=rf"^loss\.args\.{name}: .* takes no such parameter, but sharpness; leave it"):
         Objective(LossConfig(name="tests.fakes:spelled_out", args={name: 1.0}), CorrectionConfig())
 
 

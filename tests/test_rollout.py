@@ -179,7 +179,7 @@ async def test_answers_that_were_cut_off_are_masked_and_no_others(tiny_config):
 
 async def test_long_answers_are_penalized_more_and_more_before_the_limit(tiny_config):
     shaping = tiny_config.shaping
-    shaping.overlong, shaping.overlong_zone, shaping.overlong_penalty = "penalize", 4, 0.5
+    shaping.overlong, shaping.overlong_zone, shaping.overlong_penalty = "penalize", 0.5, 0.5
     finished = await rolled_out(tiny_config, (1, 1, 1, 1), lengths=(4, 5, 8, 8), cut=(3,))
     assert finished.shaped_rewards == (1.0, 0.875, 0.5, 0.5)
     assert finished.group.rewards == (1, 1, 1, 1)
@@ -189,7 +189,7 @@ async def test_long_answers_are_penalized_more_and_more_before_the_limit(tiny_co
 
 @pytest.mark.parametrize("overlong", ["keep", "mask"])
 async def test_the_zone_costs_nothing_unless_it_is_asked_for(tiny_config, overlong):
-    tiny_config.shaping.overlong, tiny_config.shaping.overlong_zone = overlong, 4
+    tiny_config.shaping.overlong, tiny_config.shaping.overlong_zone = overlong, 0.5
     finished = await rolled_out(tiny_config, (1, 0, 1, 0), lengths=(8, 8, 8, 8), cut=(0,))
     assert finished.shaped_rewards == (1, 0, 1, 0)
 

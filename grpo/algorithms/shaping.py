@@ -14,7 +14,7 @@ def shape(
     clip_low: float | None = None,
     clip_high: float | None = None,
     length_penalty: float = 0.0,
-    overlong_zone: int = 0,
+    overlong_zone: float = 0.0,
     overlong_penalty: float = 0.0,
 ) -> Tensor:
     """`scale` x reward, held within [clip_low, clip_high], less what the length of the answer costs.

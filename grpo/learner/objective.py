@@ -92,7 +92,7 @@ def _parameters(config: LossConfig, function: Callable[..., Any]) -> dict[str, A
     for key, given in (("loss", named), ("loss.args", config.args)):
         if unknown := [name for name in given if name not in taken]:
             raise ConfigError(
-                f"the loss {config.name} takes no such parameter, but {', '.join(taken) or 'none'}; take it out",
+                f"the loss {config.name} takes no such parameter, but {', '.join(taken) or 'none'}; leave it at null",
                 key=f"{key}.{unknown[0]}",
             )
     return {**named, **config.args}

@@ -114,14 +114,13 @@ class Recorder:
             )
 
     def group_dropped(self, ticket: Ticket, error: RewardError | ZeroAdvantage) -> None:
-        """Raises DataError when too many were, see Failures."""
+        """Called while its ticket is still out."""
         self.run_dir.append("ledger.jsonl", {"dropped": self.pacer.entry(ticket), "reason": error.reason})
         if isinstance(error, ZeroAdvantage):
             self._filtered += 1
             self.group_finished(error.rollout)
         else:
             self.warn(f"dropped a group: {error}")
-            self.failures.reward_failed(error)
 
     def groups_begun_again(self, tickets: Sequence[Ticket], reason: str) -> None:
         """Groups that were lost, with a process or with the run."""
