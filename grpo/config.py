@@ -116,7 +116,7 @@ class FilterConfig:
     """Groups that are dropped before they reach the trainer."""
 
     zero_advantage: bool = False  # those with nothing to learn from; others are made in their place
-    max_batches: int = 20  # so many batches' worth dropped between two steps are tolerated; one group more ends the run
+    max_batches: int = 20  # so many batches' worth may be dropped while one batch's worth passes; more ends the run
 
 
 @dataclass
@@ -140,7 +140,7 @@ class TrainerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    max_nonfinite_steps: int = 10  # skipped in a row for a loss or gradient that is not finite; one more ends the run
+    max_nonfinite_steps: int = 10  # updates skipped in a row, loss or gradient not finite; one more ends the run
     micro_batch_tokens: int = 16384  # padded tokens of one forward and backward pass
     gradient_checkpointing: bool = False
     snapshot_every: int = 1  # steps between copies of its state for a new trainer to go on from; 0: none

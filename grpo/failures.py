@@ -50,7 +50,8 @@ class Failures:
         self._fatal: BaseException | None = None
         self._ended = Signal()
         self._config = config
-        self._filtered: Counter[tuple[float, ...]] = Counter()  # since the last step, by their rewards
+        self._passed = 0  # the filter
+        self._filtered: Counter[tuple[float, ...]] = Counter()  # since the last batch that did, by their rewards
         self._restarts_left, self._data_failures_left = config.max_restarts, config.max_data_failures
 
     @property
@@ -91,18 +92,24 @@ class Failures:
             raise DataError(f"{error}; recovery.max_data_failures={limit} between two steps are spent") from error
         self._data_failures_left -= 1
 
+    def something_to_learn(self, batch: int) -> None:
+        """Note a group that the filter lets pass. Every `batch` of them fill up what may be dropped."""
+        self._passed += 1
+        if self._passed % batch == 0:
+            self._filtered.clear()
+
     def nothing_to_learn(self, error: ZeroAdvantage, limit: int) -> None:
-        """Note a group that the filter drops. Raises DataError for the first beyond `limit` since the last step.
+        """Note a group that the filter drops. Raises DataError for the first beyond `limit` since the last batch.
 
         Other rollouts may drop theirs before they are cancelled: once is enough to say.
         """
         self._filtered[error.rollout.shaped_rewards] += 1
         if self._filtered.total() == limit + 1:
-            raise DataError(f"filter.zero_advantage: {_seen(self._filtered)}, with no batch in between; {_FILTER_FIX}")
+            seen = _seen(self._filtered)
+            raise DataError(f"filter.zero_advantage: {seen}, with no batch in between; {_FILTER_FIX}") from None
 
     def step_trained(self) -> None:
         """The budgets are full again."""
-        self._filtered.clear()
         now = time.perf_counter()
         for death in self.deaths:
             if death.next_step_s is None:

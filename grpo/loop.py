@@ -26,7 +26,7 @@ from grpo.rollout import rollout, sampling_params
 from grpo.run import Run
 from grpo.services import Services
 from grpo.structured import Interrupted, first_error, together, unless
-from grpo.types import GeneratorStats, PayloadLost, RewardError, ZeroAdvantage
+from grpo.types import GeneratorStats, PayloadLost, RewardError, Ticket, ZeroAdvantage
 from grpo.waiting import begin_activity
 from grpo.watchdog import Watchdog
 
@@ -79,27 +79,29 @@ async def run(
 async def continuous_rollouts(run: Run) -> None:
     """Make groups, one after another, until `shutdown` is set or the training ends and cancels it.
 
-    Consumes tickets and prompts, leaves groups in the replay buffer. Waits for a ticket (woken when a step has been
-    trained and published, or a group was lost), then for the generator, the reward and the reference.
+    Consumes tickets. Waits for one (woken when a step has been trained and published, or a group was lost or
+    dropped), then for its group.
     """
-    services, config = run.services, run.config
     begin_activity("rollouts")
     while not run.shutdown.is_set():
         ticket = await run.pacer.admit()
-        prompt = await run.prompts.prompt_for(ticket)
-        params = sampling_params(config.rollout, config.seed, prompt)
         try:
-            finished = await rollout(prompt, params, services, config)
-            run.prompts.learned(prompt, finished.group.rewards)  # first: who has the group must know of it too
-            await services.replay_buffer.add.call_one(ticket, finished.group)
+            await make_group(ticket, run)
         except (RewardError, ZeroAdvantage) as error:
             await run.drop(ticket, error)
         except PayloadLost as error:
             run.recorder.failures.payload_lost(error)
             run.begin_again([ticket], "payload")
-        else:
-            run.group_finished(ticket, finished)
-            del finished  # its payload would lie in the object store while this waits for a ticket
+
+
+async def make_group(ticket: Ticket, run: Run) -> None:
+    """Consumes a prompt, leaves its group in the replay buffer. Waits for the generator, the reward, the reference."""
+    prompt = await run.prompts.prompt_for(ticket)
+    params = sampling_params(run.config.rollout, run.config.seed, prompt)
+    finished = await rollout(prompt, params, run.services, run.config)
+    run.prompts.learned(prompt, finished.group.rewards)  # first: who has the group must know of it too
+    await run.services.replay_buffer.add.call_one(ticket, finished.group)
+    run.group_finished(ticket, finished)
 
 
 async def continuous_training(run: Run, recovery: Recovery, evaluation: Evaluation, checkpoints: Checkpoints) -> None:

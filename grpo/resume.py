@@ -23,6 +23,7 @@ _DATED = re.compile(r"\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d$")  # the folder that a run
 _FREE = (
     "cluster", "watchdog", "recovery", "checkpoint", "observe", "eval", "generator", "resume", "dry_run",
     "reward.on_error", "reward.timeout_s", "reward.memory_gb", "reward.workers", "reward.replicas", "reward.num_cpus",
+    "filter.max_batches",
     "reference", "rollout.concurrency", "trainer.max_steps", "trainer.micro_batch_tokens",
     "trainer.gradient_checkpointing", "trainer.max_nonfinite_steps", "trainer.snapshot_every",
     "trainer.num_cpus", "trainer.num_gpus", "trainer.threads",

@@ -15,6 +15,7 @@ from grpo.imports import named_function
 from grpo.services import Services
 from grpo.structured import together
 from grpo.types import (
+    ConfigError,
     GenerationReport,
     Group,
     Prompt,
@@ -57,7 +58,7 @@ async def rollout(prompt: Prompt, params: SamplingParams, services: Services, co
         completions=completions,
         reference_logprobs=reference_logprobs,
         rewards=scores.rewards,
-        advantages=tuple(advantage_function(config.loss)(shaped_G).tolist()),
+        advantages=_advantages(shaped_G, config.loss),
         oldest_version=report.oldest_version,
         masked=_masked(report, config.shaping),
     )
@@ -85,6 +86,16 @@ def shaped_rewards(scores: Scores, report: GenerationReport, params: SamplingPar
 def advantage_function(config: LossConfig) -> Callable[[Tensor], Tensor]:
     """An entry of ADVANTAGES, or `module:function`. Raises ConfigError when there is none."""
     return named_function(config.advantages, ADVANTAGES, key="loss.advantages")
+
+
+def _advantages(shaped_G: Tensor, config: LossConfig) -> tuple[float, ...]:
+    found_G = advantage_function(config)(shaped_G)
+    if found_G.shape != shaped_G.shape:
+        raise ConfigError(
+            f"{config.advantages!r} returns {tuple(found_G.shape)} advantages for {tuple(shaped_G.shape)} rewards",
+            key="loss.advantages",
+        )
+    return tuple(found_G.tolist())
 
 
 def _masked(report: GenerationReport, config: ShapingConfig) -> tuple[int, ...]:

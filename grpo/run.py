@@ -29,6 +29,8 @@ class Run:
         """It lies in the replay buffer."""
         self.pacer.is_buffered(ticket)
         self.recorder.group_finished(rollout)
+        if self.config.filter.zero_advantage:
+            self.recorder.failures.something_to_learn(self.config.trainer.groups_per_step)
 
     async def drop(self, ticket: Ticket, error: RewardError | ZeroAdvantage) -> None:
         """Leave a group out and hand its ticket back.

@@ -157,6 +157,13 @@ def _validate_algorithm(config: RunConfig) -> None:
             "rollout.max_completion_tokens, like 0.2, the others 0",
             key="shaping.overlong_zone",
         )
+    if config.loss.advantages == "max_rl" and (
+        config.shaping.length_penalty > 0 or config.shaping.overlong == "penalize"
+    ):
+        raise ConfigError(
+            "max_rl takes rewards of 0 and more, which a penalty for length goes below: take another, or no penalty",
+            key="loss.advantages",
+        )
 
 
 def _validate_generator(config: RunConfig) -> None:
@@ -234,6 +241,16 @@ def warnings(config: RunConfig) -> list[str]:
         )
     if config.rollout.temperature == 0:
         found.append("rollout.temperature=0 makes all completions of a group equal: there will be nothing to learn")
+    if config.shaping.length_penalty > 0 and config.filter.zero_advantage:
+        found.append(
+            "filter.zero_advantage: with shaping.length_penalty above 0 answers of other lengths have other rewards, "
+            "so groups that are always right or never are hardly ever dropped"
+        )
+    if config.loss.kl == "k1" and config.loss.beta > 0:
+        found.append(
+            "loss.kl=k1: its gradient has mean zero on samples of the policy, so it keeps nobody near the reference; "
+            "take k2 or k3"
+        )
     if "math_verify" in config.reward.functions and config.reward.on_error == "fail":
         found.append(
             "reward.functions: math_verify takes for ever on a few completions, and one of them ends the run after "

@@ -14,7 +14,7 @@ from grpo.actors.checkpointer import Checkpointer
 from grpo.actors.generator import Generator
 from grpo.actors.trainer import Trainer
 from grpo.cluster.local import launch_local
-from grpo.config import DataloaderConfig
+from grpo.config import CorrectionConfig, DataloaderConfig
 from grpo.learner import checkpoint
 from grpo.learner.checkpoint import checkpoints
 from grpo.loop import run
@@ -179,7 +179,8 @@ def assert_continued(run, undisturbed, *, exactly=True):
     assert run.trained == undisturbed.trained
     assert run.summary["steps"] == run.config.trainer.max_steps
     assert run.summary["groups_trained"] == len(run.trained)
-    assert run.summary["groups_admitted"] == run.summary["groups_trained"] + run.summary["groups_in_flight"]
+    dropped = sum(run.summary["groups_dropped"].values())
+    assert run.summary["groups_admitted"] == run.summary["groups_trained"] + run.summary["groups_in_flight"] + dropped
 
 
 # --- exactly ---
@@ -200,14 +201,17 @@ async def test_a_run_goes_on_exactly_from_each_of_its_checkpoints(start, tmp_pat
         assert [step for step, _ in evaluations] == [0, 5]
 
 
-async def test_a_run_that_samples_by_difficulty_goes_on_exactly_too(start, config, tmp_path):
+async def test_a_run_that_filters_corrects_and_samples_by_difficulty_goes_on_exactly_too(start, config, tmp_path):
     config.task.args = {"train_size": 6, "held_out_size": 8}
     config.reward.functions = {"tests.fake_rewards:sometimes_equal": 1.0}
     config.dataloader = DataloaderConfig("difficulty", revisit=0.2)
+    config.correction = CorrectionConfig("mask", high=5.0)
+    config.filter.zero_advantage, config.trainer.updates_per_batch = True, 2
     config.trainer.max_steps = 9
     undisturbed = await start().to_the_end()
     assert any(undisturbed.losses)
     assert undisturbed.summary["prompts"]["left_out_difficulty"] > 6
+    assert undisturbed.summary["groups_dropped"]["zero_advantage"] > 3
     for step in range(1, 9):
         folder = shutil.copytree(tmp_path / "run", tmp_path / f"copy-{step}")
         keep_only(folder, step)

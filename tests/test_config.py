@@ -81,6 +81,9 @@ def test_every_loss_goes_with_every_correction(loss, correction):
     assert Objective(config.loss, config.correction).needs_proximal == (correction != "none")
 
 
+BEYOND_THE_FUNCTION = {"dapo": {"dual_clip": 3.0}}  # which null switches off
+
+
 def test_every_loss_has_a_choice_of_its_name():
     assert {path.stem for path in (CONFIGS / "loss").glob("*")} == set(LOSSES)
 
@@ -94,7 +97,9 @@ def test_the_choice_of_a_loss_says_what_the_function_does_by_itself(name):
         if parameter.default not in (parameter.empty, None)
     }
     assert values["name"] == name
-    assert {key: values[key] for key in values if key in (*LOSS_PARAMETERS, "aggregation")} == defaults
+    given = {key: values[key] for key in values if key in (*LOSS_PARAMETERS, "aggregation")}
+    assert defaults | given == defaults | (BEYOND_THE_FUNCTION.get(name, {}))
+    assert given.keys() >= defaults.keys() - {"aggregation"}
 
 
 @pytest.mark.parametrize(
@@ -275,6 +280,19 @@ def test_filters_and_greedy_sampling_are_warned_about():
 def test_several_greedy_answers_to_a_prompt_are_refused(override):
     with pytest.raises(ConfigError, match=r"eval\.samples: is 4, but at temperature 0 all completions .* are equal"):
         composed("eval.samples=4", override)
+
+
+def test_algorithms_that_undo_each_other_are_warned_of():
+    (warning,) = warnings(composed("filter=zero_advantage", "shaping.length_penalty=0.1"))
+    assert warning.startswith("filter.zero_advantage: with shaping.length_penalty above 0")
+    (warning,) = warnings(composed("loss.beta=0.1", "loss.kl=k1"))
+    assert "take k2 or k3" in warning
+
+
+@pytest.mark.parametrize("penalty", ["shaping.length_penalty=0.1", "shaping=overlong_penalty"])
+def test_max_rl_takes_no_penalty_that_could_make_rewards_negative(penalty):
+    with pytest.raises(ConfigError, match=r"^loss\.advantages: max_rl takes rewards of 0 and more, .* or no penalty$"):
+        composed("loss.advantages=max_rl", penalty)
 
 
 def test_evaluations_that_will_not_happen_are_warned_about():

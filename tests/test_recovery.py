@@ -75,6 +75,8 @@ def config(tiny_config):
     tiny_config.buffer.max_policy_age = 0
     tiny_config.rollout.concurrency = 1
     tiny_config.loss.beta = 0.05
+    tiny_config.correction.weights, tiny_config.correction.high = "mask", 5.0
+    tiny_config.trainer.updates_per_batch = 2
     tiny_config.reward.workers = 1
     return tiny_config
 
@@ -114,6 +116,18 @@ async def test_a_death_changes_nothing_in_what_is_learned(config, make_recorder,
     assert (losses, weights.checksum) == (undisturbed[0], undisturbed[1].checksum)
     np.testing.assert_array_equal(weights.buffer, undisturbed[1].buffer)
     assert recorder.pacer.admitted == recorder.pacer.trained + recorder.pacer.outstanding
+
+
+@pytest.mark.parametrize("when", ["before", "lost answer", "after"])
+async def test_a_death_around_a_group_that_is_dropped_changes_nothing_either(config, make_recorder, when):
+    config.filter.zero_advantage = True
+    config.reward.functions = {"tests.fake_rewards:sometimes_equal": 1.0}
+    _, losses, weights = await train(config, make_recorder)
+    recorder, again, weights_again = await train(config, make_recorder, ("replay_buffer", "skip", 2, when))
+    assert (losses, weights.checksum) == (again, weights_again.checksum)
+    pacer = recorder.pacer
+    assert pacer.dropped["zero_advantage"] >= 2
+    assert pacer.admitted == pacer.trained + pacer.dropped.total() + pacer.outstanding
 
 
 async def test_several_deaths_in_one_run_change_nothing_either(config, make_recorder, undisturbed):

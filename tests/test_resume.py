@@ -13,6 +13,7 @@ from grpo.learner.manifest import write_manifest
 from grpo.resume import check_compatible, find_resume_point, leave_newer_behind
 from grpo.tasks.base import make_task
 from grpo.types import CheckpointError, ConfigError
+from tests.test_config import composed
 
 
 @pytest.fixture
@@ -249,6 +250,25 @@ def test_a_setting_that_an_older_version_did_not_know_had_its_default(config, ru
     config.trainer.weight_decay = 0.1
     with pytest.raises(ConfigError, match=r"trainer.weight_decay was 0.0, is 0.1"):
         check_compatible(config, point)
+
+
+def test_a_run_from_before_there_was_a_choice_of_algorithms_goes_on(config, run_with):
+    """With what Hydra composes today: a choice that is not in the old config must mean what was done then."""
+    point = point_of(config, run_with(2))
+    config = composed()
+    before = dataclasses.asdict(config)
+    for name in ("correction", "shaping", "filter", "dataloader"):
+        del before[name]
+    del before["trainer"]["updates_per_batch"]
+    before["loss"] = {name: before["loss"][name] for name in ("name", "advantages", "clip_low", "clip_high", "beta")}
+    point.progress["config"] = before
+    check_compatible(config, point)
+
+
+def test_the_patience_of_the_filter_may_change(config, run_with):
+    point = point_of(config, run_with(2))
+    config.filter.max_batches = 40
+    check_compatible(config, point)
 
 
 @pytest.mark.parametrize(

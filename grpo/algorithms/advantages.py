@@ -53,7 +53,7 @@ def max_rl(rewards_G: Tensor) -> Tensor:
     if (rewards_G < 0).any():
         raise DataError(
             f"loss.advantages=max_rl divides by the mean reward and takes none below 0, but there is "
-            f"{float(rewards_G.min()):g}; take another, or rewards and shaping that stay above"
+            f"{float(rewards_G.min()):g}; take another, or rewards that stay above"
         )
     centered_G = mean_only(rewards_G)
     return centered_G / rewards_G.mean() if centered_G.any() else centered_G

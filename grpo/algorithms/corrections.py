@@ -15,8 +15,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-WEIGHTS = ("none", "truncate", "mask")
-LEVELS = ("token", "sequence", "geometric")
 _LARGEST_LOG_RATIO = 20.0  # exp of more would overflow where it is multiplied
 
 
@@ -31,22 +29,38 @@ def importance_weights(
     low: float = 0.0,
     high: float | None = None,
 ) -> Tensor:
-    """The ratio w = proximal / behavior, held within [low, high]: [B, T], without gradient, 0 in masked places.
+    """The `importance_ratio` held within [low, high]: [B, T], without gradient, 0 in masked places.
 
-    level      token      of each token: biased, since what came before it is left out; low variance
-               sequence   the product over a sequence, for all of its tokens: unbiased, its variance grows with T
-               geometric  the T-th root of that product: a measure of how far the sequence is off, not a weight
-    weights    truncate   what lies outside is moved to the bound
-               mask       what lies outside gets weight 0: the tokens (or the sequence) are not trained on
+    What lies outside is moved to the bound with `weights` "truncate"; with "mask" it gets weight 0: the token, or the
+    sequence, is not trained on.
     """
-    mask_BT = mask_BT.bool()
-    log_ratio_BT = (proximal_logprobs_BT - behavior_logprobs_BT).masked_fill(~mask_BT, 0.0)
-    if level != "token":
-        total_B1 = log_ratio_BT.sum(dim=1, keepdim=True)
-        lengths_B1 = mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
-        log_ratio_BT = (total_B1 if level == "sequence" else total_B1 / lengths_B1).expand(mask_BT.shape)
-    ratio_BT = log_ratio_BT.clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO).exp()
+    ratio_BT = importance_ratio(proximal_logprobs_BT, behavior_logprobs_BT, mask_BT, level)
     held_BT = ratio_BT.clamp(low, high)
     if weights == "mask":
         held_BT = ratio_BT.masked_fill(held_BT != ratio_BT, 0.0)
-    return held_BT.masked_fill(~mask_BT, 0.0)
+    elif weights != "truncate":
+        raise ValueError(f"{weights!r} is not one of truncate, mask")
+    return held_BT.masked_fill(~mask_BT.bool(), 0.0)
+
+
+@torch.no_grad()
+def importance_ratio(proximal_logprobs_BT: Tensor, behavior_logprobs_BT: Tensor, mask_BT: Tensor, level: str) -> Tensor:
+    """How much likelier the proximal policy makes what the behavior policy drew: [B, T], without gradient.
+
+    token      of each token: biased, since what came before it is left out; low variance
+    sequence   the product over a sequence, for all of its tokens: unbiased, its variance grows with T
+    geometric  the T-th root of that product: a measure of how far the sequence is off, not a weight
+    """
+    mask_BT = mask_BT.bool()
+    log_ratio_BT = (proximal_logprobs_BT - behavior_logprobs_BT).masked_fill(~mask_BT, 0.0)
+    total_B1 = log_ratio_BT.sum(dim=1, keepdim=True)
+    match level:
+        case "token":
+            pass
+        case "sequence":
+            log_ratio_BT = total_B1.expand(mask_BT.shape)
+        case "geometric":
+            log_ratio_BT = (total_B1 / mask_BT.sum(dim=1, keepdim=True).clamp(min=1)).expand(mask_BT.shape)
+        case _:
+            raise ValueError(f"{level!r} is not one of token, sequence, geometric")
+    return log_ratio_BT.clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO).exp()

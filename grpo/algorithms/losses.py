@@ -61,7 +61,8 @@ def grpo(
     """The clipped token ratio: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), mean over tokens.
 
     `dual_clip` c > 1 bounds the loss of bad answers that have become much likelier: where A < 0 it is at most -c A
-    (arXiv:1912.09729, equation 5). (DeepSeekMath, arXiv:2402.03300, equation 3; the clip is PPO's, arXiv:1707.06347.)
+    (arXiv:1912.09729, equation 5). (DeepSeekMath, arXiv:2402.03300, equation 3, which is `sequence_mean`; the clip is
+    PPO's, arXiv:1707.06347.)
     """
     log_ratio_BT = _log_ratio(policy_logprobs_BT, behavior_logprobs_BT, mask_BT)
     advantages_BT = _masked(advantages_BT, mask_BT)
@@ -98,14 +99,14 @@ def dapo(
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
-    dual_clip: float | None = 3.0,
+    dual_clip: float | None = None,
     aggregation: str = "token_mean",
     **common: Unpack[Common],
 ) -> LossOutput:
     """GRPO with more room upwards, so that unlikely tokens can become likely and the entropy stays up; token mean.
 
-    The paper's other parts are `filter.zero_advantage` and `shaping.overlong`. The dual clip is not in it, but in most
-    of its implementations. (DAPO, arXiv:2503.14476, sections 3.1 and 3.3.)
+    The paper's other parts are `filter.zero_advantage` and `shaping.overlong`. The dual clip is not in it, but in many
+    of its implementations, hence in configs/loss/dapo.yaml. (DAPO, arXiv:2503.14476, sections 3.1 and 3.3.)
     """
     return grpo(
         policy_logprobs_BT, behavior_logprobs_BT, advantages_BT, mask_BT,
@@ -126,13 +127,14 @@ def gspo(
 ) -> LossOutput:
     """GRPO with one ratio for the whole sequence, s = exp(mean of log r over its tokens), clipped; mean over sequences.
 
-    s stays much closer to 1 than r, hence the narrow clip. (GSPO, arXiv:2507.18071, equations 5 to 7; with advantages
-    that differ within a sequence it is the paper's GSPO-token, section 4.3.)
+    s stays much closer to 1 than r, hence the narrow clip. The gradient of s goes to each token by itself, so that
+    advantages, or importance weights, may differ within a sequence; where they don't, it is that of the sequence.
+    (GSPO, arXiv:2507.18071, section 4.3: GSPO-token.)
     """
     mask_BT = mask_BT.bool()
     log_ratio_BT = _log_ratio(policy_logprobs_BT, behavior_logprobs_BT, mask_BT)
     log_ratio_B1 = log_ratio_BT.sum(dim=1, keepdim=True) / mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
-    log_ratio_BT = log_ratio_B1.expand(mask_BT.shape)
+    log_ratio_BT = log_ratio_B1.detach() + _masked(policy_logprobs_BT - policy_logprobs_BT.detach(), mask_BT)
     advantages_BT = _masked(advantages_BT, mask_BT)
     token_loss_BT, cut_BT = _clipped(log_ratio_BT.exp(), advantages_BT, clip_low, clip_high)
     return _output(token_loss_BT, log_ratio_BT, cut_BT, policy_logprobs_BT, mask_BT, aggregation, **common)

@@ -13,7 +13,7 @@ from grpo.learner.collate import MicroBatch
 
 _PERCENTILES = (1, 50, 99)
 _LABELS = {"ratio": "ratio_mean"}
-_BY_AGE = ("entropy", "clip_fraction")
+_BY_AGE = ("entropy", "clip_fraction", "correction_weight", "correction_held_fraction")
 
 
 class Diagnostics:
@@ -47,14 +47,14 @@ class Diagnostics:
             "same_version": same_BK,
             **of_loss,
         }
-        values = torch.stack([column_BK.float()[micro.mask_BK] for column_BK in columns.values()]).cpu().numpy()
+        values = torch.stack([column_BK.float() for column_BK in columns.values()])[:, micro.mask_BK].cpu().numpy()
         for name, column in zip(columns, values, strict=True):
             self._tokens.setdefault(name, []).append(column)
 
     def metrics(self) -> dict[str, float]:
         """Means and more over the tokens trained on; empty where there were none.
 
-        `mismatch/` compares the trainer with the policy that sampled, r = trainer / sampler: `behavior_k1` and
+        `mismatch/` compares the trainer with the policy that sampled, r = trainer / sampler. `behavior_k1` and
         `behavior_k3` estimate KL(sampler || trainer), `ess` is the effective sample size as a fraction, (sum r)² /
         (n sum r²). `same_version_abs` looks only at completions sampled with the very weights of this step: it is what
         two ways of computing are apart. Completions under way during an update don't count there: their keys and

@@ -130,6 +130,7 @@ class Learner:
         scale = self._objective.advantage_scale([sample.advantage for group in groups for sample in group])
         parts = np.array_split(np.arange(len(groups)), min(len(groups), self._config.updates_per_batch))
         shares = [self._share([sample for i in part for sample in groups[i]], scale) for part in parts]
+        shares = [share for share in shares if share.samples] or shares[:1]  # an update of nothing would count as one
         if self._objective.needs_proximal:
             shares[1:] = [replace(share, samples=self._with_proximal(share.samples)) for share in shares[1:]]
         return shares
@@ -185,7 +186,7 @@ class Learner:
             self._optimizer.zero_grad(set_to_none=True)
         if self._nonfinite_in_a_row > self._config.max_nonfinite_steps:
             raise NonFiniteError(
-                f"{self._nonfinite_in_a_row} steps in a row were not finite (the last: loss {loss}, gradient norm "
+                f"{self._nonfinite_in_a_row} updates in a row were not finite (the last: loss {loss}, gradient norm "
                 f"{grad_norm}); lower trainer.lr or trainer.max_grad_norm, and look for extreme rewards"
             )
         self._optimizer.step()  # without gradients it changes nothing, but the schedule warns when it is left out

@@ -20,13 +20,15 @@ def token_logprobs(model: PreTrainedModel, micro: MicroBatch, temperature: float
 
     Only the columns that predict completion tokens go through the vocabulary. Masked places hold arbitrary numbers.
     """
-    return _picked(token_logits(model, micro, temperature), micro)
+    logits_BKV = token_logits(model, micro, temperature)
+    return _picked(logits_BKV, logits_BKV.logsumexp(dim=-1), micro)
 
 
 def token_logprobs_and_entropy(model: PreTrainedModel, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
     """As `token_logprobs`, and the entropy of each of those distributions in nats, float32 [B, K], without gradient."""
     logits_BKV = token_logits(model, micro, temperature)
-    return _picked(logits_BKV, micro), _entropy(logits_BKV)
+    normalizer_BK = logits_BKV.logsumexp(dim=-1)
+    return _picked(logits_BKV, normalizer_BK, micro), _entropy(logits_BKV, normalizer_BK)
 
 
 @torch.no_grad()
@@ -37,9 +39,9 @@ def sample_logprobs(
     results: list[Floats] = [np.empty(0, np.float32)] * len(samples)
     for part in plan([len(sample) for sample in samples], max_tokens):
         micro = collate([samples[i] for i in part], model.device)
-        logprobs_BK = token_logprobs(model, micro, temperature)
-        for i, logprobs_K, mask_K in zip(part, logprobs_BK, micro.mask_BK, strict=True):
-            results[i] = logprobs_K[mask_K].cpu().numpy()
+        logprobs_BK, mask_BK = token_logprobs(model, micro, temperature).cpu(), micro.mask_BK.cpu()
+        for i, logprobs_K, mask_K in zip(part, logprobs_BK, mask_BK, strict=True):
+            results[i] = logprobs_K[mask_K].numpy()
     return results
 
 
@@ -55,14 +57,18 @@ def token_logits(model: PreTrainedModel, micro: MicroBatch, temperature: float) 
     return logits_BKV.float() / temperature
 
 
-def _picked(logits_BKV: Tensor, micro: MicroBatch) -> Tensor:
+def _picked(logits_BKV: Tensor, normalizer_BK: Tensor, micro: MicroBatch) -> Tensor:
     targets_BK = micro.tokens_BT[:, micro.first + 1 :]
-    return logits_BKV.gather(-1, targets_BK[..., None])[..., 0] - logits_BKV.logsumexp(dim=-1)
+    return logits_BKV.gather(-1, targets_BK[..., None])[..., 0] - normalizer_BK
 
 
 @torch.no_grad()
-def _entropy(logits_BKV: Tensor) -> Tensor:
-    flat_NV = logits_BKV.flatten(0, 1)
+def _entropy(logits_BKV: Tensor, normalizer_BK: Tensor) -> Tensor:
+    """The normalizer minus the mean logit; a logit of minus infinity has no part in it."""
+    flat_NV, normalizer_N1 = logits_BKV.flatten(0, 1), normalizer_BK.flatten()[:, None]
     rows = max(1, _CHUNK // flat_NV.shape[1])
-    logprobs = (chunk_NV.log_softmax(dim=-1) for chunk_NV in flat_NV.split(rows))
-    return torch.cat([-(chunk_NV.exp() * chunk_NV).sum(dim=-1) for chunk_NV in logprobs]).view(logits_BKV.shape[:2])
+    means = []
+    for part_NV, normalizer_n1 in zip(flat_NV.split(rows), normalizer_N1.split(rows), strict=True):
+        p_NV = (part_NV - normalizer_n1).exp()
+        means.append((p_NV * part_NV).masked_fill(p_NV == 0, 0.0).sum(dim=-1))
+    return normalizer_BK - torch.cat(means).view(normalizer_BK.shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from grpo.algorithms.advantages import BATCH_SCALED, batch_scale
 from grpo.algorithms.aggregation import batch_denominator
-from grpo.algorithms.corrections import importance_weights
+from grpo.algorithms.corrections import importance_ratio, importance_weights
 from grpo.algorithms.losses import LOSSES, Common, LossOutput
 from grpo.config import LOSS_PARAMETERS, CorrectionConfig, LossConfig
 from grpo.imports import named_function
@@ -35,6 +36,7 @@ class Objective:
         self._horizon = loss.horizon
         shared = {"aggregation": self._aggregation, "horizon": loss.horizon, "beta": loss.beta, "kl": loss.kl}
         self._loss = partial(function, **shared, **_parameters(loss, function))
+        _check_call(self._loss, loss.name)
         self._correction = correction
         self._scales_by_batch = loss.advantages in BATCH_SCALED
         self.needs_proximal = correction.weights != "none"
@@ -50,12 +52,12 @@ class Objective:
 
     def __call__(self, logprobs_BK: Tensor, micro: MicroBatch, denominator: float) -> LossOutput:
         """The proximal policy is the present one where the micro-batch does not bring its log-probabilities."""
-        behavior_BK, advantages_BK = micro.behavior_logprobs_BK, micro.advantages_BK
+        behavior_BK, advantages_BK, said = micro.behavior_logprobs_BK, micro.advantages_BK, dict[str, Tensor]()
         if self.needs_proximal:
             proximal_BK = logprobs_BK.detach() if micro.proximal_logprobs_BK is None else micro.proximal_logprobs_BK
-            advantages_BK = advantages_BK * self._weights(proximal_BK, behavior_BK, micro.mask_BK)
-            behavior_BK = proximal_BK
-        return self._loss(
+            weights_BK, said = self._weights(proximal_BK, behavior_BK, micro.mask_BK)
+            behavior_BK, advantages_BK = proximal_BK, advantages_BK * weights_BK
+        output = self._loss(
             logprobs_BK,
             behavior_BK,
             advantages_BK,
@@ -63,17 +65,31 @@ class Objective:
             reference_logprobs_BT=micro.reference_logprobs_BK,
             denominator=denominator,
         )
+        return replace(output, metrics=output.metrics | said)
 
-    def _weights(self, proximal_BK: Tensor, behavior_BK: Tensor, mask_BK: Tensor) -> Tensor:
+    def _weights(self, proximal_BK: Tensor, behavior_BK: Tensor, mask_BK: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The importance weights, and what is to be said of them per token."""
         how = self._correction
-        return importance_weights(
+        weights_BK = importance_weights(
             proximal_BK, behavior_BK, mask_BK, weights=how.weights, level=how.level, low=how.low, high=how.high
         )
+        ratio_BK = importance_ratio(proximal_BK, behavior_BK, mask_BK, how.level)
+        return weights_BK, {"correction_weight": weights_BK, "correction_held_fraction": weights_BK != ratio_BK}
 
 
 def loss_function(config: LossConfig) -> Callable[..., LossOutput]:
     """An entry of LOSSES, or `module:function`. Raises ConfigError when there is none."""
     return named_function(config.name, LOSSES, key="loss.name")
+
+
+def _check_call(loss: Callable[..., Any], name: str) -> None:
+    """Raise ConfigError for a function that does not take what every loss is given."""
+    try:
+        inspect.signature(loss).bind(None, None, None, None, reference_logprobs_BT=None, denominator=1.0)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{name!r} can't be called as grpo/algorithms/losses.py says: {error}", key="loss.name"
+        ) from error
 
 
 def _own_aggregation(function: Callable[..., Any]) -> str:
@@ -89,6 +105,8 @@ def _parameters(config: LossConfig, function: Callable[..., Any]) -> dict[str, A
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY and name not in ("aggregation", *Common.__annotations__)
     ]
+    if twice := [name for name in config.args if name in LOSS_PARAMETERS]:
+        raise ConfigError(f"is a key of its own: loss.{twice[0]}", key=f"loss.args.{twice[0]}")
     for key, given in (("loss", named), ("loss.args", config.args)):
         if unknown := [name for name in given if name not in taken]:
             raise ConfigError(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import fmean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 from grpo.failures import Failures
 from grpo.observe.display import Display
@@ -30,12 +30,19 @@ from grpo.types import (
 log = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
-Rewards = tuple[float, ...]
 
 _IN_SUMMARY = (
     "reward/mean", "policy_age/max", "time/step_s", "time/trainer_wait_s", "time/weight_sync_s",
     "generator/busy_fraction",
 )  # fmt: skip
+
+
+class _Finished(NamedTuple):
+    """The numbers of a group: its tokens must not be held on to."""
+
+    report: GenerationReport
+    rewards: tuple[float, ...]
+    shaped_rewards: tuple[float, ...]
 
 
 class Stopwatch:
@@ -66,9 +73,7 @@ class Recorder:
         self.pacer, self._display = pacer, display
         self.step = 0  # the last one that was trained
         self._steps: list[Metrics] = []  # what the summary needs of each line of this folder's metrics.jsonl
-        self._finished: list[
-            tuple[GenerationReport, Rewards, Rewards]
-        ] = []  # groups since the last step, those dropped included
+        self._finished: list[_Finished] = []  # groups since the last step, those dropped included
         self._filtered = 0  # of them, for having nothing to learn from
         self._generators: dict[str, GeneratorStats] = {}  # by process, as of the last step
         self._checkpoints = {"written": 0, "failed": 0, "skipped": 0}
@@ -92,10 +97,10 @@ class Recorder:
         self._generators = {stats.process: stats for stats in generators}
         self._step_began = self._generators_seen = time.perf_counter()
 
-    def group_finished(self, rollout: Rollout) -> None:
-        """Also of one that is dropped because nothing can be learned from it."""
+    def group_finished(self, rollout: Rollout, dropped: str | None = None) -> None:
+        """Also of one that is dropped, for the reason given."""
         group, scores = rollout.group, rollout.scores
-        self._finished.append((rollout.report, scores.rewards, rollout.shaped_rewards))
+        self._finished.append(_Finished(rollout.report, scores.rewards, rollout.shaped_rewards))
         if scores.texts:
             self.run_dir.append(
                 "rollouts.jsonl",
@@ -110,6 +115,7 @@ class Recorder:
                     "shaped_rewards": rollout.shaped_rewards,
                     "advantages": group.advantages,
                     "policy_version": group.oldest_version,
+                    **({"dropped": dropped} if dropped else {}),
                 },
             )
 
@@ -118,7 +124,7 @@ class Recorder:
         self.run_dir.append("ledger.jsonl", {"dropped": self.pacer.entry(ticket), "reason": error.reason})
         if isinstance(error, ZeroAdvantage):
             self._filtered += 1
-            self.group_finished(error.rollout)
+            self.group_finished(error.rollout, error.reason)
         else:
             self.warn(f"dropped a group: {error}")
 
@@ -312,12 +318,13 @@ class Recorder:
         filtered, self._filtered = self._filtered, 0
         metrics: Metrics = {"rollout/zero_advantage_dropped": filtered}
         if finished:
-            reports, rewards, shaped = zip(*finished, strict=True)
-            completions = sum(report.completion_count for report in reports)
-            metrics["rollout/reward_mean"] = fmean(reward for group in rewards for reward in group)
-            metrics["rollout/shaped_reward_mean"] = fmean(reward for group in shaped for reward in group)
-            metrics["generator/completion_tokens_mean"] = sum(report.token_count for report in reports) / completions
-            metrics["generator/truncated_fraction"] = sum(report.truncated_count for report in reports) / completions
+            completions = sum(group.report.completion_count for group in finished)
+            tokens = sum(group.report.token_count for group in finished)
+            truncated = sum(group.report.truncated_count for group in finished)
+            metrics["rollout/reward_mean"] = fmean(reward for group in finished for reward in group.rewards)
+            metrics["rollout/shaped_reward_mean"] = fmean(r for group in finished for r in group.shaped_rewards)
+            metrics["generator/completion_tokens_mean"] = tokens / completions
+            metrics["generator/truncated_fraction"] = truncated / completions
         return metrics
 
 

@@ -55,7 +55,7 @@ def grpo(token, clip_low=0.2, clip_high=0.2, dual_clip=None):
     return clipped(token.ratio, token.advantage, clip_low, clip_high, dual_clip)
 
 
-def dapo(token, clip_low=0.2, clip_high=0.28, dual_clip=3.0):
+def dapo(token, clip_low=0.2, clip_high=0.28, dual_clip=None):
     return clipped(token.ratio, token.advantage, clip_low, clip_high, dual_clip)
 
 
@@ -103,14 +103,11 @@ def gspo(tokens, clip_low=3e-4, clip_high=4e-4):
     return [clipped(ratio, token.advantage, clip_low, clip_high) for token in tokens]
 
 
-def terms_and_jacobian(name, tokens, own):
-    """The terms of the tokens of a row, and [i][j]: the derivative of term i by log-probability j."""
-    size = range(len(tokens))
-    if name == "gspo":  # the log of the ratio is the mean over the row, so each token has a part in every term
-        terms = gspo(tokens, **own)
-        return terms, [[terms[i].slope / len(tokens) for _ in size] for i in size]
-    terms = [TOKEN_LOSSES[name](token, **own) for token in tokens]
-    return terms, [[terms[i].slope if i == j else 0.0 for j in size] for i in size]
+def terms_of(name, tokens, own):
+    """The terms of the tokens of a row. GSPO-token has the gradient of a term go to the token's own log-probability."""
+    if name == "gspo":
+        return gspo(tokens, **own)
+    return [TOKEN_LOSSES[name](token, **own) for token in tokens]
 
 
 def slow_kl(kl, difference):
@@ -165,11 +162,10 @@ def slow_loss(
         if not places:
             continue
         tokens = [Token(policy[b][t], behavior[b][t], advantages[b][t]) for t in places]
-        terms, jacobian = terms_and_jacobian(name, tokens, own)
+        terms = terms_of(name, tokens, own)
         for i, t in enumerate(places):
             loss += weights[b][t] * terms[i].value
-            for j, u in enumerate(places):
-                gradient[b][u] += weights[b][t] * jacobian[i][j]
+            gradient[b][t] += weights[b][t] * terms[i].slope
             metrics["ratio"] += terms[i].ratio
             metrics["clip_fraction"] += terms[i].cut
             if reference is not None:

@@ -117,10 +117,9 @@ def test_weights_hold_no_graph(level, weights):
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("own", ["defaults", "tight"])
 def test_weighted_advantages_weight_the_policy_gradient(name, own):
-    """Of a row at a time for gspo, where the gradient of a token has parts of all tokens of the row."""
     kwargs = TIGHT[name] if own == "tight" else {}
     inputs = random_inputs(2)
-    weights_BT = weights_of(inputs, weights="mask", level="sequence" if name == "gspo" else "token", low=0.7, high=2)
+    weights_BT = weights_of(inputs, weights="mask", level="token", low=0.7, high=2)
     assert (weights_BT[inputs.mask_BT] == 0).any()
     weighted = replace(inputs, advantages_BT=inputs.advantages_BT * weights_BT)
     _, gradient_BT, _ = value_and_gradient(name, inputs, **kwargs)

@@ -43,9 +43,10 @@ def test_clipping_stops_the_gradient_only_where_the_policy_has_gone_far_enough(n
     assert clip_fraction == clipped
 
 
-@pytest.mark.parametrize(("name", "dual_clip"), [("grpo", None), ("dr_grpo", None), ("dapo", 3.0)])
-def test_only_dapo_bounds_how_much_a_bad_token_counts_unless_told_to(name, dual_clip):
-    loss, gradient, clip_fraction = one_token(name, 4.0, -2.0)
+@pytest.mark.parametrize("name", ["grpo", "dapo"])
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+def test_the_dual_clip_bounds_how_much_a_bad_token_counts(name, dual_clip):
+    loss, gradient, clip_fraction = one_token(name, 4.0, -2.0, dual_clip=dual_clip)
     assert loss == pytest.approx(6.0 if dual_clip else 8.0)
     assert gradient == (0.0 if dual_clip else pytest.approx(8.0))
     assert clip_fraction == bool(dual_clip)
@@ -152,3 +153,12 @@ def test_gspo_cuts_off_all_tokens_of_a_row_or_none():
     _, gradient, clip_fraction = one_row([4e-3, 0.0, -2e-3, 0.0], -1.0)
     assert gradient == pytest.approx([math.exp(5e-4) / 4] * 4)
     assert clip_fraction == 0.0
+
+
+def test_gspo_leaves_the_gradient_of_a_token_without_advantage_to_the_others():
+    """As GSPO-token: a weight of zero leaves the token out, not a share of all of them."""
+    policy_BT = torch.tensor([[0.1, -0.1, 0.0]], dtype=torch.float64, requires_grad=True)
+    zero_BT = torch.zeros_like(policy_BT)
+    advantages_BT = torch.tensor([[1.0, 0.0, 2.0]], dtype=torch.float64)
+    LOSSES["gspo"](policy_BT, zero_BT, advantages_BT, zero_BT == 0).loss.backward()
+    assert policy_BT.grad[0].tolist() == pytest.approx([-1 / 3, 0.0, -2 / 3])

@@ -206,13 +206,13 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(make_learner, m
     learner.train_step(broken)
     metrics = learner.train_step(broken)
     assert metrics["trainer/nonfinite_steps"] == 6
-    with pytest.raises(NonFiniteError, match=r"3 steps in a row .*loss nan.*trainer\.lr or trainer\.max_grad_norm"):
+    with pytest.raises(NonFiniteError, match=r"3 updates in a row .*loss nan.*trainer\.lr or trainer\.max_grad_norm"):
         learner.train_step(broken)
     assert unchanged(model, before)
 
 
 def test_the_first_step_that_is_not_finite_may_end_the_run(make_learner, make_group):
-    with pytest.raises(NonFiniteError, match="1 steps in a row"):
+    with pytest.raises(NonFiniteError, match="1 updates in a row"):
         make_learner(max_nonfinite_steps=0).train_step(Batch([make_group(3, [2], [math.inf])]))
 
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from grpo.learner import logprobs
 from grpo.learner.collate import collate, samples_of
-from grpo.learner.logprobs import token_logprobs
+from grpo.learner.logprobs import token_logprobs, token_logprobs_and_entropy
 
 CPU = torch.device("cpu")
 
@@ -67,3 +68,27 @@ def test_are_float32_under_a_bfloat16_model(model, mixed_groups):
         rounded_BK = token_logprobs(model.to(torch.bfloat16), micro, 1.0)
     assert rounded_BK.dtype == torch.float32
     assert float((rounded_BK - exact_BK)[micro.mask_BK].abs().mean()) < 0.2
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("chunk", [1, 700, 1 << 22])
+def test_the_entropy_is_that_of_the_distribution_at_the_temperature(
+    model, mixed_groups, monkeypatch, temperature, chunk
+):
+    monkeypatch.setattr(logprobs, "_CHUNK", chunk)
+    micro = collate([sample for group in mixed_groups(1) for sample in samples_of(group)], CPU)
+    logprobs_BK, entropy_BK = token_logprobs_and_entropy(model, micro, temperature)
+    assert torch.equal(logprobs_BK, token_logprobs(model, micro, temperature))
+    assert logprobs_BK.requires_grad
+    assert not entropy_BK.requires_grad
+    with torch.no_grad():
+        logits_BTV = model(input_ids=micro.tokens_BT, attention_mask=micro.attention_BT).logits.double() / temperature
+    p_BKV = logits_BTV[:, micro.first : -1].softmax(dim=-1)
+    expected_BK = -(p_BKV * p_BKV.log()).sum(dim=-1)
+    torch.testing.assert_close(entropy_BK.double(), expected_BK, rtol=0, atol=1e-5)
+
+
+def test_words_that_are_ruled_out_have_no_part_in_the_entropy():
+    logits_BKV = torch.tensor([[[0.0, 0.0, -torch.inf], [5.0, -torch.inf, -torch.inf]]])
+    entropy_BK = logprobs._entropy(logits_BKV, logits_BKV.logsumexp(dim=-1))
+    torch.testing.assert_close(entropy_BK, torch.tensor([[2.0, 1.0]]).log())

@@ -109,6 +109,23 @@ def test_a_reference_is_what_makes_zero_advantages_worth_training_on():
     ]
 
 
+def test_it_says_what_the_correction_does(micro, logprobs_BK):
+    assert "correction_weight" not in Objective(LossConfig(), CorrectionConfig())(logprobs_BK, micro, 1.0).metrics
+    ratio_BK = (logprobs_BK.detach() - micro.behavior_logprobs_BK).exp()
+    outside_BK = (ratio_BK > 1.1) & micro.mask_BK
+    assert 0 < outside_BK.sum() < micro.mask_BK.sum()
+    for weights, moved_to in (("truncate", 1.1), ("mask", 0.0)):
+        correction = CorrectionConfig(weights, high=1.1)
+        said = Objective(LossConfig(), correction)(logprobs_BK, micro, 1.0).metrics
+        assert torch.equal(said["correction_held_fraction"][micro.mask_BK], outside_BK[micro.mask_BK])
+        expected_BK = ratio_BK.masked_fill(outside_BK, moved_to)
+        torch.testing.assert_close(said["correction_weight"][micro.mask_BK], expected_BK[micro.mask_BK])
+
+
+def short(policy_logprobs_BT, behavior_logprobs_BT, advantages_BT, mask_BT, *, denominator):
+    """Lacks what every loss is given."""
+
+
 def bold(policy_logprobs_BT, behavior_logprobs_BT, advantages_BT, mask_BT, *, boldness=1.0, **common):
     return LossOutput(-boldness * (policy_logprobs_BT * mask_BT).sum() / common["denominator"], {})
 
@@ -126,6 +143,11 @@ def test_a_loss_of_ones_own_is_named_by_its_module(micro, logprobs_BK):
         (LossConfig("nowhere:loss"), r"loss.name: can't import 'nowhere:loss'"),
         (LossConfig(tau_positive=1.0), r"loss.tau_positive: the loss grpo takes no such parameter, but clip_low, "),
         (LossConfig("sapo", clip_low=0.1), r"loss.clip_low: the loss sapo takes .*but tau_positive, tau_negative"),
+        (
+            LossConfig("tests.learner.test_objective:short"),
+            r"loss.name: .*short' can't be called as .*losses.py says: ",
+        ),
+        (LossConfig(args={"clip_low": 0.1}), r"loss.args.clip_low: is a key of its own: loss.clip_low"),
         (LossConfig(args={"boldness": 2}), r"loss.args.boldness: the loss grpo takes no such parameter"),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 from grpo.config import CorrectionConfig, LossConfig
 from grpo.learner.collate import samples_of
 from grpo.learner.logprobs import sample_logprobs
-from grpo.types import Batch
+from grpo.types import Batch, NonFiniteError
 
 DECOUPLED = CorrectionConfig(weights="mask", level="token", high=None)
 
@@ -144,3 +144,40 @@ def test_a_batch_of_masked_completions_changes_nothing(make_learner, model, make
     metrics = make_learner(weight_decay=0.1).train_step(Batch([group]))
     assert metrics["loss"] == metrics["trainer/tokens"] == 0
     assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_a_share_without_signal_in_the_middle_is_no_update(make_learner, model, make_group, steps_taken):
+    first, idle, last = (
+        make_group(4, [6, 2], advantages, seed=seed)
+        for seed, advantages in enumerate([[1.0, -1.0], [0.0, 0.0], [0.7, -0.7]])
+    )
+    initial = copy.deepcopy(model.state_dict())
+    with_idle = make_learner(updates_per_batch=3)
+    metrics = with_idle.train_step(Batch([first, idle, last]))
+    found = weights(with_idle)
+    model.load_state_dict(initial)
+    without = make_learner(updates_per_batch=2)
+    expected = without.train_step(Batch([first, last]))
+    assert len(steps_taken) == 4
+    assert all(map(torch.equal, found, weights(without)))
+    for name in ("loss", "trainer/grad_norm", "trainer/entropy"):
+        assert metrics[name] == expected[name]
+
+
+def test_an_update_of_nothing_does_not_hide_those_that_are_not_finite(make_learner, make_group):
+    broken = make_group(4, [6, 2], [1.0, -1.0])
+    idle = make_group(4, [6, 2], [0.0, 0.0], seed=1)
+    learner = make_learner(updates_per_batch=2, max_nonfinite_steps=1, age_bound=1)
+    broken = replace(broken, advantages=(float("nan"), 1.0))
+    learner.train_step(Batch([broken, idle]))
+    with pytest.raises(NonFiniteError, match="2 updates in a row"):
+        learner.train_step(Batch([broken, idle]))
+
+
+def test_in_bfloat16_every_update_has_the_gradient_of_every_parameter(make_learner, groups, steps_taken):
+    """A forward pass without gradients comes before: what it has cast must not be used again."""
+    learner = make_learner(lr=0.0, correction=DECOUPLED, updates_per_batch=2, dtype=torch.bfloat16)
+    metrics = learner.train_step(Batch(groups))
+    assert [len(gradients) for gradients, _ in steps_taken] == 2 * [len(list(learner.model.parameters()))]
+    assert all(gradient.any() for gradients, _ in steps_taken for gradient in gradients)
+    assert metrics["trainer/ratio_mean"] == pytest.approx(1, abs=1e-6)  # both passes compute alike
