@@ -38,13 +38,15 @@ def cell(records: Sequence[Record]) -> str:
 
 
 def _median_run(records: Sequence[Record]) -> str:
-    """A run that did not reach the target counts as one that takes for ever."""
+    """A run that did not reach the target counts as one that takes for ever; it is said that there are such."""
     steps = median(math.inf if record["reached_step"] is None else record["reached_step"] for record in records)
+    reached = sum(record["reached_step"] is not None for record in records)
+    share = f", {reached} of {len(records)}" if 0 < reached < len(records) else ""
     if math.isfinite(steps):
         seconds = median(math.inf if record["reached_s"] is None else record["reached_s"] for record in records)
-        return f"{steps:g} ({seconds:.0f} s)"
+        return f"{steps:g} ({seconds:.0f} s){share}"
     best = [math.nan if record["reward_best"] is None else record["reward_best"] for record in records]
-    return f">{records[0]['max_steps']}, best {median(best):.2f}"
+    return f">{records[0]['max_steps']}, best {median(best):.2f}{share}"
 
 
 def rows(settings: Iterable[Setting], found: Mapping[Setting, Record]) -> list[list[str]]:
@@ -89,15 +91,18 @@ def page(table: Sequence[Sequence[str]], title: str, command: str, machine: str)
     lines = [
         "# Losses compared",
         "",
-        f"{title}, by loss, correction and `buffer.max_policy_age`.",
+        f"{title},",
+        "by loss, correction and `buffer.max_policy_age`.",
         "",
         head,
         "|" + "---|" * len(table[0]),
         *body,
         "",
-        "Seconds are those of the train steps, evaluations apart. A loss that did not get there shows the steps it had",
-        "and its best held-out reward, the median of the seeds. At age 0 there is nothing to correct. The mean age is",
-        "over all train steps, also those at the start, when nothing is old yet.",
+        "Seconds are those of the train steps, evaluations apart. Where not all seeds got there, it is said how many",
+        "did; where the median did not, the steps that there were and the best held-out reward. At age 0 there is",
+        "nothing to correct. The mean age is over all train steps, also those at the start, when nothing is old yet.",
+        "Held-out prompts are answered every fifth step, and a run of many coroutines is not reproducible to the last",
+        "digit: differences of ten steps say little.",
         "",
         f"Made on {date.today()} with {machine}, each in one process with one thread for the trainer and one for the",
         f"generator, Python {platform.python_version()}, torch {torch.__version__}:",

@@ -139,10 +139,11 @@ def test_a_cell_shows_the_median_run():
     fast, slow, never = record(10, 2.0, best=0.95), record(30, 7.4, best=0.9), record(best=0.87)
     assert cell([]) == ""
     assert cell([slow]) == "30 (7 s)"
-    assert cell([slow, never, fast]) == "30 (7 s)"
+    assert cell([slow, never, fast]) == "30 (7 s), 2 of 3"
     assert cell([slow, fast]) == "20 (5 s)"
-    assert cell([never, fast]) == ">150, best 0.91"  # the median of two is no step at all
-    assert cell([never, fast, record(best=0.8)]) == ">150, best 0.87"
+    assert cell([never, fast]) == ">150, best 0.91, 1 of 2"  # the median of two is no step at all
+    assert cell([never, fast, record(best=0.8)]) == ">150, best 0.87, 1 of 3"
+    assert cell([never, record(best=0.8)]) == ">150, best 0.83"
 
 
 def test_a_run_that_failed_counts_apart_and_is_named():
@@ -167,7 +168,7 @@ def test_a_loss_has_a_line_for_each_correction_and_an_age_a_column():
         ["", "tis", "", "3.00"],
     ]
     markdown = page(table, "A title", "python it", "2 cores").splitlines()
-    assert markdown[4:8] == [
+    assert markdown[5:9] == [
         "| loss | correction | age 0 | age 4 |",
         "|---|---|---|---|",
         "| grpo | none | 10 (2 s) | 20 (4 s) |",
