@@ -24,12 +24,13 @@ from transformers import (
     TrOCRConfig,
 )
 
-from grpo.config import LossConfig, ModelConfig, TrainerConfig
+from grpo.config import CorrectionConfig, LossConfig, ModelConfig, TrainerConfig
 from grpo.engines.base import Limits
 from grpo.engines.torch_engine import TorchEngine
 from grpo.learner.collate import collate, samples_of
 from grpo.learner.learner import Learner
 from grpo.learner.logprobs import token_logprobs
+from grpo.learner.objective import Objective
 from grpo.models.export import export_model
 from grpo.models.loading import check_architecture, load_model, load_skeleton, stop_token_ids
 from grpo.models.tiny import character_tokenizer
@@ -108,8 +109,8 @@ class Parts:
 async def parts_of(config):
     model = load_model(config, torch.float32, "cpu")
     stops = stop_token_ids(model, load_tokenizer(config))
-    trainer, loss = TrainerConfig(lr=1e-2, micro_batch_tokens=64), LossConfig()
-    learner = Learner(load_model(config, torch.float32, "cpu"), trainer, loss, temperature=1.0, age_bound=0)
+    trainer, objective = TrainerConfig(lr=1e-2, micro_batch_tokens=64), Objective(LossConfig(), CorrectionConfig())
+    learner = Learner(load_model(config, torch.float32, "cpu"), trainer, objective, temperature=1.0, age_bound=0)
     engine = TorchEngine(model, stop_token_ids=stops, limits=Limits(16, 20, 8), threads=1)
     try:
         yield Parts(engine, learner, stops)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo.config import LossConfig, ModelConfig, TrainerConfig
+from grpo.config import CorrectionConfig, LossConfig, ModelConfig, TrainerConfig
 from grpo.export import export
 from grpo.learner.checkpoint import find_checkpoint, save_checkpoint
 from grpo.learner.learner import Learner
+from grpo.learner.objective import Objective
 from grpo.models.export import export_model
 from grpo.models.loading import load_model
 from grpo.types import CheckpointError
@@ -26,7 +27,8 @@ TOKENS = torch.tensor([[5, 6, 7, 8, 9]])
 @pytest.fixture
 def learner(tiny_model_path):
     model = load_model(ModelConfig(path=tiny_model_path), torch.float32, "cpu")
-    learner = Learner(model, TrainerConfig(), LossConfig(), temperature=1.0, age_bound=0)
+    objective = Objective(LossConfig(), CorrectionConfig())
+    learner = Learner(model, TrainerConfig(), objective, temperature=1.0, age_bound=0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
