@@ -226,7 +226,8 @@ async def test_whatever_a_reward_does_the_run_ends_with_the_kind_of_it_or_counts
     async with launch_local(simulated, recorder.failures, {"trainer": CountingTrainer()}) as services:
         with pytest.raises(DataError, match=r"recovery.max_data_failures=3 between two steps are spent"):
             await run(services, simulated, recorder, asyncio.Event())
-    assert recorder.pacer.dropped == {error.reason: 3}
+    assert set(recorder.pacer.dropped) == {error.reason}  # three are tolerated, one more, or two at once, end the run
+    assert recorder.pacer.dropped.total() in (4, 5)
 
 
 async def test_rewards_that_fail_in_every_way_are_dropped_by_kind_and_the_run_goes_on(simulated, make_recorder):

@@ -1,10 +1,14 @@
+import logging
 import os
+import runpy
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
+
+from grpo import command_line
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,3 +45,31 @@ def train(start):
 @pytest.fixture
 def evaluate(start):
     return partial(start, "evaluate.py")
+
+
+@pytest.fixture
+def type_in(tmp_path, tiny_model_path, monkeypatch, capsys):
+    """As `start`, in this process: for what ends before Ray starts. Gives (exit code, stdout, stderr).
+
+    A process of its own would take seconds to import torch.
+    """
+
+    def type_in(script, *words, model=None):
+        args = ["model=hf", f"model.path={tiny_model_path}"] if model is None else model
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "scripts" / script), *words, *args])
+        monkeypatch.setattr(command_line, "_exit_codes", [])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.chdir(tmp_path)
+        before = logging.root.handlers[:], logging.root.level
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        for handler in logging.root.handlers:
+            if handler not in before[0]:
+                handler.close()
+        logging.root.handlers[:], logging.root.level = before
+        stdout, stderr = capsys.readouterr()
+        code = ended.value.code
+        return (1, stdout, f"{stderr}{code}\n") if isinstance(code, str) else (code, stdout, stderr)  # as Python does
+
+    return type_in

@@ -69,24 +69,24 @@ def test_a_reward_that_fails_is_shown_once(evaluate, tmp_path):
         (["eval.samples=4", "eval.temperature=0"], "error: eval.samples: is 4, but at temperature 0"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_1(evaluate, overrides, message):
-    code, stdout, stderr = finish(evaluate(*overrides))
+def test_bad_input_is_one_line_and_exit_code_1(type_in, overrides, message):
+    code, stdout, stderr = type_in("evaluate.py", *overrides)
     assert code == 1
     assert stderr.startswith(message)
     assert len(stderr.splitlines()) == 1
     assert "Traceback" not in stdout
 
 
-def test_a_folder_that_holds_an_evaluation_is_not_used_again(evaluate, tmp_path):
+def test_a_folder_that_holds_an_evaluation_is_not_used_again(type_in, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/completions.jsonl").touch()
-    code, _, stderr = finish(evaluate(f"hydra.run.dir={tmp_path}/run"))
+    code, _, stderr = type_in("evaluate.py", f"hydra.run.dir={tmp_path}/run")
     assert code == 1
     assert "already holds a run; name another folder" in stderr
 
 
-def test_a_dry_run_prints_who_would_be_started(evaluate):
-    code, stdout, stderr = finish(evaluate("dry_run=true", "generator.replicas=2", "generator.num_cpus=0"))
+def test_a_dry_run_prints_who_would_be_started(type_in):
+    code, stdout, stderr = type_in("evaluate.py", "dry_run=true", "generator.replicas=2", "generator.num_cpus=0")
     assert (code, stderr) == (0, "")
     assert "generator" in stdout
     assert "trainer" not in stdout

@@ -92,43 +92,43 @@ def test_a_failing_rollout_ends_the_run_with_its_own_error_shown_once(train, tmp
         (["hydra.run.dir=/proc/run"], "error: hydra.run.dir: can't write to /proc/run"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_1(train, overrides, message):
-    code, stdout, stderr = finish(train(*overrides))
+def test_bad_input_is_one_line_and_exit_code_1(type_in, overrides, message):
+    code, stdout, stderr = type_in("train.py", *overrides)
     assert code == 1
     assert stderr.startswith(message)
     assert len(stderr.splitlines()) == 1
     assert "Traceback" not in stdout
 
 
-def test_a_model_that_does_not_exist_is_named(train):
-    code, _, stderr = finish(train(model=["model=hf", "model.path=/nowhere"]))
+def test_a_model_that_does_not_exist_is_named(type_in):
+    code, _, stderr = type_in("train.py", model=["model=hf", "model.path=/nowhere"])
     assert (code, stderr) == (1, "error: model.path: no model folder at '/nowhere' (it would hold a config.json)\n")
 
 
-def test_a_dry_run_finds_a_missing_model_too(train):
-    code, _, stderr = finish(train("dry_run=true", model=["model=hf", "model.path=/nowhere"]))
+def test_a_dry_run_finds_a_missing_model_too(type_in):
+    code, _, stderr = type_in("train.py", "dry_run=true", model=["model=hf", "model.path=/nowhere"])
     assert code == 1
     assert stderr.startswith("error: model.path: no model folder")
 
 
-def test_a_sweep_goes_on_after_a_job_that_failed(train):
-    code, stdout, stderr = finish(train("-m", "dry_run=true", "task.args.max_letters=99,6"))
+def test_a_sweep_goes_on_after_a_job_that_failed(type_in):
+    code, stdout, stderr = type_in("train.py", "-m", "dry_run=true", "task.args.max_letters=99,6")
     assert code == 1
     assert "max_letters" not in stdout
     assert stderr.startswith("error: task.args: there are")
     assert "train step" in stdout
 
 
-def test_a_dry_run_prints_the_plan_and_starts_nothing(train, tmp_path):
-    code, stdout, stderr = finish(train("dry_run=true", "buffer.max_policy_age=3"))
+def test_a_dry_run_prints_the_plan_and_starts_nothing(type_in, tmp_path):
+    code, stdout, stderr = type_in("train.py", "dry_run=true", "buffer.max_policy_age=3")
     assert (code, stderr) == (0, "")
     for text in ("generator", "replay_buffer", "tickets         64", "staleness       at most 3 versions"):
         assert text in stdout
     assert list(tmp_path.glob("outputs/*/*/summary.json")) == []
 
 
-def test_hydra_users_find_what_they_know(train):
-    code, stdout, _ = finish(train("--cfg", "job", "rollout.concurrency=7"))
+def test_hydra_users_find_what_they_know(type_in):
+    code, stdout, _ = type_in("train.py", "--cfg", "job", "rollout.concurrency=7")
     assert code == 0
     assert "concurrency: 7" in stdout
 
