@@ -86,7 +86,7 @@ class Killable(Generic[T]):
             self._idle.put_nowait(worker)  # for the next who waits
             raise RewardCrash("the reward processes are closed")
         running = asyncio.get_running_loop().run_in_executor(self._threads, worker.call, args)
-        running.add_done_callback(lambda _: self._give_back(worker))
+        running.add_done_callback(partial(self._give_back, worker))
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
@@ -103,7 +103,9 @@ class Killable(Generic[T]):
         for worker in self._workers:
             worker.clean_up()
 
-    def _give_back(self, worker: _Worker) -> None:
+    def _give_back(self, worker: _Worker, call: asyncio.Future[T]) -> None:
+        if not call.cancelled():
+            call.exception()  # of a call that was cancelled nobody else asks, and asyncio would complain
         if worker.killed and not self._closed:
             self._workers.remove(worker)
             self._threads.submit(worker.clean_up)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import itertools
 import multiprocessing
 import os
@@ -257,6 +258,18 @@ async def test_a_cancelled_call_is_killed_with_the_processes_it_started(patient,
         await call
     await asyncio.to_thread(wait_until, lambda: not any(map(alive, pids)))
     assert await patient.call("say", "fine") == "fine"
+
+
+async def test_what_became_of_a_cancelled_call_is_nobodys_loss(patient, tmp_path, caplog):
+    """asyncio would log an exception that is never asked for."""
+    call = asyncio.create_task(patient.call("write then", tmp_path / "pids", "hang in C"))
+    await asyncio.to_thread(pids_in, tmp_path / "pids")
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    del call
+    assert [await patient.call("say", "fine") for _ in range(3)] == ["fine"] * 3  # its process has ended by then
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 async def test_the_time_spent_waiting_for_a_process_does_not_count(hasty):
