@@ -94,7 +94,7 @@ def test_the_choice_of_a_loss_says_what_the_function_does_by_itself(name):
     defaults = {
         parameter.name: parameter.default
         for parameter in inspect.signature(LOSSES[name]).parameters.values()
-        if parameter.default not in (parameter.empty, None)
+        if parameter.name in (*LOSS_PARAMETERS, "aggregation") and parameter.default is not None
     }
     assert values["name"] == name
     given = {key: values[key] for key in values if key in (*LOSS_PARAMETERS, "aggregation")}

@@ -15,7 +15,7 @@ from torch import Tensor
 from grpo.algorithms.advantages import BATCH_SCALED, batch_scale
 from grpo.algorithms.aggregation import batch_denominator
 from grpo.algorithms.corrections import importance_ratio, importance_weights
-from grpo.algorithms.losses import LOSSES, Common, LossOutput
+from grpo.algorithms.losses import LOSSES, SHARED_PARAMETERS, LossOutput
 from grpo.config import LOSS_PARAMETERS, CorrectionConfig, LossConfig
 from grpo.imports import named_function
 from grpo.learner.collate import MicroBatch
@@ -103,7 +103,7 @@ def _parameters(config: LossConfig, function: Callable[..., Any]) -> dict[str, A
     taken = [
         name
         for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and name not in ("aggregation", *Common.__annotations__)
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in SHARED_PARAMETERS
     ]
     if twice := [name for name in config.args if name in LOSS_PARAMETERS]:
         raise ConfigError(f"is a key of its own: loss.{twice[0]}", key=f"loss.args.{twice[0]}")
