@@ -1,7 +1,8 @@
 """What failed during a run, and how much more of it is tolerated.
 
 Two budgets, of actors that died and of groups whose reward failed. Every trained step fills both up again: a long run
-may lose many actors, but one that fails again and again without getting anywhere ends.
+may lose many actors, but one that fails again and again without getting anywhere ends. A third one is of groups that
+`filter.zero_advantage` drops; every batch's worth of groups that it lets pass fills that up.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Death:
 class Failures:
     """Counts failures and holds the budgets.
 
-    `progress` is what fills them up; a watchdog waits for it. `tell` is called with what people should know.
+    `progress` tells of steps and evaluations; a watchdog waits for it. `tell` is called with what people should know.
     """
 
     def __init__(self, config: RecoveryConfig) -> None:

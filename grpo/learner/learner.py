@@ -67,10 +67,11 @@ class Learner:
     def train_step(self, batch: Batch) -> dict[str, float]:
         """Take `updates_per_batch` optimizer steps, each on its share of the groups; returns metrics by name.
 
-        The loss of each is divided by what its share of the batch says, zero advantages included, so the split into
-        micro-batches doesn't matter; but groups without any advantage cost no forward pass. An update whose gradient
-        is not finite is skipped and counted. The version moves by one in any case. Raises StalenessError for a group
-        that is older than the bound, NonFiniteError when more than `max_nonfinite_steps` in a row had to be skipped.
+        The loss of each is divided by what `loss.aggregation` counts in its share, zero advantages included, so the
+        split into micro-batches doesn't matter; but groups without any advantage cost no forward pass. An update whose
+        gradient is not finite is skipped and counted. The version moves by one in any case. Raises StalenessError for
+        a group that is older than the bound, NonFiniteError when more than `max_nonfinite_steps` in a row had to be
+        skipped.
         """
         ages = [self.version - group.oldest_version for group in batch.groups]
         if max(ages) > self._age_bound:
