@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -34,7 +35,7 @@ class ComputeThread:
             finally:
                 self.busy_s += time.perf_counter() - started
 
-        return await asyncio.get_running_loop().run_in_executor(self._executor, timed)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, copy_context().run, timed)
 
     def close(self) -> None:
         """Wait for the work at hand and end the thread."""

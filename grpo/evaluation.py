@@ -15,6 +15,7 @@ from grpo.config import RunConfig
 from grpo.rollout import sampling_params
 from grpo.run import Run
 from grpo.services import EvaluationServices
+from grpo.spans import span, unrecorded
 from grpo.structured import Signal, together, unless
 from grpo.types import EvaluationReport, GenerationReport, MixedVersionsError, PayloadLost, Prompt, RewardError, Scores
 from grpo.waiting import begin_activity
@@ -126,6 +127,7 @@ async def evaluate(
     turnstile, places = asyncio.Lock(), asyncio.Semaphore(_AT_ONCE)
 
     async def answer(prompt: Prompt) -> Answer | None:
+        unrecorded()  # hundreds side by side would bury the training's own track
         async with places:
             async with turnstile:  # one after another: hundreds of calls begun at once would block the event loop
                 await asyncio.sleep(0)
@@ -135,7 +137,8 @@ async def evaluate(
                 except PayloadLost as error:
                     log.warning("answered again: %s", error)
 
-    answers = await together(*map(answer, prompts))
+    with span("evaluation", "stage", prompts=len(prompts)):
+        answers = await together(*map(answer, prompts))
     return summarize(answers, config, version, time.perf_counter() - started)
 
 

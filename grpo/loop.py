@@ -25,7 +25,8 @@ from grpo.resume import ResumePoint
 from grpo.rollout import rollout, sampling_params
 from grpo.run import Run
 from grpo.services import Services
-from grpo.structured import Interrupted, first_error, together, unless
+from grpo.spans import span
+from grpo.structured import Interrupted, first_error, task_name, together, unless
 from grpo.types import GeneratorStats, PayloadLost, RewardError, Ticket, ZeroAdvantage
 from grpo.waiting import begin_activity
 from grpo.watchdog import Watchdog
@@ -82,11 +83,12 @@ async def continuous_rollouts(run: Run) -> None:
     Consumes tickets. Waits for one (woken when a step has been trained and published, or a group was lost or
     dropped), then for its group.
     """
-    begin_activity("rollouts")
+    begin_activity("rollouts", track=task_name())
     while not run.shutdown.is_set():
         ticket = await run.pacer.admit()
         try:
-            await make_group(ticket, run)
+            with span("group", "group", ticket=ticket.serial):
+                await make_group(ticket, run)
         except (RewardError, ZeroAdvantage) as error:
             await run.drop(ticket, error)
         except PayloadLost as error:
@@ -118,7 +120,7 @@ async def continuous_training(run: Run, recovery: Recovery, evaluation: Evaluati
         with times("time/trainer_wait_s"):
             batch, taken = await unless(run.shutdown, sample)
         pacer.are_training(taken.tickets)
-        with times("time/train_step_s"):
+        with times("time/train_step_s", step=step, tickets=[ticket.serial for ticket in taken.tickets]):
             metrics, *_ = await services.trainer.train_step.call(batch)
         with times("time/weight_sync_s"):  # the trainer's state is copied while the generators load
             (weights, stats), _ = await together(publish_weights(services), recovery.step_trained(step, batch))

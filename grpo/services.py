@@ -11,7 +11,7 @@ again, by another replica or by the replacement.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, TypeVar
 
@@ -56,6 +56,10 @@ class Handle(Protocol):
         """State, requests, failures, calls under way and mean latency of every replica, by its name."""
         ...
 
+    def sources(self) -> Iterable[Any]:
+        """The processes that answer at the moment: their `name`, and what they have recorded by `harvest`."""
+        ...
+
     def scale(self, replicas: int) -> None:
         """Start replicas, or let the last ones leave when they have finished what they have."""
         ...
@@ -84,8 +88,15 @@ class Services:
 
     def figures(self) -> dict[str, dict[str, Any]]:
         """Those of every replica of every actor."""
+        return {name: figures for handle in self._handles() for name, figures in handle.figures().items()}
+
+    def sources(self) -> Iterable[Any]:
+        """The processes of all actors that answer at the moment."""
+        return [source for handle in self._handles() for source in handle.sources()]
+
+    def _handles(self) -> Iterable[Handle]:
         handles = (getattr(self, field.name) for field in fields(self))
-        return {name: figures for handle in handles if handle for name, figures in handle.figures().items()}
+        return [handle for handle in handles if handle is not None]
 
 
 @dataclass(frozen=True)

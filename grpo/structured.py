@@ -79,6 +79,12 @@ async def within(seconds: float | None, late: Callable[[], Exception]) -> AsyncI
         raise late() from error
 
 
+def task_name() -> str:
+    """Of the present task."""
+    task = asyncio.current_task()
+    return "" if task is None else task.get_name()
+
+
 async def cancelled(tasks: Iterable[asyncio.Future[Any]]) -> None:
     """Cancel tasks and wait until they have ended; what they raise is nobody's business any more."""
     tasks = list(tasks)

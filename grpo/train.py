@@ -22,6 +22,7 @@ from grpo.control import open_to_operators
 from grpo.driver import EXIT_CODES, drive
 from grpo.failures import Failures
 from grpo.loop import run
+from grpo.observe.collector import collecting
 from grpo.observe.display import Display, make_display
 from grpo.observe.output import Screen, chatter_to
 from grpo.observe.recorder import Recorder
@@ -109,6 +110,9 @@ async def _run(
         try:
             async with open_to_operators(recorder.run_dir.path, services):
                 with display:
+                    if config.observe.timeline:
+                        timeline = recorder.timeline(config.observe.timeline_mb)
+                        await stack.enter_async_context(collecting(services, timeline, recorder.failures.progress))
                     await run(services, config, recorder, shutdown, resume)
         finally:
             recorder.services = services.figures()

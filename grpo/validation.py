@@ -92,6 +92,7 @@ _POSITIVE = (
     "recovery.health_timeout_s",
     "reward.timeout_s",
     "cluster.start_timeout_s",
+    "observe.timeline_mb",
     "loss.max_ratio",
     "loss.tau_positive",
     "loss.tau_negative",

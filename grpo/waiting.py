@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from weakref import WeakValueDictionary
 
+from grpo.spans import on_track, span
+
 _present: ContextVar[Activity | None] = ContextVar("activity", default=None)
 
 
@@ -28,20 +30,25 @@ class Activity:
         among[object()] = self
 
 
-def begin_activity(group: str) -> None:
-    """From now on, what the present task and those that it starts wait for is noted under `group`."""
+def begin_activity(group: str, track: str | None = None) -> None:
+    """From now on, what the present task and those that it starts wait for is noted under `group`.
+
+    In the timeline it is a track of its own.
+    """
+    on_track(track or group)
     present = _present.get()
     _present.set(Activity(group, WeakValueDictionary() if present is None else present.among))
 
 
 @contextmanager
 def waiting_for(what: str) -> Iterator[None]:
-    """Note what the activity at hand waits for; outside of any, nothing is noted."""
+    """Note what the activity at hand waits for, as a span of its track too; outside of any, nothing is noted."""
     activity, key = _present.get(), object()
     if activity is not None:
         activity.waits[key] = (what, time.perf_counter())
     try:
-        yield
+        with span(what, "wait"):
+            yield
     finally:
         if activity is not None:
             del activity.waits[key]

@@ -18,6 +18,7 @@ from grpo.learner import checkpoint
 from grpo.learner.manifest import total_bytes
 from grpo.learner.state import TrainerState
 from grpo.services import returns_payload
+from grpo.spans import span
 from grpo.types import Group
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,8 @@ class Checkpointer:
 
         `groups` are pairs (ticket serial, group with its values). Raises CheckpointError when it can't be written.
         """
-        return await self._thread.run(self._save, step, state, groups, progress)
+        with span("save", step=step):
+            return await self._thread.run(self._save, step, state, groups, progress)
 
     @returns_payload
     async def load_trainer(self, path: str) -> tuple[TrainerState, None]:

@@ -13,6 +13,7 @@ from grpo.learner.collate import Sample, make_sample
 from grpo.learner.logprobs import sample_logprobs
 from grpo.models.loading import load_model
 from grpo.services import returns_payload
+from grpo.spans import span
 from grpo.types import Completion, Floats, Prompt
 
 
@@ -39,4 +40,5 @@ class Reference:
 
     def _logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
         temperature = self._config.rollout.temperature or 1.0
-        return sample_logprobs(self._model, samples, temperature, self._config.reference.micro_batch_tokens)
+        with span("forward", completions=len(samples)):
+            return sample_logprobs(self._model, samples, temperature, self._config.reference.micro_batch_tokens)

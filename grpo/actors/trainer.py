@@ -13,6 +13,7 @@ from grpo.learner.objective import Objective
 from grpo.learner.state import TrainerState
 from grpo.models.loading import load_model
 from grpo.services import returns_payload
+from grpo.spans import span
 from grpo.types import Batch
 from grpo.weights import Weights
 
@@ -37,17 +38,22 @@ class Trainer:
 
     async def train_step(self, batch: Batch) -> dict[str, float]:
         """One optimizer step; metrics by name."""
-        return await self._thread.run(self._learner.train_step, batch)
+        before_s = self._thread.busy_s
+        with span("train_step", version=self._learner.version):
+            metrics = await self._thread.run(self._learner.train_step, batch)
+        return metrics | {"trainer/busy_s": self._thread.busy_s - before_s}
 
     @returns_payload
     async def push_weights(self) -> tuple[Weights, int]:
         """The present weights, and their version."""
-        return await self._thread.run(self._learner.weights), self._learner.version
+        with span("publish"):
+            return await self._thread.run(self._learner.weights), self._learner.version
 
     @returns_payload
     async def snapshot(self) -> tuple[TrainerState, int]:
         """All that another trainer needs to go on from here, and the version. See Learner.state."""
-        state = await self._thread.run(self._learner.state)
+        with span("snapshot"):
+            state = await self._thread.run(self._learner.state)
         return state, state.version
 
     async def restore(self, state: TrainerState) -> None:

@@ -10,6 +10,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any, NoReturn, Protocol
 
+from grpo.spans import Harvest, Spans, context_for
 from grpo.types import ActorDied
 
 
@@ -20,6 +21,10 @@ class Endpoint(Protocol):
 
     async def ping(self) -> None:
         """Returns when the process answers."""
+        ...
+
+    async def harvest(self, *, go_on: bool) -> Harvest:
+        """The spans that the process has recorded, and whether it is to record more."""
         ...
 
     async def until_death(self) -> NoReturn:
@@ -39,6 +44,7 @@ class LocalEndpoint:
 
     def __init__(self, actor: Any, name: str = "actor") -> None:
         self.actor, self._name = actor, name
+        self._spans = Spans()
         self._calls: set[asyncio.Task[Any]] = set()
         self._dead = asyncio.Event()
         self._closing: asyncio.Future[Any] | None = None
@@ -49,7 +55,8 @@ class LocalEndpoint:
             return None
         if method == "close":
             self._closing = asyncio.get_running_loop().create_future()
-        call = asyncio.ensure_future(getattr(self.actor, method)(*args, **kwargs or {}))
+        work = getattr(self.actor, method)(*args, **kwargs or {})
+        call = asyncio.get_running_loop().create_task(work, context=context_for(self._spans))
         self._calls.add(call)
         try:
             result = await call
@@ -67,6 +74,10 @@ class LocalEndpoint:
 
     async def ping(self) -> None:
         self._raise_if_dead()
+
+    async def harvest(self, *, go_on: bool) -> Harvest:
+        self._raise_if_dead()
+        return self._spans.harvest(go_on=go_on)
 
     async def until_death(self) -> NoReturn:
         await self._dead.wait()

@@ -11,6 +11,7 @@ restored. What was acknowledged before is the restorer's business, so no call is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -44,6 +45,9 @@ class ActorHandle:
 
     def figures(self) -> dict[str, dict[str, Any]]:
         return self.service.figures()
+
+    def sources(self) -> Sequence[Replica]:
+        return self.service.healthy()
 
     def scale(self, replicas: int) -> None:
         self.service.scale(replicas)

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
+from grpo.spans import Harvest, Spans, record_in
 from grpo.types import ActorDied, PayloadLost
 
 
@@ -36,8 +37,10 @@ def host_class(cls: type) -> Any:
 class _Host:
     def __init__(self, factory: Callable[..., Any], kwargs: dict[str, Any]) -> None:
         self._actor = factory(**kwargs)
+        self._spans = Spans()
 
     async def invoke(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], *payloads: Any) -> Any:
+        record_in(self._spans)
         args = tuple(_fill(arg, payloads) for arg in args)
         kwargs = {name: _fill(arg, payloads) for name, arg in kwargs.items()}
         return await getattr(self._actor, method)(*args, **kwargs)
@@ -50,6 +53,9 @@ class _Host:
         """Returns when the actor answers: one that has a process behind it asks that too."""
         if hasattr(self._actor, "ping"):
             await self._actor.ping()
+
+    async def harvest(self, go_on: bool) -> Harvest:
+        return self._spans.harvest(go_on=go_on)
 
     async def linger(self) -> None:
         """Never returns: whoever calls it hears at once when the process dies."""
@@ -80,6 +86,10 @@ class RayEndpoint:
 
     async def ping(self) -> None:
         await self._result(self.actor.ping.remote())
+
+    async def harvest(self, *, go_on: bool) -> Harvest:
+        harvest: Harvest = await self._result(self.actor.harvest.remote(go_on))
+        return harvest
 
     async def until_death(self) -> NoReturn:
         await self._result(self.actor.linger.remote())

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from grpo.cluster.endpoints import Endpoint, Spawn
 from grpo.failures import Death, Failures
+from grpo.spans import Harvest
 from grpo.structured import Signal, cancelled, within
 from grpo.types import ActorDied, LaunchError
 
@@ -128,6 +129,12 @@ class Replica:
             self.busy_s += time.perf_counter() - started
             if self.state is State.STOPPED:
                 self._common.changed.notify()
+
+    async def harvest(self, *, go_on: bool) -> Harvest:
+        """What its process has recorded. Raises ActorDied when that is gone."""
+        if self.endpoint is None:
+            raise ActorDied(f"{self.name} has no process")
+        return await self.endpoint.harvest(go_on=go_on)
 
     def stop(self) -> None:
         """It gets no more calls, finishes those it has, and leaves."""

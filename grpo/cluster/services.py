@@ -56,8 +56,8 @@ class Service:
 
     async def available(self, preferred: Replica | None = None) -> Replica:
         """The preferred replica where that is healthy, else the healthy one with the fewest calls under way."""
-        await self._until(self._healthy)
-        healthy = self._healthy()
+        await self._until(self.healthy)
+        healthy = self.healthy()
         return preferred if preferred in healthy else min(healthy, key=lambda replica: replica.in_flight)
 
     async def insist(self, replica: Replica, call: Call) -> Any:
@@ -74,8 +74,8 @@ class Service:
         if call.method in self._updates:
             self.common.latest = call
         while True:
-            await self._until(self._healthy)
-            answers = await together(*(_unless_it_dies(replica, call) for replica in self._healthy()))
+            await self._until(self.healthy)
+            answers = await together(*(_unless_it_dies(replica, call) for replica in self.healthy()))
             if any(answers):
                 return [result for answer in answers for result in answer]
 
@@ -116,7 +116,8 @@ class Service:
             self.common.failures.end(error)
         self.common.changed.notify()
 
-    def _healthy(self) -> list[Replica]:
+    def healthy(self) -> list[Replica]:
+        """Those that serve at the moment."""
         return [replica for replica in self._lives if replica.state is State.HEALTHY]
 
     async def _until(self, condition: Callable[[], Any]) -> None:

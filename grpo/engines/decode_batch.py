@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 from grpo.engines.kv_grid import KVGrid, cache_argument
 from grpo.engines.sampling import RowSampler, uniforms
+from grpo.spans import span
 from grpo.types import Completion, Ints, SamplingParams
 
 _SLACK_COLUMNS = 64  # the grid is shifted once in so many steps: rare enough not to show
@@ -94,16 +95,20 @@ class DecodeBatch:
         sampled, finished = 0, []
         if self._rows:
             sampled += len(self._rows)
-            finished += self._decode()
+            with span("decode", rows=len(self._rows)):
+                finished += self._decode()
         if joining:
             sampled += sum(request.params.n for request in joining)
-            finished += self._join(joining)
+            with span("prefill", rows=sum(request.params.n for request in joining), groups=len(joining)):
+                finished += self._join(joining)
         return finished, sampled
 
     @torch.inference_mode()
     def recompute(self) -> None:
         """Rebuild every running row's keys and values under the present weights."""
-        if self._rows:
+        if not self._rows:
+            return
+        with span("recompute", rows=len(self._rows)):
             first, end = self._kv.first, self._kv.end
             starts_B = torch.tensor([row.start for row in self._rows], device=self.device)
             self._prefill(self._tokens_RC[: self.running, first:end], starts_B, [[i] for i in range(self.running)])

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from grpo.compute import ComputeThread
 from grpo.engines.base import Limits, WeightUpdate
 from grpo.engines.decode_batch import DecodeBatch, Request
+from grpo.spans import span
 from grpo.types import Completion, GeneratorStats, Ints, SamplingParams
 from grpo.weights import Weights, load_weights
 
@@ -133,7 +134,8 @@ class TorchEngine:
         self._updates.popleft()
 
     def _load(self, weights: Weights) -> None:
-        load_weights(self._batch.model, weights)
+        with span("load", version=weights.version):
+            load_weights(self._batch.model, weights)
         self._batch.version = weights.version
         if self._weight_update == "in_flight_recompute":
             self._batch.recompute()

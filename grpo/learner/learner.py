@@ -18,6 +18,7 @@ from grpo.learner.diagnostics import Diagnostics
 from grpo.learner.logprobs import sample_logprobs, token_logprobs_and_entropy
 from grpo.learner.objective import Objective
 from grpo.learner.state import StateWriter, TrainerState
+from grpo.spans import span
 from grpo.types import Batch, CheckpointError, NonFiniteError, StalenessError
 from grpo.weights import Weights, WeightsWriter
 
@@ -144,7 +145,7 @@ class Learner:
         )
 
     def _with_proximal(self, samples: Sequence[Sample]) -> list[Sample]:
-        with self._autocast():
+        with span("forward", sequences=len(samples)), self._autocast():
             logprobs = sample_logprobs(self.model, samples, self._temperature, self._config.micro_batch_tokens)
         return [replace(sample, proximal_logprobs=found_T) for sample, found_T in zip(samples, logprobs, strict=True)]
 
@@ -154,16 +155,18 @@ class Learner:
         for part in plan([len(sample) for sample in share.samples], self._config.micro_batch_tokens):
             micro = collate([share.samples[i] for i in part], self._device)
             loss += self._backward(micro, share.denominator, diagnostics, first=number == 0)
-        grad_norm = float(clip_grad_norm_(self.model.parameters(), self._config.max_grad_norm))
-        self._step(loss, grad_norm)
+        with span("optimizer"):
+            grad_norm = float(clip_grad_norm_(self.model.parameters(), self._config.max_grad_norm))
+            self._step(loss, grad_norm)
         return loss, grad_norm
 
     def _backward(self, micro: MicroBatch, denominator: float, diagnostics: Diagnostics, *, first: bool) -> float:
         """Add a micro-batch's part of the gradient; returns its part of the loss."""
-        with self._autocast():
+        with span("forward", sequences=len(micro.mask_BK)), self._autocast():
             logprobs_BK, entropy_BK = token_logprobs_and_entropy(self.model, micro, self._temperature)
         output = self._objective(logprobs_BK, micro, denominator)
-        output.loss.backward()
+        with span("backward"):
+            output.loss.backward()
         proximal_BK = micro.proximal_logprobs_BK
         at_version = first or proximal_BK is not None
         seen_BK = logprobs_BK.detach() if proximal_BK is None else proximal_BK

@@ -14,7 +14,9 @@ from grpo.failures import Failures
 from grpo.observe.display import Display
 from grpo.observe.loop_lag import LoopLag
 from grpo.observe.run_dir import RunDirectory
+from grpo.observe.timeline import Timeline
 from grpo.pacing import Pacer
+from grpo.spans import span
 from grpo.types import (
     BatchReport,
     EvaluationReport,
@@ -46,16 +48,17 @@ class _Finished(NamedTuple):
 
 
 class Stopwatch:
-    """Named durations in seconds: `with stopwatch("time/train_step_s"): ...`."""
+    """Named durations in seconds, spans of the timeline too: `with stopwatch("time/train_step_s"): ...`."""
 
     def __init__(self) -> None:
         self.seconds: Metrics = {}
 
     @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
+    def __call__(self, name: str, **args: Any) -> Iterator[None]:
         started = time.perf_counter()
         try:
-            yield
+            with span(name.removeprefix("time/").removesuffix("_s"), "stage", **args):
+                yield
         finally:
             self.seconds[name] = time.perf_counter() - started
 
@@ -91,6 +94,10 @@ class Recorder:
     @property
     def wall_s(self) -> float:
         return self._wall_s_before + time.perf_counter() - self._started
+
+    def timeline(self, most_mb: float) -> Timeline:
+        """Its zero is that of `wall_s`."""
+        return Timeline(self.run_dir, self._started - self._wall_s_before, most_mb)
 
     def training_begins(self, generators: Sequence[GeneratorStats]) -> None:
         """Rates count from here; `wall_s` counts from the construction, the launch included."""

@@ -17,7 +17,7 @@ from grpo.types import ConfigError
 
 log = logging.getLogger(__name__)
 
-_GROWING = ("metrics.jsonl", "rollouts.jsonl", "ledger.jsonl")
+_GROWING = ("metrics.jsonl", "rollouts.jsonl", "ledger.jsonl", "timeline.json")
 
 
 class RunDirectory:
@@ -80,6 +80,15 @@ class RunDirectory:
         """Queue one line of a jsonl file."""
         self._submit(self._append, name, record)
 
+    def append_text(self, name: str, text: str) -> None:
+        """Queue text that goes to the end of a file."""
+        self._submit(self._append_text, name, text)
+
+    def size(self, name: str) -> int:
+        """In bytes, of what is on disk so far; 0 when it is not there."""
+        file = self.path / name
+        return file.stat().st_size if file.exists() else 0
+
     def write(self, name: str, text: str) -> None:
         """Queue a whole file, replaced at once."""
         self._submit(self._replace, name, text)
@@ -96,12 +105,15 @@ class RunDirectory:
         self._writer.submit(*work).add_done_callback(self._count_error)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
-        line = f"{to_json(record)}\n".encode()
+        self._append_text(name, f"{to_json(record)}\n")
+
+    def _append_text(self, name: str, text: str) -> None:
+        encoded = text.encode()
         with (self.path / name).open("ab", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
-            if file.write(line) < len(line):
-                os.truncate(file.fileno(), size)  # half a line would make the file unreadable
-                raise OSError(errno.ENOSPC, "no room for a whole line", name)
+            if file.write(encoded) < len(encoded):
+                os.truncate(file.fileno(), size)  # half of it would make the file unreadable
+                raise OSError(errno.ENOSPC, "no room for all of it", name)
 
     def _replace(self, name: str, text: str) -> None:
         temporary = self.path / f".{name}.tmp"

@@ -20,6 +20,7 @@ from multiprocessing import Pipe
 from threading import Lock, Timer
 from typing import Any, Generic, TypeVar
 
+from grpo.spans import span
 from grpo.types import RewardCrash, RewardError, RewardMemory, RewardTimeout
 
 # No child of `multiprocessing`: that would import this process' main module (Ray, where an actor starts the process)
@@ -88,7 +89,8 @@ class Killable(Generic[T]):
         running = asyncio.get_running_loop().run_in_executor(self._threads, worker.call, args)
         running.add_done_callback(partial(self._give_back, worker))
         try:
-            return await asyncio.shield(running)
+            with span("score"):
+                return await asyncio.shield(running)
         except asyncio.CancelledError:
             if not running.done():  # else the next call may have it by now
                 worker.kill()
