@@ -1,0 +1,123 @@
+"""The collector: everybody is asked, nobody is waited for without end, and one that died is no error."""
+
+import asyncio
+import json
+
+import pytest
+
+from grpo.observe import collector
+from grpo.observe.collector import collecting
+from grpo.observe.run_dir import RunDirectory
+from grpo.observe.timeline import Timeline
+from grpo.spans import Spans, context_for, on_track, span
+from grpo.structured import Signal
+from grpo.types import ActorDied
+
+
+class Actor:
+    """A process with spans of its own."""
+
+    def __init__(self, name):
+        self.name, self.spans, self.asked, self.dead = name, Spans(), 0, False
+
+    async def work(self, name):
+        async def body():
+            with span(name):
+                await asyncio.sleep(0)
+
+        await asyncio.get_running_loop().create_task(body(), context=context_for(self.spans))
+
+    async def harvest(self, *, go_on):
+        self.asked += 1
+        if self.dead:
+            raise ActorDied(f"{self.name} died")
+        return self.spans.harvest(go_on=go_on)
+
+
+class Hung(Actor):
+    async def harvest(self, *, go_on):
+        if not go_on:
+            await asyncio.get_running_loop().create_future()
+        return await super().harvest(go_on=go_on)
+
+
+class Actors:
+    def __init__(self, *actors):
+        self.actors = actors
+
+    def sources(self):
+        return self.actors
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    run_dir = RunDirectory(tmp_path)
+    yield run_dir
+    run_dir.close()
+
+
+def names(run_dir):
+    run_dir.sizes().result()
+    text = (run_dir.path / "timeline.json").read_text()
+    return sorted(event["name"] for event in json.loads(text) if event["ph"] == "X")
+
+
+async def test_it_brings_together_what_the_driver_and_the_actors_did(run_dir):
+    actors = Actor("generator-0"), Actor("trainer")
+    async with collecting(Actors(*actors), Timeline(run_dir, 0.0, 1.0), Signal()):
+        on_track("training")
+        with span("a wait", "wait"):
+            await actors[0].work("decode")
+            await actors[1].work("forward")
+    assert names(run_dir) == ["a wait", "decode", "forward"]
+    assert not actors[0].spans.on
+
+
+async def test_it_asks_after_a_step_and_not_all_the_time(run_dir, monkeypatch):
+    monkeypatch.setattr(collector, "_AT_MOST_EVERY_S", 0.0)
+    actor, trained = Actor("trainer"), Signal()
+    async with collecting(Actors(actor), Timeline(run_dir, 0.0, 1.0), trained):
+        assert actor.asked == 1
+        for steps in (1, 2):
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert actor.asked == steps
+            trained.notify()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert actor.asked == 3
+
+
+async def test_one_that_died_is_no_error(run_dir):
+    alive, dead = Actor("generator-0"), Actor("generator-1")
+    async with collecting(Actors(dead, alive), Timeline(run_dir, 0.0, 1.0), Signal()):
+        await alive.work("decode")
+        dead.dead = True
+    assert names(run_dir) == ["decode"]
+
+
+async def test_one_that_hangs_does_not_hold_up_the_end(run_dir, monkeypatch, caplog):
+    monkeypatch.setattr(collector, "_LAST_S", 0.02)
+    async with collecting(Actors(Hung("trainer")), Timeline(run_dir, 0.0, 1.0), Signal()):
+        pass
+    assert "the end of the timeline is missing" in caplog.text
+
+
+async def test_when_the_file_is_full_nobody_records_any_more(run_dir, monkeypatch):
+    monkeypatch.setattr(collector, "_AT_MOST_EVERY_S", 0.0)
+    actor, trained = Actor("trainer"), Signal()
+    async with collecting(Actors(actor), Timeline(run_dir, 0.0, 1e-6), trained):
+        await actor.work("forward")
+        for _ in range(2):
+            for _ in range(20):
+                await asyncio.sleep(0)
+            trained.notify()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not actor.spans.on
+
+
+async def test_errors_of_the_run_pass_through(run_dir):
+    with pytest.raises(ValueError, match="broken"):
+        async with collecting(Actors(Actor("trainer")), Timeline(run_dir, 0.0, 1.0), Signal()):
+            raise ValueError("broken")

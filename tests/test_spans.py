@@ -1,0 +1,137 @@
+"""Spans: where they go, which lane they take, and what is left of them when nobody records."""
+
+import asyncio
+
+import pytest
+
+from grpo.compute import ComputeThread
+from grpo.spans import Spans, context_for, on_track, record_in, span, unrecorded
+from grpo.structured import together
+
+
+@pytest.fixture
+def spans():
+    spans = Spans(on=True)
+    record_in(spans)
+    yield spans
+    unrecorded()  # the context of a fixture is that of all tests
+
+
+def recorded(spans):
+    return [(found.track, found.lane, found.name) for found in spans.harvest(go_on=True).spans]
+
+
+async def test_a_span_has_its_times_kind_and_arguments(spans):
+    with span("decode", "busy", rows=3):
+        pass
+    (found,) = spans.harvest(go_on=True).spans
+    assert (found.name, found.kind, found.args, found.failed) == ("decode", "busy", {"rows": 3}, False)
+    assert found.begin_s <= found.end_s
+
+
+async def test_nothing_is_recorded_outside_of_any_recording():
+    with span("decode") as nothing:
+        assert nothing is None
+
+
+async def test_nothing_is_recorded_while_it_is_off(spans):
+    spans.harvest(go_on=False)
+    with span("decode"):
+        pass
+    assert recorded(spans) == []
+    with span("prefill"):
+        pass
+    assert recorded(spans) == [("", 0, "prefill")]
+
+
+async def test_an_error_passes_through_and_is_noted(spans):
+    with pytest.raises(ValueError, match="broken"), span("decode"):
+        raise ValueError("broken")
+    (found,) = spans.harvest(go_on=True).spans
+    assert found.failed
+
+
+async def test_one_inside_another_shares_its_lane(spans):
+    with span("step"), span("forward"):
+        pass
+    assert recorded(spans) == [("", 0, "forward"), ("", 0, "step")]
+
+
+async def test_those_side_by_side_have_lanes_of_their_own_and_give_them_back(spans):
+    async def work(name):
+        with span(name):
+            await asyncio.sleep(0)
+
+    await together(work("a"), work("b"))
+    await work("c")
+    assert recorded(spans) == [("", 0, "a"), ("", 1, "b"), ("", 0, "c")]
+
+
+async def test_of_two_inside_another_the_second_has_a_lane_of_its_own(spans):
+    async def work(name):
+        with span(name):
+            await asyncio.sleep(0)
+
+    with span("group"):
+        await together(work("score"), work("reference"))
+        await work("add")
+    assert recorded(spans) == [("", 0, "score"), ("", 1, "reference"), ("", 0, "add"), ("", 0, "group")]
+
+
+async def test_tracks_have_lanes_of_their_own(spans):
+    async def coroutine(name):
+        on_track(name)
+        with span("wait"):
+            await asyncio.sleep(0)
+
+    await together(coroutine("rollouts-0"), coroutine("rollouts-1"))
+    assert recorded(spans) == [("rollouts-0", 0, "wait"), ("rollouts-1", 0, "wait")]
+
+
+async def test_a_task_may_leave_none(spans):
+    async def answer():
+        unrecorded()
+        with span("wait"):
+            await asyncio.sleep(0)
+
+    await together(answer())
+    with span("evaluation"):
+        pass
+    assert recorded(spans) == [("", 0, "evaluation")]
+
+
+async def test_work_for_somebody_else_adds_to_the_actors_own(spans):
+    others = Spans(on=True)
+
+    async def serve():
+        with span("decode"):
+            await asyncio.sleep(0)
+
+    on_track("rollouts-0")
+    with span("generator.generate"):
+        await asyncio.get_running_loop().create_task(serve(), context=context_for(others))
+    assert recorded(others) == [("", 0, "decode")]
+    assert recorded(spans) == [("rollouts-0", 0, "generator.generate")]
+
+
+async def test_a_compute_thread_records_for_who_asked(spans):
+    thread = ComputeThread("test")
+
+    def work():
+        with span("forward"):
+            pass
+
+    with span("train_step"):
+        await thread.run(work)
+    thread.close()
+    assert recorded(spans) == [("", 0, "forward"), ("", 0, "train_step")]
+
+
+async def test_what_there_is_no_room_for_is_counted(spans, monkeypatch):
+    monkeypatch.setattr("grpo.spans._MOST", 2)
+    for _ in range(5):
+        with span("decode"):
+            pass
+    harvest = spans.harvest(go_on=True)
+    assert (len(harvest.spans), harvest.lost) == (2, 3)
+    assert spans.harvest(go_on=True).lost == 0
