@@ -201,6 +201,13 @@ class ClusterConfig:
 
 
 @dataclass
+class DriverConfig:
+    """The process with the event loop."""
+
+    slow_callback_ms: float = 200.0  # whatever keeps all coroutines from running for longer is reported with its stack
+
+
+@dataclass
 class WatchdogConfig:
     """What happens to a run in which no step is finished for so long."""
 
@@ -254,6 +261,7 @@ class RunConfig:
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    driver: DriverConfig = field(default_factory=DriverConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -62,7 +62,7 @@ class Pacer:
 
         Woken by `release`, `drop` and `begin_again`.
         """
-        with waiting_for("a ticket"):
+        with waiting_for("ticket"):
             await self._free.acquire()
         if self._again:
             return self._again.popleft()

@@ -92,6 +92,7 @@ _POSITIVE = (
     "recovery.health_timeout_s",
     "reward.timeout_s",
     "cluster.start_timeout_s",
+    "driver.slow_callback_ms",
     "observe.timeline_mb",
     "loss.max_ratio",
     "loss.tau_positive",

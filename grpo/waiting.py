@@ -18,16 +18,32 @@ from grpo.spans import on_track, span
 _present: ContextVar[Activity | None] = ContextVar("activity", default=None)
 
 
+class Among:
+    """The activities of a run in the order in which they began, as long as their tasks live; how long they waited."""
+
+    def __init__(self) -> None:
+        self.activities: WeakValueDictionary[object, Activity] = WeakValueDictionary()
+        self.waited_s: dict[str, float] = defaultdict(
+            float
+        )  # over all activities, by what they waited for; waits that have ended
+        self.reported_s: dict[str, float] = {}
+        self.reported_at = time.perf_counter()
+
+    def waits(self) -> list[tuple[str, float]]:
+        """What is waited for at this moment, and since when."""
+        return [wait for activity in list(self.activities.values()) for wait in activity.waits.values()]
+
+
 class Activity:
     """One task: what it waits for at this moment, with the time at which each wait began.
 
-    `among` holds all activities of the run in the order in which they began, as long as their tasks live.
+    `among` holds all activities of the run.
     """
 
-    def __init__(self, group: str, among: WeakValueDictionary[object, Activity]) -> None:
+    def __init__(self, group: str, among: Among) -> None:
         self.group, self.among = group, among
         self.waits: dict[object, tuple[str, float]] = {}
-        among[object()] = self
+        among.activities[object()] = self
 
 
 def begin_activity(group: str, track: str | None = None) -> None:
@@ -37,7 +53,7 @@ def begin_activity(group: str, track: str | None = None) -> None:
     """
     on_track(track or group)
     present = _present.get()
-    _present.set(Activity(group, WeakValueDictionary() if present is None else present.among))
+    _present.set(Activity(group, Among() if present is None else present.among))
 
 
 @contextmanager
@@ -51,14 +67,29 @@ def waiting_for(what: str) -> Iterator[None]:
             yield
     finally:
         if activity is not None:
-            del activity.waits[key]
+            _, since = activity.waits.pop(key)
+            activity.among.waited_s[what] += time.perf_counter() - since
+
+
+def mean_waiting(now: float) -> dict[str, float]:
+    """How many coroutines waited for what, on average since the last call. `now` is of time.perf_counter."""
+    present = _present.get()
+    if present is None:
+        return {}
+    among = present.among
+    total_s = defaultdict(float, among.waited_s)
+    for what, since in among.waits():
+        total_s[what] += now - since
+    elapsed_s, before_s = now - among.reported_at, among.reported_s
+    among.reported_at, among.reported_s = now, total_s
+    return {f"driver/waiting/{what}": (total_s[what] - before_s.get(what, 0.0)) / elapsed_s for what in sorted(total_s)}
 
 
 def who_waits() -> str:
     """For example: "32 rollouts wait for generator.generate, oldest 181 s; training: waits for ..."."""
     now, present = time.perf_counter(), _present.get()
     ages: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for activity in [] if present is None else list(present.among.values()):
+    for activity in [] if present is None else list(present.among.activities.values()):
         if activity.waits:
             what = " and ".join(sorted({what for what, _ in activity.waits.values()}))
             ages[activity.group, what].append(now - min(since for _, since in activity.waits.values()))

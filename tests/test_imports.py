@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "learner": {"types", "config", "imports", "checksum", "flat_buffer", "spans", "weights", "algorithms"},
     "failures": {"types", "config", "structured"},
     "watchdog": {"types", "config", "structured", "waiting"},
-    "observe": {"types", "spans", "structured", "pacing", "failures"},
+    "observe": {"types", "spans", "waiting", "structured", "pacing", "failures"},
     "actors": {
         "types", "services", "config", "imports", "weights", "compute", "spans",
         "rewards", "tasks", "models", "engines", "learner",

@@ -28,6 +28,7 @@ from grpo.types import (
     ZeroAdvantage,
     evaluation_report,
 )
+from grpo.waiting import mean_waiting
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,10 @@ class Recorder:
         self._evaluating: int | None = None  # the step of an evaluation that runs beside the training
         failures.tell = self.warn
         self._started = self._step_began = self._generators_seen = time.perf_counter()
+
+    async def watch_loop(self, slow_callback_ms: float) -> None:
+        """Measure the event loop until cancelled; whatever blocks it for longer than that is told, with its stack."""
+        await self.loop_lag.watch(slow_callback_ms, self.warn)
 
     def stopwatch(self) -> Stopwatch:
         return Stopwatch()
@@ -226,7 +231,8 @@ class Recorder:
             "recovery/groups_begun_again": self.pacer.reissued.total(),
             "buffer/groups_waiting": batch.groups_waiting,
             "rollout/outstanding": self.pacer.outstanding,
-            "driver/loop_lag_p99_ms": self.loop_lag.take_p99_ms(),
+            **self.loop_lag.take(),
+            **mean_waiting(now),
         }
         self.step = step
         self._steps.append(_kept(metrics))

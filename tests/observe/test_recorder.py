@@ -1,11 +1,9 @@
-import asyncio
 import json
 import time
 import weakref
 
 import pytest
 
-from grpo.observe.loop_lag import LoopLag
 from grpo.types import (
     ActorDied,
     BatchReport,
@@ -80,7 +78,7 @@ def test_the_pinned_metrics_are_in_every_line(recorded):
     for name in (
         "wall_s", "reward/mean", "loss", "policy_age/max", "policy_age/mean", "time/trainer_wait_s",
         "time/train_step_s", "time/weight_sync_s", "generator/busy_fraction", "generator/tokens_per_s",
-        "driver/loop_lag_p99_ms",
+        "driver/loop_lag_p50_ms", "driver/loop_lag_p99_ms", "driver/loop_lag_max_ms", "driver/slow_callbacks",
     ):  # fmt: skip
         assert all(name in step for step in steps), name
     assert steps[4]["generator/completion_tokens_mean"] == 3
@@ -182,17 +180,6 @@ def test_a_run_without_a_step_has_a_summary_too(tiny_config, make_recorder):
     recorder = make_recorder(tiny_config)
     summary = recorder.write_summary("interrupted")
     assert (summary["steps"], summary["reward_last"], summary["error"]) == (0, None, None)
-
-
-async def test_loop_lag_sees_a_blocked_loop():
-    lag = LoopLag()
-    watching = asyncio.ensure_future(lag.watch())
-    await asyncio.sleep(0.03)
-    time.sleep(0.2)  # noqa: ASYNC251  # the very thing to be seen
-    await asyncio.sleep(0.03)
-    watching.cancel()
-    assert lag.take_p99_ms() > 100
-    assert lag.take_p99_ms() == 0
 
 
 def test_the_ledger_names_every_group_that_was_trained_dropped_or_begun_again(tiny_config, make_recorder):
