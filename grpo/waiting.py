@@ -23,9 +23,7 @@ class Among:
 
     def __init__(self) -> None:
         self.activities: WeakValueDictionary[object, Activity] = WeakValueDictionary()
-        self.waited_s: dict[str, float] = defaultdict(
-            float
-        )  # over all activities, by what they waited for; waits that have ended
+        self.waited_s: dict[str, float] = defaultdict(float)  # of waits that have ended, by what they were for
         self.reported_s: dict[str, float] = {}
         self.reported_at = time.perf_counter()
 
