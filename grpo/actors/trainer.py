@@ -39,8 +39,7 @@ class Trainer:
     async def train_step(self, batch: Batch) -> dict[str, float]:
         """One optimizer step; metrics by name."""
         before_s = self._thread.busy_s
-        with span("train_step", version=self._learner.version):
-            metrics = await self._thread.run(self._learner.train_step, batch)
+        metrics = await self._thread.run(self._train_step, batch)
         return metrics | {"trainer/busy_s": self._thread.busy_s - before_s}
 
     @returns_payload
@@ -62,3 +61,7 @@ class Trainer:
 
     async def close(self) -> None:
         self._thread.close()
+
+    def _train_step(self, batch: Batch) -> dict[str, float]:
+        with span("train_step", version=self._learner.version):
+            return self._learner.train_step(batch)

@@ -115,7 +115,7 @@ def _spawn(spec: ActorSpec, name: str) -> RayEndpoint:
         max_concurrency=_CALLS_PER_ACTOR,
         scheduling_strategy=here if spec.beside else "DEFAULT",
     )
-    return RayEndpoint(name, spec.cls, remote.remote(spec.cls, dict(spec.kwargs)))
+    return RayEndpoint(name, spec.cls, remote.remote(name, spec.cls, dict(spec.kwargs)))
 
 
 async def _all_ready(services: Mapping[str, Service], timeout_s: float) -> None:

@@ -35,9 +35,14 @@ def host_class(cls: type) -> Any:
 
 
 class _Host:
-    def __init__(self, factory: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+    def __init__(self, name: str, factory: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+        self._name = name
         self._actor = factory(**kwargs)
         self._spans = Spans()
+
+    def __repr__(self) -> str:
+        """What Ray's dashboard and logs call it."""
+        return self._name
 
     async def invoke(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], *payloads: Any) -> Any:
         record_in(self._spans)
