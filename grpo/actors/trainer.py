@@ -38,9 +38,7 @@ class Trainer:
 
     async def train_step(self, batch: Batch) -> dict[str, float]:
         """One optimizer step; metrics by name."""
-        before_s = self._thread.busy_s
-        metrics = await self._thread.run(self._train_step, batch)
-        return metrics | {"trainer/busy_s": self._thread.busy_s - before_s}
+        return await self._thread.run(self._train_step, batch)
 
     @returns_payload
     async def push_weights(self) -> tuple[Weights, int]:
