@@ -231,6 +231,7 @@ class CheckpointConfig:
 class ObserveConfig:
     log_every: int = 1  # steps between printed lines where stdout is no terminal
     rollouts_every: int = 16  # groups between those written to rollouts.jsonl
+    sinks: dict[str, Any] = field(default_factory=dict)  # tensorboard, wandb or `module:Class` -> its options
 
 
 @dataclass

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "learner": {"types", "config", "imports", "checksum", "flat_buffer", "weights", "algorithms"},
     "failures": {"types", "config", "structured"},
     "watchdog": {"types", "config", "structured", "waiting"},
-    "observe": {"types", "pacing", "failures"},
+    "observe": {"types", "imports", "pacing", "failures"},
     "actors": {
         "types", "services", "config", "imports", "weights", "compute",
         "rewards", "tasks", "models", "engines", "learner",
@@ -68,6 +68,8 @@ ONLY_IN = {
     "datasets": {"tasks"},
     "huggingface_hub": {"tasks"},
     "math_verify": {"rewards"},
+    "tensorboard": {"observe"},
+    "wandb": {"observe"},
 }
 
 
