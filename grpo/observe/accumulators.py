@@ -1,7 +1,7 @@
 """Numbers that arrive one by one, in many processes, as the few figures that are kept of them.
 
-A state is small, can be pickled, and merges: states of parts, merged in any order, say what one state of everything would.
-A value that is not finite is left out and counted: one of them would make a mean of thousands say nothing.
+A state is small, can be pickled, and merges: states of parts, merged in any order, say what one state of everything
+would. A value that is not finite is left out and counted: one of them would make a mean of thousands say nothing.
 """
 
 from __future__ import annotations
@@ -153,8 +153,8 @@ class Min(_Finite):
 class Percentiles(_Finite):
     """The 50th, 90th and 99th percentile, as numpy interpolates them: exact up to 10,000 values.
 
-    Beyond that of a sample: every value draws a random number, and those with the 10,000 smallest are kept. So each value
-    has the same chance to be among them, however the states are merged. Weights other than 1 raise ValueError.
+    Beyond that of a sample: every value draws a random number, and those with the 10,000 smallest are kept. So each
+    value has the same chance to be among them, however the states are merged. Weights other than 1 raise ValueError.
     """
 
     def __init__(self) -> None:

@@ -10,7 +10,8 @@ class Sink(Protocol):
     """Takes a run's numbers somewhere. Made as `Class(folder, config, **options)` from what `observe.sinks` says of it.
 
     `folder` is the run's, a resumed run has it again; `config` is the resolved config. Made, called and closed in one
-    thread of its own, where it may take its time and raise what it likes: see fanout.py. Imports what it needs when made.
+    thread of its own, where it may take its time and raise what it likes: see fanout.py. It imports what it needs when
+    it is made.
     """
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:

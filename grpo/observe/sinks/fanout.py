@@ -7,9 +7,9 @@ errors in a row switch it off. On one that hangs: it is left behind when the run
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,8 +29,10 @@ class _Worker:
 
     def __init__(self, name: str, make: Callable[[], Sink], tell: Tell, room: int) -> None:
         self._name, self._make, self._tell = name, make, tell
-        self._calls: queue.Queue[_Call] = queue.Queue(room)
-        self._closing = threading.Event()
+        self._calls: deque[_Call] = deque()
+        self._room = room
+        self._changed = threading.Condition()  # guards the calls and the two below
+        self._closing = False
         self._off = False
         self._in_a_row = self.errors = self.left_out = 0
         # A daemon: a sink that hangs does not keep the process from ending.
@@ -38,25 +40,30 @@ class _Worker:
         self._thread.start()
 
     def put(self, call: _Call) -> None:
-        """Never waits."""
-        if self._off or self._closing.is_set():
-            return
-        try:
-            self._calls.put_nowait(call)
-        except queue.Full:
+        """Never waits for the sink."""
+        with self._changed:
+            if self._off or self._closing:
+                return
+            full = len(self._calls) >= self._room
+            if not full:
+                self._calls.append(call)
+                self._changed.notify()
+        if full:
             self.left_out += 1
             if self.left_out == 1:
                 self._tell(f"sink {self._name} is too slow: what finds no room in its queue is left out")
 
     def end(self) -> None:
         """Have it close its sink after what is queued."""
-        self._closing.set()
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
 
     def wait(self, seconds: float) -> None:
         """Until it has closed, or for so long; what is queued by then is left out."""
         self._thread.join(seconds)
         if self._thread.is_alive():
-            self._off = True
+            self._off = True  # should it come back, it only closes
             self._tell(f"sink {self._name} did not close in time and was left behind")
 
     def _serve(self) -> None:
@@ -64,7 +71,7 @@ class _Worker:
         if sink is None:
             self._switch_off()
             return
-        while not self._off and (call := self._next()) is not None:
+        while call := self._next():
             method, arguments = call
             self._guarded(getattr(sink, method), *arguments)
             if self._in_a_row == _ERRORS_IN_A_ROW:
@@ -72,19 +79,16 @@ class _Worker:
         self._guarded(sink.close)
 
     def _next(self) -> _Call | None:
-        """The next call; None when the queue is empty and nothing comes any more."""
-        while True:
-            try:
-                return self._calls.get(timeout=0.1)
-            except queue.Empty:
-                if self._closing.is_set() and self._calls.empty():
-                    return None
+        """The next call, waited for; None when no more are to be made."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._calls or self._closing or self._off)
+            return self._calls.popleft() if self._calls and not self._off else None
 
     def _guarded(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        """What the call returns; None when it raised. A sink may raise anything, and the run must not notice."""
+        """What the call returns; None when it raised: whatever it was, the run goes on."""
         try:
             result = call(*arguments)
-        except Exception as error:
+        except BaseException as error:  # SystemExit too, which would end the thread unseen
             self.errors += 1
             self._in_a_row += 1
             log.warning("sink %s: %s: %s", self._name, type(error).__name__, error, exc_info=self.errors == 1)
@@ -95,8 +99,10 @@ class _Worker:
         return result
 
     def _switch_off(self) -> None:
-        self._off = True
-        self._tell(f"sink {self._name} is switched off after {self.errors} errors; the training goes on without it")
+        with self._changed:
+            self._off = True
+            self._calls.clear()
+        self._tell(f"sink {self._name} is switched off: the training goes on without it")
 
 
 class Sinks:

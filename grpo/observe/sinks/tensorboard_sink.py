@@ -1,4 +1,4 @@
-"""TensorBoard's event files, written with the tensorboard package alone: torch's writer takes a second more to import."""
+"""TensorBoard's event files, written with the tensorboard package alone: torch's writer imports far more."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class WandbSink:
             resume="allow",
             config=dict(config),
             project=project,
-            name=name or folder.name,
+            name=name or "/".join(folder.absolute().parts[-2:]),
             mode=mode,  # type: ignore[arg-type]
             entity=entity,
             group=group,
