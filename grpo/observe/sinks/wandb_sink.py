@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 _ID_FILE = "wandb_id"
+_FINISH_S = 8.0  # for uploads at the end; what is not sent by then stays in the folder for `wandb sync`
+_RETRIES = 3  # W&B's own are days: without a network, the process would not end
 
 
 class WandbSink:
@@ -49,8 +51,12 @@ class WandbSink:
             entity=entity,
             group=group,
             tags=list(tags),
-            # No questions about keys, no taking over of stdout: the terminal shows the run.
-            settings=wandb.Settings(silent=True, console="off"),
+            settings=wandb.Settings(
+                silent=True,  # no questions about keys either: the terminal shows the run
+                console="off",
+                finish_timeout=_FINISH_S,
+                x_graphql_retry_max=_RETRIES,
+            ),
         )
         self._run.define_metric("*", step_metric="step")
 

@@ -7,24 +7,24 @@ import pytest
 from grpo.observe.sinks.making import SINKS, check_sinks, make_sinks
 from grpo.types import ConfigError
 
+made = []
+
 
 class Own:
     """A sink of somebody's own."""
 
-    made = []
-
     def __init__(self, folder, config, /, *, color="red"):
-        self.made.append((folder, config, color))
+        made.append((folder, config, color))
 
     def close(self):
-        self.made.append("closed")
+        made.append("closed")
 
 
 def test_one_of_your_own(tmp_path):
-    Own.made.clear()
+    made.clear()
     make_sinks({f"{__name__}:Own": {"color": "blue"}}, tmp_path, {"seed": 1}, print).close()
     make_sinks({f"{__name__}.Own": {}}, tmp_path, {"seed": 1}, print).close()
-    assert Own.made == [(tmp_path, {"seed": 1}, "blue"), "closed", (tmp_path, {"seed": 1}, "red"), "closed"]
+    assert made == [(tmp_path, {"seed": 1}, "blue"), "closed", (tmp_path, {"seed": 1}, "red"), "closed"]
 
 
 @pytest.mark.parametrize(
