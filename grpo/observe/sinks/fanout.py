@@ -93,7 +93,8 @@ class _Worker:
             self._in_a_row += 1
             log.warning("sink %s: %s: %s", self._name, type(error).__name__, error, exc_info=self.errors == 1)
             if self.errors == 1:
-                self._tell(f"sink {self._name}: {type(error).__name__}: {error}")
+                said = str(error).partition("\n")[0]
+                self._tell(f"sink {self._name}: {type(error).__name__}: {said}")  # the rest is in the log
             return None
         self._in_a_row = 0
         return result
