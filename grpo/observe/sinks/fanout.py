@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from operator import methodcaller
 from typing import Any
 
 from grpo.observe.sinks.base import Sink
@@ -73,10 +74,10 @@ class _Worker:
             return
         while call := self._next():
             method, arguments = call
-            self._guarded(getattr(sink, method), *arguments)
+            self._guarded(methodcaller(method, *arguments), sink)  # a sink may lack the method
             if self._in_a_row == _ERRORS_IN_A_ROW:
                 self._switch_off()
-        self._guarded(sink.close)
+        self._guarded(methodcaller("close"), sink)
 
     def _next(self) -> _Call | None:
         """The next call, waited for; None when no more are to be made."""

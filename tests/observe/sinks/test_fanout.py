@@ -113,6 +113,14 @@ def test_one_that_cannot_be_opened_is_done_without():
     assert told == ["sink broken: RuntimeError: no key", "sink broken is switched off: the training goes on without it"]
 
 
+def test_one_that_lacks_methods_is_an_error_like_others():
+    told = []
+    sinks = opened(told.append, bare=object())()
+    sinks.scalars(1, {})
+    sinks.close()
+    assert told == ["sink bare: AttributeError: 'object' object has no attribute 'scalars'"]
+
+
 def test_a_slow_one_holds_up_nobody_and_what_finds_no_room_is_left_out():
     told, gate = [], threading.Event()
     slow, quick = Remembers(gate), Remembers()
