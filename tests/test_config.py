@@ -13,6 +13,7 @@ from grpo.composition import explain, from_hydra, register, to_yaml
 from grpo.config import LOSS_PARAMETERS, CorrectionConfig, LossConfig, RunConfig
 from grpo.learner.collate import MicroBatch
 from grpo.learner.objective import Objective
+from grpo.observe.sinks.making import SINKS, check_sinks
 from grpo.types import ConfigError
 from grpo.validation import validate, warnings
 
@@ -84,6 +85,32 @@ def test_every_loss_goes_with_every_correction(loss, correction):
 BEYOND_THE_FUNCTION = {"dapo": {"dual_clip": 3.0}}  # which null switches off
 
 
+@pytest.mark.parametrize(
+    ("overrides", "sinks"),
+    [
+        ([], {}),
+        (["sinks=tensorboard"], {"tensorboard": {}}),
+        (["sinks=[tensorboard,wandb]", "observe.sinks.wandb.mode=offline"], {"tensorboard": {}, "wandb": {}}),
+        (["+observe.sinks.wandb.mode=offline"], {"wandb": {"mode": "offline"}}),
+        (["+observe.sinks={tensorboard:{},wandb:{project:x}}"], {"tensorboard": {}, "wandb": {"project": "x"}}),
+        (["+observe.sinks.tensorboard={}"], {"tensorboard": {}}),
+        (["+observe.sinks={my_sinks.Mine: {color: red}}"], {"my_sinks.Mine": {"color": "red"}}),
+    ],
+)
+def test_sinks_are_named_in_a_group_or_by_their_options(overrides, sinks):
+    found = composed(*overrides).observe.sinks
+    assert found.keys() == sinks.keys()
+    assert all(found[name].items() >= options.items() for name, options in sinks.items())
+
+
+@pytest.mark.parametrize("name", SINKS)
+def test_the_choice_of_a_sink_says_what_the_class_does_by_itself(name):
+    options = composed(f"sinks={name}").observe.sinks[name]
+    parameters = inspect.signature(SINKS[name]).parameters.values()
+    assert options == {p.name: p.default if p.default != () else [] for p in parameters if p.kind is p.KEYWORD_ONLY}
+    check_sinks({name: options})
+
+
 def test_every_loss_has_a_choice_of_its_name():
     assert {path.stem for path in (CONFIGS / "loss").glob("*")} == set(LOSSES)
 
@@ -105,6 +132,8 @@ def test_the_choice_of_a_loss_says_what_the_function_does_by_itself(name):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("sinks=papers", r"Could not find 'sinks/papers' Available options in 'sinks': .*tensorboard"),
+        ("observe.sinks.wandb.mode=offline", r"observe\.sinks\.wandb: is not there yet; add it with a plus sign"),
         ("trainer.stepz=3", r"trainer\.stepz: no such key; did you mean trainer\.\w+\?"),
         ("+trainer.stepz=3", r"trainer\.stepz: no such key"),
         ("++extra=3", r"extra: no such key"),

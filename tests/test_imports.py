@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "learner": {"types", "config", "imports", "checksum", "flat_buffer", "spans", "weights", "algorithms"},
     "failures": {"types", "config", "structured"},
     "watchdog": {"types", "config", "structured", "waiting"},
-    "observe": {"types", "spans", "waiting", "structured", "pacing", "failures"},
+    "observe": {"types", "imports", "spans", "waiting", "structured", "pacing", "failures"},
     "actors": {
         "types", "services", "config", "imports", "weights", "compute", "spans",
         "rewards", "tasks", "models", "engines", "learner",
@@ -69,6 +69,8 @@ ONLY_IN = {
     "datasets": {"tasks"},
     "huggingface_hub": {"tasks"},
     "math_verify": {"rewards"},
+    "tensorboard": {"observe"},
+    "wandb": {"observe"},
 }
 
 
