@@ -22,6 +22,7 @@ from grpo.learner.objective import Objective
 from grpo.models.loading import check_architecture, check_weights, context_length, load_settings, load_skeleton
 from grpo.models.tokenizer import load_tokenizer
 from grpo.observe.run_dir import RunDirectory
+from grpo.observe.sinks.making import check_sinks
 from grpo.resume import ResumePoint, check_compatible, is_completed, leave_newer_behind
 from grpo.rollout import advantage_function
 from grpo.tasks.base import Task, make_task
@@ -86,6 +87,7 @@ def check_names(config: RunConfig) -> Task:
     """Look up everything that the config names; returns the task. Raises ConfigError or TaskError."""
     Objective(config.loss, config.correction)
     advantage_function(config.loss)
+    check_sinks(config.observe.sinks)
     if config.generator.engine == "simulated":
         check_arguments(SimulatedEngine, config.generator.args, key="generator.args")
     elif config.generator.engine == "vllm":

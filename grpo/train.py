@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import logging
 import shutil
@@ -27,6 +28,7 @@ from grpo.observe.display import Display, make_display
 from grpo.observe.output import Screen, chatter_to
 from grpo.observe.recorder import Recorder
 from grpo.observe.run_dir import RunDirectory
+from grpo.observe.sinks.making import make_sinks
 from grpo.pacing import Pacer
 from grpo.resume import ResumePoint, find_resume_point
 from grpo.services import Services
@@ -93,12 +95,16 @@ def _train(config: RunConfig, run_dir: RunDirectory, resume: ResumePoint | None)
         console.print("starting Ray and the actors ...", style="dim")
         display = make_display(console, config.trainer.max_steps, config.observe.log_every)
         recorder = Recorder(run_dir, display, Pacer(config.ticket_capacity), Failures(config.recovery))
-        status, error = drive(
-            config.cluster,
-            lambda shutdown: _run(config, recorder, display, shutdown, resume),
-            lambda: display.warn("stopping after this step; press Ctrl-C again to stop at once"),
-        )
-        return recorder.write_summary(status, error)
+        recorder.sinks = make_sinks(config.observe.sinks, run_dir.path, dataclasses.asdict(config), recorder.warn)
+        try:
+            status, error = drive(
+                config.cluster,
+                lambda shutdown: _run(config, recorder, display, shutdown, resume),
+                lambda: display.warn("stopping after this step; press Ctrl-C again to stop at once"),
+            )
+            return recorder.write_summary(status, error)
+        finally:
+            recorder.sinks.close()
 
 
 async def _run(

@@ -21,6 +21,7 @@ from grpo.types import GRPOError
         (lambda c: setattr(c.task, "args", {"train_size": 0}), r"task\.target: .* has no training problems"),
         (lambda c: setattr(c.reward, "functions", {"magic": 1.0}), r"reward\.functions: 'magic' is neither"),
         (lambda c: setattr(c.generator, "args", {"speed": 3}), r"generator\.args: the torch engine takes none"),
+        (lambda c: setattr(c.observe, "sinks", {"magic": {}}), r"observe\.sinks: 'magic' is not one of tensorboard"),
         (lambda c: setattr(c.model, "prepare", "json:dumpz"), r"model\.prepare: can't import"),
     ],
 )

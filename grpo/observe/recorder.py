@@ -14,6 +14,7 @@ from grpo.failures import Failures
 from grpo.observe.display import Display
 from grpo.observe.loop_lag import LoopLag
 from grpo.observe.run_dir import RunDirectory
+from grpo.observe.sinks.fanout import Sinks
 from grpo.observe.timeline import Timeline
 from grpo.pacing import Pacer
 from grpo.spans import span
@@ -75,6 +76,7 @@ class Recorder:
         self.prompts: dict[str, int] = {}
         self.run_dir = run_dir
         self.pacer, self._display = pacer, display
+        self.sinks = Sinks({}, self.warn)
         self.step = 0  # the last one that was trained
         self._steps: list[Metrics] = []  # what the summary needs of each line of this folder's metrics.jsonl
         self._finished: list[_Finished] = []  # groups since the last step, those dropped included
@@ -114,6 +116,7 @@ class Recorder:
         group, scores = rollout.group, rollout.scores
         self._finished.append(_Finished(rollout.report, scores.rewards, rollout.shaped_rewards))
         if scores.texts:
+            self.sinks.text(self.step, "rollouts", _samples(rollout))
             self.run_dir.append(
                 "rollouts.jsonl",
                 {
@@ -243,6 +246,7 @@ class Recorder:
             self._for_next_line = {}
             self.run_dir.append("metrics.jsonl", metrics)
             self._display.step(metrics)
+            self.sinks.scalars(step, metrics)
 
     def write_summary(self, status: str, error: BaseException | None = None) -> dict[str, Any]:
         """Leave `summary.json`; also after a failure."""
@@ -275,9 +279,11 @@ class Recorder:
             "resumed_at": self._resumed_at,
             "services": self.services,
             "write_errors": self.run_dir.write_errors,
+            "sinks": self.sinks.counts(),
             "error": None if error is None else f"{type(error).__name__}: {error}",
         }
         self.run_dir.write_json("summary.json", summary)
+        self.sinks.summary({name: value for name, value in summary.items() if isinstance(value, (str, int, float))})
         return summary
 
     def state(self) -> dict[str, Any]:
@@ -344,6 +350,13 @@ class Recorder:
 def _kept(metrics: Metrics) -> Metrics:
     """A run may have a million steps: the lines themselves stay on disk."""
     return {name: metrics[name] for name in _IN_SUMMARY}
+
+
+def _samples(rollout: Rollout) -> list[dict[str, Any]]:
+    """A group as rows for people."""
+    rows = zip(rollout.scores.texts, rollout.scores.rewards, rollout.group.advantages, strict=True)
+    question = rollout.group.prompt.problem.question
+    return [{"prompt": question, "completion": text, "reward": r, "advantage": a} for text, r, a in rows]
 
 
 def _mean(steps: Sequence[Metrics], name: str) -> float | None:

@@ -1,9 +1,11 @@
 import json
 import time
 import weakref
+from typing import ClassVar
 
 import pytest
 
+from grpo.observe.sinks.fanout import Sinks
 from grpo.types import (
     ActorDied,
     BatchReport,
@@ -292,3 +294,27 @@ def test_only_numbers_of_a_group_are_kept_not_its_payload(tiny_config, make_reco
     assert seen() is payload
     del payload, rollout
     assert seen() is None
+
+
+def test_sinks_get_every_step_the_samples_and_what_came_out(tiny_config, make_recorder):
+    class Sink:
+        calls: ClassVar[list] = []
+
+        def __getattr__(self, method):
+            return lambda *args: self.calls.append((method, *args))
+
+    recorder = make_recorder(tiny_config)
+    recorder.sinks = Sinks({"mine": Sink}, recorder.warn)
+    record_steps(recorder, [0.25, 0.5])
+    summary = recorder.write_summary("completed")
+    recorder.sinks.close()
+    assert summary["sinks"] == {"mine": {"errors": 0, "left_out": 0}}
+    assert [(call[1], call[2]["reward/mean"]) for call in Sink.calls if call[0] == "scalars"] == [(1, 0.25), (2, 0.5)]
+    (text,) = [call for call in Sink.calls if call[0] == "text"]
+    assert text[1:] == (
+        1,
+        "rollouts",
+        [{"prompt": "ba>", "completion": answer, "reward": 0.5, "advantage": 0.0} for answer in ("ab", "ba")],
+    )
+    assert [call[0] for call in Sink.calls[-2:]] == ["summary", "close"]
+    assert Sink.calls[-2][1]["status"] == "completed"

@@ -13,7 +13,7 @@ def test_a_run_leaves_what_the_design_pins(train, tmp_path):
     code, stdout, stderr = finish(
         train(
             "trainer.max_steps=4", "eval.prompts=8", "eval.samples=2", "eval.every=2", "eval.num_cpus=0",
-            "observe.rollouts_every=8",
+            "observe.rollouts_every=8", "sinks=tensorboard",
         )
     )  # fmt: skip
     assert (code, stderr) == (0, "")
@@ -33,6 +33,12 @@ def test_a_run_leaves_what_the_design_pins(train, tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[-1]["eval/step"] == 4
     assert (folder / "rollouts.jsonl").stat().st_size > 0
+    tracks = [
+        event["args"]["name"] for event in json.loads((folder / "timeline.json").read_text()) if event["ph"] == "M"
+    ]
+    assert {"driver", "training", "rollouts-0", "rollouts-31", "generator", "trainer", "evaluator"} <= set(tracks)
+    assert list((folder / "tensorboard").iterdir())
+    assert summary["sinks"] == {"tensorboard": {"errors": 0, "left_out": 0}}
     assert "max_policy_age: 1" in (folder / "config.yaml").read_text()
     assert "rror" not in (folder / "run.log").read_text()  # the rollouts that the end cancels are no errors
 
