@@ -19,6 +19,7 @@ from typing import Any
 MOST_SPANS = 40_000
 _MOST_BYTES = 128_000_000
 _DRIVER = 0
+_FIRST = ("training", "evaluation", "trainer", "generator", "reward")  # tracks in this order; rollouts after the others
 _LANE = re.compile(r" \(\d+\)$")
 _SEPARATORS = re.compile(r"[\s,\[]*")
 
@@ -87,7 +88,8 @@ def _tracks(events: Sequence[dict[str, Any]]) -> dict[tuple[Any, Any], tuple[str
 
 def _order(pid: Any, process: str, name: str) -> tuple[Any, ...]:
     numbers = tuple(int(digits) for digits in re.findall(r"\d+", name))
-    return pid != _DRIVER, name.startswith("rollouts-"), process != "trainer", re.sub(r"\d+.*", "", process + name), numbers
+    rank = next((at for at, start in enumerate(_FIRST) if name.startswith(start)), len(_FIRST))
+    return pid != _DRIVER, name.startswith("rollouts-"), rank, re.sub(r"\d+.*", "", process + name), numbers
 
 
 def _spans(events: Sequence[dict[str, Any]], tracks: dict[tuple[Any, Any], tuple[str, str]]) -> Iterator[_Span]:

@@ -26,7 +26,7 @@ function smooth(values, window = Math.max(3, Math.min(25, Math.round(values.leng
 const line = (run, name, label, colour, extra = {}) => column(run, name) && {
   x: xs(run), y: column(run, name), name: label, mode: "lines", line: {color: colour, width: 1.8}, ...extra,
 };
-const faint = (run, name, label, colour) => line(run, name, label, colour, {line: {color: faded(colour, 0.3), width: 1}});
+const faint = (run, name, label, colour) => line(run, name, label, colour, {line: {color: faded(colour, 0.42), width: 1}});
 const averaged = (run, name, label, colour) => column(run, name) && {
   x: xs(run), y: smooth(column(run, name)), name: label, mode: "lines", line: {color: colour, width: 2.4},
 };
@@ -53,11 +53,12 @@ const REWARD = {
 };
 
 const withAverage = (title, name, about = "", number = 0) => ({
-  title, about, shown: has(name),
+  title, about: about ? `${about}; averaged` : "averaged", shown: has(name), layout: {showlegend: false},
   traces: run => [faint(run, name, title, series(number)), averaged(run, name, "averaged", series(number))],
 });
 const plain = (title, about, named, layout = {}) => ({
-  title, about, layout, shown: has(...named.map(([name]) => name)),
+  title, about, shown: has(...named.map(([name]) => name)),
+  layout: {...layout, ...(named.length > 1 ? {} : {showlegend: false})},
   traces: run => named.map(([name, label], place) => line(run, name, label, series(place))),
 });
 
@@ -89,14 +90,27 @@ function shares(run) {
   return parts.map(part => ({...part, share: part.sum / all}));
 }
 
-const WAITING = "driver/waiting/";
-function whoWaits(run) {
-  const names = Object.keys(run.columns).filter(name => name.startsWith(WAITING));
-  const weight = name => column(run, name).reduce((sum, value) => sum + (value ?? 0), 0);
-  return names.filter(weight).sort((a, b) => weight(b) - weight(a)).map(name => {
-    const colour = waitColour(name.slice(WAITING.length));
-    return line(run, name, name.slice(WAITING.length), colour, {stackgroup: "one", line: {width: 0.5, color: colour}, fillcolor: faded(colour, 0.65)});
-  });
+const WAITING = "driver/waiting/", SHOWN = 7;
+const sum = values => values.reduce((a, b) => a + (b ?? 0), 0);
+
+// How many coroutines wait for each thing; what few ever wait for is one band.
+function waits(run) {
+  const bands = Object.keys(run.columns).filter(name => name.startsWith(WAITING))
+    .map(name => ({name: name.slice(WAITING.length), values: column(run, name)}))
+    .filter(band => sum(band.values) > 0).sort((a, b) => sum(b.values) - sum(a.values));
+  const rest = bands.splice(SHOWN).map(band => band.values);
+  return rest.length ? [...bands, {name: "other", values: rest[0].map((_, place) => sum(rest.map(values => values[place])))}] : bands;
+}
+
+const whoWaits = run => waits(run).map(({name, values}) => {
+  const colour = name === "other" ? css("s8") : waitColour(name);
+  return {x: xs(run), y: values, name, mode: "lines", stackgroup: "one", line: {width: 0.5, color: colour}, fillcolor: faded(colour, 0.65)};
+});
+
+// An evaluation makes hundreds of calls side by side; the rest of the run should not vanish next to it.
+function waitsLayout(run) {
+  const bands = waits(run), sums = xs(run).map((_, place) => sum(bands.map(band => band.values[place]))).sort((a, b) => a - b);
+  return {legend: {traceorder: "normal"}, yaxis: {range: [0, 1.15 * sums[Math.floor(0.95 * (sums.length - 1))]]}};
 }
 
 function ratioBand(run) {
@@ -120,16 +134,16 @@ const CHARTS = [
       ["mismatch/behavior_k1", "k1"], ["mismatch/behavior_k3", "k3"]]),
     {title: "Probability ratio", about: "median; 1st to 99th percentile", shown: has("mismatch/ratio_p50"), traces: ratioBand},
     plain("Effective sample size", "share of the tokens", [["mismatch/ess", "ESS"]]),
-    plain("Policy age", "versions between sampling and training", [["policy_age/max", "max"], ["policy_age/mean", "mean"]], {yaxis: {rangemode: "tozero"}}),
+    plain("Policy age", "versions between sampling and training", [["policy_age/mean", "mean"], ["policy_age/max", "max"]], {yaxis: {rangemode: "tozero"}}),
     {title: "Tokens by age", about: "all that were trained on", traces: tokensByAge, shown: run => Object.keys(run.columns).some(name => BY_AGE.test(name)),
-     layout: {xaxis: {title: {text: "versions"}, dtick: 1}, bargap: 0.3, hovermode: "closest"}, ownAxis: true},
+     layout: {xaxis: {title: {text: "versions"}, dtick: 1}, bargap: 0.3, hovermode: "closest", showlegend: false}, ownAxis: true},
   ]],
   ["Time", [
     {title: "Where the time of a step went", about: "seconds", wide: true, marks: true, shown: has("time/step_s"),
-     layout: {barmode: "stack", bargap: 0.12, yaxis: {rangemode: "tozero"}},
+     layout: {barmode: "stack", bargap: 0.12, legend: {traceorder: "normal"}, yaxis: {rangemode: "tozero"}},
      traces: run => timeParts(run).filter(part => part.seconds.some(Boolean)).map(part => (
        {type: "bar", x: xs(run), y: part.seconds, name: part.label, marker: {color: part.colour, line: {width: 0}}}))},
-    {title: "Who waits for what", about: "coroutines, mean over a step", wide: true, traces: whoWaits,
+    {title: "Who waits for what", about: "calls under way, mean over a step; evaluations may rise above the chart", wide: true, traces: whoWaits, layout: waitsLayout,
      shown: run => Object.keys(run.columns).some(name => name.startsWith(WAITING))},
     plain("Lag of the event loop", "milliseconds", [["driver/loop_lag_p99_ms", "p99"], ["driver/loop_lag_p50_ms", "median"], ["driver/loop_lag_max_ms", "max"]], {yaxis: {rangemode: "tozero"}}),
     plain("Groups", "", [["rollout/outstanding", "begun, not yet trained"], ["buffer/groups_waiting", "in the buffer"]], {yaxis: {rangemode: "tozero"}}),
@@ -156,14 +170,15 @@ function marks(run) {
 
 function layoutOf(chart, found) {
   const axis = {gridcolor: css("line"), zerolinecolor: css("line"), linecolor: css("line"), tickcolor: css("line"), automargin: true};
-  const own = chart.layout ?? {};
+  const own = typeof chart.layout === "function" ? chart.layout(RUNS[0]) : chart.layout ?? {};
   const title = chart.ownAxis ? undefined : {text: Axis.kind === "step" ? "step" : "seconds since the start", font: {size: 11.5}, standoff: 6};
   return {
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: {l: 44, r: 8, t: 30, b: 38},
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: {l: 44, r: 8, t: own.showlegend === false ? 10 : 30, b: 38},
     font: {family: "system-ui, sans-serif", size: 12, color: css("soft")}, hovermode: "x unified", dragmode: "zoom",
     hoverlabel: {bgcolor: css("card"), bordercolor: css("line"), font: {color: css("ink"), size: 12}},
-    legend: {orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: {size: 12}}, showlegend: true,
-    ...own, xaxis: {...axis, showgrid: false, title, ...own.xaxis}, yaxis: {...axis, ...own.yaxis},
+    showlegend: true, ...own,
+    legend: {orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: {size: 12}, ...own.legend},
+    xaxis: {...axis, showgrid: false, zeroline: false, title, ...own.xaxis}, yaxis: {...axis, ...own.yaxis},
     shapes: found.map(mark => ({type: "line", x0: mark.x, x1: mark.x, yref: "paper", y0: 0, y1: 1, line: {color: mark.colour, width: 1.2, dash: "dash"}})),
     annotations: found.slice(0, 12).map((mark, place) => ({x: mark.x, yref: "paper", y: 1 - 0.08 * (place % 4), text: escaped(mark.label), showarrow: false,
       xanchor: "left", xshift: 4, font: {size: 11, color: mark.colour}, bgcolor: css("card"), opacity: 0.9})),

@@ -128,10 +128,10 @@ function tellSwitch() {
   const [begin, end, track, ended, began, whole] = found, {spans} = Loop.timeline;
   const group = Loop.lanes.at(track, begin).concat(Loop.lanes.at(track, end)).find(span => span[KIND] === "group");
   const next = [h("em", {}, spoken(spans[began]))];
-  const middle = whole ? [` It ran for ${seconds(end - begin)} and yielded at `, ...next, "."]
-    : [` The next wait on record, ${seconds(end - begin)} later, is for `, ...next, "; others ran in between."];
+  const middle = whole ? [` ran for ${seconds(end - begin)} and yielded at `, ...next, "."]
+    : [" ran. Its next wait on record, for ", ...next, `, began ${seconds(end - begin)} later; others ran in between.`];
   $("loop-said").replaceChildren(h("b", {}, trackName(track)), group ? ` (ticket ${ticketsOf(group)[0]})` : "",
-    " was resumed: ", h("em", {}, spoken(spans[ended])), ` was there after ${seconds(spans[ended][LENGTH])}.`, ...middle,
+    " was resumed from ", h("em", {}, spoken(spans[ended])), ` after ${seconds(spans[ended][LENGTH])},`, ...middle,
     h("small", {}, `Switch ${count(Loop.switch + 1)} of ${count(Loop.timeline.switches.length)}, at ${clock(begin, 10)}`));
 }
 

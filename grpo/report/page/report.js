@@ -36,6 +36,7 @@ function tiles(figures) {
 function showShares() {
   const parts = shares(RUNS[0]);
   $("shares").replaceChildren(...(parts.length ? [
+    h("h3", {}, "Where the time of the training went, evaluations and checkpoints included"),
     h("div", {class: "share", role: "img", "aria-label": "Where the time of the training went"},
       parts.map(part => h("span", {style: `flex:${part.share};background:${part.colour}`, title: part.label}))),
     h("ul", {class: "dots"}, parts.map(part => h("li", {}, dot(part.colour), part.label, h("b", {}, percent(part.share))))),
