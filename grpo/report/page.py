@@ -22,7 +22,9 @@ _MOST_POINTS = 4000  # of a curve
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     """The page of one run, in its folder, or of several side by side. Raises ReportError."""
-    folders = [folder for folder in folders if len(folders) == 1 or not folder.is_file()]  # a sweep's `*` names files too
+    folders = [
+        folder for folder in folders if len(folders) == 1 or not folder.is_file()
+    ]  # a sweep's `*` names files too
     runs = [read_run(folder) for folder in folders]
     if not runs:
         raise ReportError("no folder of a run was named")
@@ -110,7 +112,9 @@ def _plotly() -> str:
     try:
         return (files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
     except ModuleNotFoundError as error:
-        raise ReportError("plotly is not installed; type: pip install 'grpo[report]' (or: pip install plotly)") from error
+        raise ReportError(
+            "plotly is not installed; type: pip install 'grpo[report]' (or: pip install plotly)"
+        ) from error
 
 
 def _inline(script: str) -> str:

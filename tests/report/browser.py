@@ -109,6 +109,7 @@ class Browser:
             self.console.append(parameters["entry"]["text"])
         elif kind == "Runtime.consoleAPICalled" and parameters["type"] in ("error", "warning", "assert"):
             self.console.append(" ".join(str(argument.get("value")) for argument in parameters["args"]))
-        elif kind == "Network.requestWillBeSent" and not parameters["request"]["url"].startswith(("file:", "data:", "blob:")):
-            if parameters["request"]["url"] != "about:blank":
-                self.console.append(f"asked the network for {parameters['request']['url']}")
+        elif kind == "Network.requestWillBeSent":
+            url = parameters["request"]["url"]
+            if not url.startswith(("file:", "data:", "blob:", "about:")):
+                self.console.append(f"asked the network for {url}")

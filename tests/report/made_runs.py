@@ -32,7 +32,9 @@ def events(groups=3, slots=2):
             at, ticket, tid = 1000.0 * number + 10 * slot, number * slots + slot, 2 + slot
             made.append(_span(0, tid, "ticket", "wait", at, 90))
             made.append(_span(0, tid, "group", "group", at + 95, 800, ticket=ticket))
-            made.append({"ph": "s", "id": ticket, "name": "group", "cat": "ticket", "pid": 0, "tid": tid, "ts": at + 95})
+            made.append(
+                {"ph": "s", "id": ticket, "name": "group", "cat": "ticket", "pid": 0, "tid": tid, "ts": at + 95}
+            )
             made.append(_span(0, tid, "generator.generate", "wait", at + 100, 400))
             made.append(_span(0, tid, "reward.score", "wait", at + 502, 200))
         made.append(_span(0, 4, "reference.score", "wait", 1000 * number + 503, 300))  # side by side with the reward
@@ -60,8 +62,9 @@ def _step(number, concurrency):
         "loss": None if number == 3 else 0.1 / number, "trainer/grad_norm": 1.0, "trainer/entropy": 0.5 / number,
         "mismatch/behavior_abs": 0.01, "mismatch/ratio_p01": 0.9, "mismatch/ratio_p50": 1.0, "mismatch/ratio_p99": 1.1,
         "mismatch/ess": 0.99, "mismatch/age_0/tokens": 10.0, "mismatch/age_1/tokens": 90.0, "policy_age/max": 1.0,
-        "policy_age/mean": 0.9, "time/trainer_wait_s": 0.8 / concurrency, "time/train_step_s": 0.3, "time/weight_sync_s": 0.1,
-        "time/step_s": 0.5 + 0.8 / concurrency, "generator/busy_fraction": 0.5, "generator/tokens_per_s": 100.0 * concurrency,
+        "policy_age/mean": 0.9, "time/trainer_wait_s": 0.8 / concurrency, "time/train_step_s": 0.3,
+        "time/weight_sync_s": 0.1, "time/step_s": 0.5 + 0.8 / concurrency, "generator/busy_fraction": 0.5,
+        "generator/tokens_per_s": 100.0 * concurrency,
         "generator/completion_tokens_mean": 6.0, "generator/truncated_fraction": 0.0, "driver/loop_lag_p99_ms": 3.0,
         "driver/waiting/ticket": 2.0, "driver/waiting/generator.generate": 2.0, "recovery/restarts": int(number >= 5),
         **({"eval/step": number, "eval/reward_mean": 0.3, "eval/reward_stderr": 0.02} if number in (1, 10) else {}),
@@ -71,8 +74,9 @@ def _step(number, concurrency):
 def _group(number, tokens):
     group = {
         "step": number, "prompt_serial": number, "prompt": f"prompt {number} {NASTY}", "answer": "right",
-        "completions": [f"first {number}", NASTY], "rewards": [1.0, 0.0 if number % 2 else 1.0], "policy_version": number,
-        "reward_parts": {"task": [1.0, 0.0], "format": [0.5, 0.25]}, "shaped_rewards": [1.0, -0.5], "advantages": [0.7, -0.7],
+        "completions": [f"first {number}", NASTY], "rewards": [1.0, 0.0 if number % 2 else 1.0],
+        "policy_version": number, "shaped_rewards": [1.0, -0.5], "advantages": [0.7, -0.7],
+        "reward_parts": {"task": [1.0, 0.0], "format": [0.5, 0.25]},
     }  # fmt: skip
     if tokens and number == 5:
         group["tokens"] = [[["fir", -0.01, 4], ["st 5", -3.0, 5]], [[NASTY, -1.0, 4]]]
@@ -81,9 +85,13 @@ def _group(number, tokens):
 
 def _summary(steps):
     death = {"actor": "generator-1", "error": "killed", "at": 5.0, "back_s": 3.0, "next_step_s": 1.0}
-    evaluations = [{"step": 0, "reward_mean": 0.3, "reward_stderr": 0.02}, {"step": steps, "reward_mean": 0.9, "reward_stderr": None}]
+    evaluations = [
+        {"step": 0, "reward_mean": 0.3, "reward_stderr": 0.02},
+        {"step": steps, "reward_mean": 0.9, "reward_stderr": None},
+    ]
     return {
         "status": "failed", "steps": steps, "wall_s": 30.0, "reward_first": 0.05, "reward_last": 0.6, "eval_first": 0.3,
         "eval_last": 0.9, "evaluations": evaluations, "trainer_wait_fraction": 0.25, "generator_busy_fraction": 0.5,
-        "restarts": {"generator-1": 1}, "recovery": {"deaths": [death]}, "resumed_at": [2], "error": "StalledError: <b>no step</b>",
+        "restarts": {"generator-1": 1}, "recovery": {"deaths": [death]}, "resumed_at": [2],
+        "error": "StalledError: <b>no step</b>",
     }  # fmt: skip

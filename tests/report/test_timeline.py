@@ -65,11 +65,15 @@ def test_waits_side_by_side_are_one_wait(read):
 def test_a_stage_without_a_wait_counts_as_one(read):
     made = [event for event in events(groups=2) if event["name"] != "trainer.train_step"]
     timeline = read(json.dumps(made))
-    assert ("training", "train_step", "train_step", 995, 1900, False) in [told(timeline, s) for s in timeline["switches"]]
+    assert ("training", "train_step", "train_step", 995, 1900, False) in [
+        told(timeline, s) for s in timeline["switches"]
+    ]
 
 
 def test_only_the_first_spans_are_kept(read):
     whole, cut = read(json.dumps(events())), read(json.dumps(events()), most=10)
     assert (len(cut["spans"]), cut["spans_in_all"]) == (10, len(whole["spans"]))
-    assert cut["spans"] == [[*span[:3], cut["names"].index(whole["names"][span[3]]), *span[4:]] for span in whole["spans"][:10]]
+    assert cut["spans"] == [
+        [*span[:3], cut["names"].index(whole["names"][span[3]]), *span[4:]] for span in whole["spans"][:10]
+    ]
     assert cut["end"] < whole["end"]

@@ -9,6 +9,7 @@ function startLoop() {
   if (!timeline) return;
   $("loop").hidden = false;
   Loop.timeline = timeline;
+  Loop.window = Math.min(Loop.window, Math.max(200, timeline.end - timeline.begin));
   [timeline.group, timeline.trained] = [{}, {}];
   timeline.spans.forEach(span => ticketsOf(span).forEach(ticket => { timeline[span[KIND] === "group" ? "group" : "trained"][ticket] ??= span; }));
   Loop.lanes = new Lanes($("canvas"), timeline);
@@ -36,9 +37,9 @@ function controls() {
   for (const [id, act] of Object.entries(press)) $(id).addEventListener("click", act);
   $("loop-speed").addEventListener("change", () => { Loop.speed = +$("loop-speed").value; });
   $("loop-scrub").addEventListener("input", () => {
-    pause();
-    const {begin, end} = Loop.timeline;
-    goTo(begin + (end - begin) * $("loop-scrub").value / 10000);
+    const {begin, end} = Loop.timeline, share = $("loop-scrub").value / 10000;  // pausing moves the scrubber
+    if (Loop.playing) pause();
+    goTo(begin + (end - begin) * share);
   });
   document.addEventListener("keydown", loopKeys);
   dragging($("canvas"));
