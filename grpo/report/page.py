@@ -20,8 +20,8 @@ _SCRIPTS = ("base.js", "curves.js", "compare.js", "groups.js", "lanes.js", "loop
 _MOST_POINTS = 4000  # of a curve
 
 
-def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
-    """The page of one run, in its folder, or of several side by side. Raises ReportError."""
+def write_report(folders: Sequence[Path], out: Path | None = None, *, from_s: float = 0.0) -> Path:
+    """The page of one run, in its folder, or of several side by side; its timeline from `from_s` on. Raises ReportError."""
     folders = [
         folder for folder in folders if len(folders) == 1 or not folder.is_file()
     ]  # a sweep's `*` names files too
@@ -30,7 +30,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
         raise ReportError("no folder of a run was named")
     out = out or (folders[0] / "report.html" if len(runs) == 1 else _common(folders) / "comparison.html")
     try:
-        out.write_text(page(one(runs[0]) if len(runs) == 1 else several(runs)), encoding="utf-8")
+        out.write_text(page(one(runs[0], from_s) if len(runs) == 1 else several(runs)), encoding="utf-8")
     except OSError as error:
         raise ReportError(f"can't write {out}: {error.strerror}") from error
     return out
@@ -47,18 +47,21 @@ def page(data: Mapping[str, Any]) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _asset("report.html"))
 
 
-def one(run: Run) -> Record:
+def one(run: Run, from_s: float = 0.0) -> Record:
     """Everything about one run."""
     notes = list(run.notes)
     rollouts = read_rollouts(run.folder, notes)
     folder = run.folder.resolve()
     data = _of_run(run, f"{folder.parent.name}/{folder.name}", notes)
-    return {"runs": [data], "rollouts": rollouts, "timeline": read_timeline(run.folder / "timeline.json")}
+    timeline = read_timeline(run.folder / "timeline.json", from_s=from_s)
+    return {"runs": [data], "rollouts": rollouts, "timeline": timeline}
 
 
 def several(runs: Sequence[Run]) -> Record:
     """The curves and figures of several runs, and the settings in which they differ."""
     keys, common = differing(runs), _common([run.folder for run in runs])
+    if len(keys) == 1 and all(isinstance(run.config.get(keys[0]), (int, float)) for run in runs):
+        runs = sorted(runs, key=lambda run: float(run.config[keys[0]]))  # a sweep; a shell sorts 16 before 4
     named = [(run, str(run.folder.resolve().relative_to(common))) for run in runs]
     labelled = [(run, name + _settings(run, keys if len(keys) <= 2 else [])) for run, name in named]
     return {

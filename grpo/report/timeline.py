@@ -35,8 +35,8 @@ class _Span:
     depth: int = 0
 
 
-def read_timeline(file: Path, most: int = MOST_SPANS) -> dict[str, Any] | None:
-    """None when there is no timeline, or nothing in it. Only the first `most` spans are kept."""
+def read_timeline(file: Path, most: int = MOST_SPANS, from_s: float = 0.0) -> dict[str, Any] | None:
+    """None when there is no timeline, or nothing in it. Of the spans from `from_s` on, the first `most` are kept."""
     if not file.is_file():
         return None
     with file.open(encoding="utf-8", errors="replace") as opened:
@@ -45,11 +45,12 @@ def read_timeline(file: Path, most: int = MOST_SPANS) -> dict[str, Any] | None:
     spans = sorted(_spans(events, tracks), key=lambda span: (span.begin, -span.end))
     if not spans:
         return None
-    kept = spans[:most]
+    late = [span for span in spans if span.end >= from_s * 1e6]
+    kept = (late or spans[-most:])[:most]
     _nest(kept)
     names = list(dict.fromkeys(span.name for span in kept))
     numbers = {name: number for number, name in enumerate(names)}
-    ends_at = max(span.begin for span in kept) if len(spans) > most else max(span.end for span in kept)
+    ends_at = max(span.begin for span in kept) if len(late) > most else max(span.end for span in kept)
     return {
         "begin": kept[0].begin,
         "end": ends_at,

@@ -77,3 +77,10 @@ def test_only_the_first_spans_are_kept(read):
         [*span[:3], cut["names"].index(whole["names"][span[3]]), *span[4:]] for span in whole["spans"][:10]
     ]
     assert cut["end"] < whole["end"]
+
+
+def test_a_later_part_is_kept_instead(read):
+    late = read(json.dumps(events()), from_s=0.002)
+    assert 0 < len(late["spans"]) < late["spans_in_all"]
+    assert all(begin + length >= 2000 for _, begin, length, *_ in late["spans"])
+    assert read(json.dumps(events()), most=3, from_s=9.0)["spans"]  # after the end: the last ones

@@ -23,7 +23,7 @@ function startComparing() {
   const named = [["Loss", "loss"], ["Entropy", "trainer/entropy"], ["Gradient norm", "trainer/grad_norm"], ["Policy age", "policy_age/mean"],
     ["Mismatch", "mismatch/behavior_abs"], ["Trainer waits, seconds", "time/trainer_wait_s"], ["Seconds per step", "time/step_s"],
     ["Tokens per second", "generator/tokens_per_s"], ["Completion length", "generator/completion_tokens_mean"]];
-  const cards = named.filter(([, name]) => runs(name).length).map(([title, name]) => Charts.card({title}, many(name, averaged)));
+  const cards = named.filter(([, name]) => runs(name).length).map(([title, name]) => Charts.card({title, layout: {showlegend: false}}, many(name, averaged)));
   $("charts").append(h("div", {class: "grid"}, Charts.card(reward, rewards), cards, anyMetric(runs)));
 }
 
@@ -66,7 +66,7 @@ function sweep() {
   };
   const chart = (title, name, number) => {
     const spec = {title, ownAxis: true, get layout() {
-      return {hovermode: "closest", showlegend: false, xaxis: {title: {text: pick.value}, ...logarithmic(DATA.differing[pick.value])}, yaxis: {rangemode: "tozero"}};
+      return {hovermode: "closest", showlegend: false, xaxis: {title: {text: pick.value, font: {size: 11.5}, standoff: 6}, ...logarithmic(DATA.differing[pick.value])}, yaxis: {rangemode: "tozero"}};
     }};
     return Charts.card(spec, () => [over(name, series(number))]);
   };

@@ -136,7 +136,7 @@ const CHARTS = [
     plain("Effective sample size", "share of the tokens", [["mismatch/ess", "ESS"]]),
     plain("Policy age", "versions between sampling and training", [["policy_age/mean", "mean"], ["policy_age/max", "max"]], {yaxis: {rangemode: "tozero"}}),
     {title: "Tokens by age", about: "all that were trained on", traces: tokensByAge, shown: run => Object.keys(run.columns).some(name => BY_AGE.test(name)),
-     layout: {xaxis: {title: {text: "versions"}, dtick: 1}, bargap: 0.3, hovermode: "closest", showlegend: false}, ownAxis: true},
+     layout: {xaxis: {title: {text: "versions", font: {size: 11.5}, standoff: 6}, dtick: 1}, bargap: 0.3, hovermode: "closest", showlegend: false}, ownAxis: true},
   ]],
   ["Time", [
     {title: "Where the time of a step went", about: "seconds", wide: true, marks: true, shown: has("time/step_s"),

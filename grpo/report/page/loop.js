@@ -16,7 +16,7 @@ function startLoop() {
   options($("loop-speed"), SPEEDS.map(speed => [speed, speed === 1 ? "real time" : `× ${speed}`]));
   $("loop-speed").value = Loop.speed;
   const shown = timeline.spans.length < timeline.spans_in_all
-    ? `The page holds the first ${count(timeline.spans.length)} of ${count(timeline.spans_in_all)} spans, up to ${clock(timeline.end)}; all of them are in timeline.json, to open in ui.perfetto.dev. ` : "";
+    ? `The page holds ${count(timeline.spans.length)} of ${count(timeline.spans_in_all)} spans, ${clock(timeline.begin)} to ${clock(timeline.end)}; scripts/report.py --from SECONDS begins later, and timeline.json holds all of them. ` : "";
   $("loop-note").textContent = `${shown}Times count from the start of the run. A gap without a tick is a wait that was not recorded. Click a span to follow its group.`;
   controls();
   Theme.listeners.push(() => { Loop.lanes.repaint(); legend(); drawLoop(); });
@@ -129,10 +129,10 @@ function tellSwitch() {
   const [begin, end, track, ended, began, whole] = found, {spans} = Loop.timeline;
   const group = Loop.lanes.at(track, begin).concat(Loop.lanes.at(track, end)).find(span => span[KIND] === "group");
   const next = [h("em", {}, spoken(spans[began]))];
-  const middle = whole ? [` ran for ${seconds(end - begin)} and yielded at `, ...next, "."]
-    : [" ran. Its next wait on record, for ", ...next, `, began ${seconds(end - begin)} later; others ran in between.`];
+  const middle = whole ? [` after ${seconds(spans[ended][LENGTH])}, ran for ${seconds(end - begin)} and yielded at `, ...next, "."]
+    : [` after ${seconds(spans[ended][LENGTH])}. Its next wait on record, for `, ...next, `, began ${seconds(end - begin)} later; others ran in between.`];
   $("loop-said").replaceChildren(h("b", {}, trackName(track)), group ? ` (ticket ${ticketsOf(group)[0]})` : "",
-    " was resumed from ", h("em", {}, spoken(spans[ended])), ` after ${seconds(spans[ended][LENGTH])},`, ...middle,
+    " was resumed from ", h("em", {}, spoken(spans[ended])), ...middle,
     h("small", {}, `Switch ${count(Loop.switch + 1)} of ${count(Loop.timeline.switches.length)}, at ${clock(begin, 10)}`));
 }
 
@@ -147,9 +147,10 @@ function tellOthers() {
   });
   const rows = [...groups].sort((a, b) => b[1].length - a[1].length).map(([name, spans]) => {
     const oldest = spans.reduce((a, b) => a[BEGIN] <= b[BEGIN] ? a : b);
-    return h("div", {class: "other"}, dot(waitColour(name)), h("b", {}, String(spans.length)),
-      h("span", {class: "what", title: name}, spans.length > 1 ? "wait for " : `${trackName(spans[0][TRACK])} waits for `, name === "ticket" ? "a ticket" : name),
-      h("span", {class: "age"}, `${spans.length > 1 ? `oldest ${trackName(oldest[TRACK])}, ` : ""}${seconds(Loop.at - oldest[BEGIN])}`));
+    const does = oldest[KIND] === "stage" ? "in" : spans.length > 1 ? "wait for" : "waits for";
+    return h("div", {class: "other", title: `${name}, the oldest: ${trackName(oldest[TRACK])}`}, dot(waitColour(name)),
+      h("span", {class: "what"}, h("b", {}, spans.length > 1 ? String(spans.length) : trackName(oldest[TRACK])), ` ${does} ${spoken(oldest)}`),
+      h("span", {class: "age"}, `${spans.length > 1 ? "oldest " : ""}${seconds(Loop.at - oldest[BEGIN])}`));
   });
   $("loop-others").replaceChildren(...(rows.length ? rows : [h("span", {class: "muted"}, "Nobody else waits for anything on record.")]));
 }

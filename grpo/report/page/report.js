@@ -7,6 +7,7 @@ function startOverview() {
   $("title").textContent = $("bar-name").textContent = title;
   const notes = RUNS.flatMap(each => each.notes.map(note => single ? note : `${each.name}: ${note}`));
   $("notes").replaceChildren(...notes.map(note => h("li", {}, note)));
+  for (const id of ["status", "tiles", "shares"]) $(id).hidden = !single;
   if (!single) return;
   const colour = figures.status === "completed" ? "good" : figures.error ? "bad" : "";
   $("status").append(h("span", {class: `pill ${colour}`}, figures.status), `after ${count(figures.steps)} steps in ${duration(figures.wall_s)}`);
