@@ -21,7 +21,7 @@ _MOST_POINTS = 4000  # of a curve
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None, *, from_s: float = 0.0) -> Path:
-    """The page of one run, in its folder, or of several side by side; its timeline from `from_s` on. Raises ReportError."""
+    """Write the page of one run, or of several; the timeline from `from_s` on. Raises ReportError."""
     folders = [
         folder for folder in folders if len(folders) == 1 or not folder.is_file()
     ]  # a sweep's `*` names files too

@@ -163,6 +163,12 @@ class Lanes {
       .filter(number => this.spans[number][BEGIN] <= time).map(number => this.spans[number]).reverse();
   }
 
+  // Whether a coroutine is between two of its waits: after one on record, before another.
+  between(track, time) {
+    const ticks = this.ticks[track], place = lowest(ticks.length, each => this.timeline.switches[ticks[each]][1] > time);
+    return place < ticks.length && this.timeline.switches[ticks[place]][0] <= time;
+  }
+
   // The time and the track under a point.
   under(x, y) {
     const track = this.y.findIndex(top => y >= top && y < top + ROW);

@@ -138,12 +138,14 @@ function tellSwitch() {
 
 // What the other coroutines wait for, grouped, the longest queue first.
 function tellOthers() {
-  const found = Loop.timeline.switches[Loop.switch], groups = new Map();
+  const found = Loop.timeline.switches[Loop.switch], groups = new Map(), waiting = new Set();
   Loop.timeline.tracks.forEach((track, number) => {
     if (track.process !== "driver" || number === found?.[2] && Loop.at <= found[1]) return;
     const spans = Loop.lanes.at(number, Loop.at);
     const span = spans.find(each => each[KIND] === "wait") ?? spans.find(each => each[KIND] === "stage");
-    if (span && span[BEGIN] + span[LENGTH] > Loop.at) groups.set(nameOf(span), [...(groups.get(nameOf(span)) ?? []), span]);
+    if (!span || span[BEGIN] + span[LENGTH] <= Loop.at) return;
+    waiting.add(track.name.replace(/ \(\d+\)$/, ""));
+    groups.set(nameOf(span), [...(groups.get(nameOf(span)) ?? []), span]);
   });
   const rows = [...groups].sort((a, b) => b[1].length - a[1].length).map(([name, spans]) => {
     const oldest = spans.reduce((a, b) => a[BEGIN] <= b[BEGIN] ? a : b);
@@ -152,6 +154,9 @@ function tellOthers() {
       h("span", {class: "what"}, h("b", {}, spans.length > 1 ? String(spans.length) : trackName(oldest[TRACK])), ` ${does} ${spoken(oldest)}`),
       h("span", {class: "age"}, `${spans.length > 1 ? "oldest " : ""}${seconds(Loop.at - oldest[BEGIN])}`));
   });
+  const unknown = Loop.timeline.tracks.filter((track, number) => Loop.lanes.between(number, Loop.at)
+    && number !== found?.[2] && !waiting.has(track.name)).length;
+  if (unknown) rows.push(h("div", {class: "other"}, dot(css("line")), h("span", {class: "what"}, h("b", {}, String(unknown)), " ready to run, or waiting off the record")));
   $("loop-others").replaceChildren(...(rows.length ? rows : [h("span", {class: "muted"}, "Nobody else waits for anything on record.")]));
 }
 
