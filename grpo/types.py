@@ -336,6 +336,10 @@ class ControlError(GRPOError):
     """An operator's request that no run is there to answer, or that the run refuses."""
 
 
+class ReportError(GRPOError):
+    """A folder of which no report can be made."""
+
+
 class StalledError(InfrastructureError):
     """Nothing was trained for `watchdog.seconds`."""
 
