@@ -237,6 +237,7 @@ class CheckpointConfig:
 @dataclass
 class ObserveConfig:
     log_every: int = 1  # steps between printed lines where stdout is no terminal
+    report: bool = True  # report.html, at the end of the run
     timeline: bool = True  # timeline.json: who waited for what and was busy with what, to open in ui.perfetto.dev
     timeline_mb: float = 64.0  # megabytes after which nothing more is recorded
     rollouts_every: int = 16  # groups between those written to rollouts.jsonl

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import logging
 import shutil
+import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -30,6 +31,7 @@ from grpo.observe.recorder import Recorder
 from grpo.observe.run_dir import RunDirectory
 from grpo.observe.sinks.making import make_sinks
 from grpo.pacing import Pacer
+from grpo.report.page import write_report
 from grpo.resume import ResumePoint, find_resume_point
 from grpo.services import Services
 from grpo.structured import unless
@@ -69,7 +71,8 @@ def train(config: RunConfig, folder: Path) -> int:
         summary = _train(config, run_dir, resume)
     finally:
         run_dir.close()
-    _print_outcome(summary, run_dir.path)
+    report = _report(run_dir.path) if config.observe.report and summary["steps"] else None
+    _print_outcome(summary, run_dir.path, report)
     return EXIT_CODES[summary["status"]]
 
 
@@ -160,7 +163,17 @@ def plan_table(specs: Sequence[ActorSpec]) -> Table:
     return table
 
 
-def _print_outcome(summary: dict[str, Any], folder: Path) -> None:
+def _report(folder: Path) -> Path | None:
+    """Leave `report.html`; a run that was trained is not failed by its report."""
+    try:
+        return write_report([folder])
+    except Exception as error:
+        log.exception("no report")
+        print(f"warning: no report: {error}; scripts/report.py makes one", file=sys.stderr)
+        return None
+
+
+def _print_outcome(summary: dict[str, Any], folder: Path, report: Path | None) -> None:
     console = Screen(soft_wrap=True, highlight=False)
     if summary["error"]:
         Screen(stderr=True, soft_wrap=True, highlight=False).print(f"error: {summary['error']}", markup=False)
@@ -172,6 +185,8 @@ def _print_outcome(summary: dict[str, Any], folder: Path) -> None:
             console.print(f"{label}: {first:.3f} -> {last:.3f}", markup=False)
     _print_pass_at(summary["evaluations"], console)
     console.print(f"run folder: {folder}", markup=False)
+    if report is not None:
+        console.print(f"report: {report}", markup=False)
 
 
 def _print_pass_at(evaluations: Sequence[dict[str, float]], console: Console) -> None:

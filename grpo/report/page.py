@@ -22,9 +22,8 @@ _MOST_POINTS = 4000  # of a curve
 
 def write_report(folders: Sequence[Path], out: Path | None = None, *, from_s: float = 0.0) -> Path:
     """Write the page of one run, or of several; the timeline from `from_s` on. Raises ReportError."""
-    folders = [
-        folder for folder in folders if len(folders) == 1 or not folder.is_file()
-    ]  # a sweep's `*` names files too
+    if len(folders) > 1:
+        folders = [folder for folder in folders if not folder.is_file()]  # a sweep's `*` names files too
     runs = [read_run(folder) for folder in folders]
     if not runs:
         raise ReportError("no folder of a run was named")
@@ -112,12 +111,7 @@ def _asset(name: str) -> str:
 
 
 def _plotly() -> str:
-    try:
-        return (files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
-    except ModuleNotFoundError as error:
-        raise ReportError(
-            "plotly is not installed; type: pip install 'grpo[report]' (or: pip install plotly)"
-        ) from error
+    return (files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
 
 
 def _inline(script: str) -> str:

@@ -87,7 +87,6 @@ def test_what_differs(tmp_path):
 
 
 def test_nothing_of_the_data_can_leave_its_place():
-    pytest.importorskip("plotly")
     html = page({"runs": [], "text": NASTY, "number": float("nan")})
     assert "</script><script>document" not in html
     assert "document.title = 'taken'" in html

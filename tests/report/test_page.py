@@ -6,7 +6,6 @@ from grpo.report.page import write_report
 from tests.report.browser import CHROMIUM, Browser
 from tests.report.made_runs import NASTY, make_run
 
-pytest.importorskip("plotly", reason="needs plotly, the extra `report`")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium or Chrome")
 
 

@@ -17,13 +17,14 @@ ROOT = Path(__file__).parents[2]
 def start(tmp_path, tiny_model_path):
     """Type `python scripts/SCRIPT ...` in an empty folder, with a random tiny model; gives the process.
 
-    Checkpoints are written only where a test asks for them: their process costs seconds on two cores.
+    Checkpoints and reports are made only where a test asks for them: they cost seconds on two cores.
     """
 
     def start(script, *overrides, model=None):
         args = ["model=hf", f"model.path={tiny_model_path}"] if model is None else model
-        if script == "train.py" and not any("checkpoint.every" in override for override in overrides):
-            args = [*args, "checkpoint.every=0"]
+        for costly in ("checkpoint.every=0", "observe.report=false"):
+            if script == "train.py" and not any(costly.partition("=")[0] in override for override in overrides):
+                args = [*args, costly]
         return subprocess.Popen(
             [sys.executable, str(ROOT / "scripts" / script), *overrides, *args],
             cwd=tmp_path,

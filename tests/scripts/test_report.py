@@ -19,7 +19,6 @@ def report(monkeypatch, capsys):
 
 
 def test_the_page_stands_in_the_folder_of_the_run(report, tmp_path):
-    pytest.importorskip("plotly")
     assert report(make_run(tmp_path / "a")) == str(tmp_path / "a" / "report.html")
     assert report(tmp_path / "a", "--out", tmp_path / "b.html", "--from", 0.002) == str(tmp_path / "b.html")
     make_run(tmp_path / "b", concurrency=8)
@@ -28,7 +27,6 @@ def test_the_page_stands_in_the_folder_of_the_run(report, tmp_path):
 
 @pytest.mark.parametrize("arguments", [["missing"], ["."], ["a", "--out", "missing/b.html"]])
 def test_what_is_wrong_is_one_line(report, arguments, tmp_path):
-    pytest.importorskip("plotly")
     make_run(tmp_path / "a")
     with pytest.raises(SystemExit) as ended:
         report(*(each if each.startswith("--") else tmp_path / each for each in arguments))

@@ -13,7 +13,7 @@ def test_a_run_leaves_what_the_design_pins(train, tmp_path):
     code, stdout, stderr = finish(
         train(
             "trainer.max_steps=4", "eval.prompts=8", "eval.samples=2", "eval.every=2", "eval.num_cpus=0",
-            "observe.rollouts_every=8", "sinks=tensorboard",
+            "observe.rollouts_every=8", "sinks=tensorboard", "observe.report=true",
         )
     )  # fmt: skip
     assert (code, stderr) == (0, "")
@@ -39,6 +39,8 @@ def test_a_run_leaves_what_the_design_pins(train, tmp_path):
     assert {"driver", "training", "rollouts-0", "rollouts-31", "generator", "trainer", "evaluator"} <= set(tracks)
     assert list((folder / "tensorboard").iterdir())
     assert summary["sinks"] == {"tensorboard": {"errors": 0, "left_out": 0}}
+    assert f"report: {folder / 'report.html'}" in stdout
+    assert "</html>" in (folder / "report.html").read_text()
     assert "max_policy_age: 1" in (folder / "config.yaml").read_text()
     assert "rror" not in (folder / "run.log").read_text()  # the rollouts that the end cancels are no errors
 
