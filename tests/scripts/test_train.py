@@ -45,6 +45,26 @@ def test_a_run_leaves_what_the_design_pins(train, tmp_path):
     assert "rror" not in (folder / "run.log").read_text()  # the rollouts that the end cancels are no errors
 
 
+def check_timeline(events, lines, groups_trained):
+    """Every coroutine and actor has a track, every group an arrow, and train steps take as long as the metrics say."""
+    tracks = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert {f"rollouts-{i}" for i in range(32)} | {"training", "generator", "reward", "trainer", "evaluator"} <= tracks
+    spans = [event for event in events if event["ph"] == "X"]
+    names = {span["name"] for span in spans}
+    assert {"prefill", "decode", "load", "score", "forward", "backward", "optimizer", "publish"} <= names
+    waited, worked = (
+        [span["dur"] / 1e6 for span in spans if (span["cat"], span["name"]) == (kind, "train_step")]
+        for kind in ("stage", "busy")
+    )
+    assert len(waited) == len(worked) == len(lines)
+    waited_s = sum(line["time/train_step_s"] for line in lines)
+    assert sum(worked) <= sum(waited) == pytest.approx(waited_s, rel=0.02, abs=0.05)
+    begun = {event["id"]: event["ts"] for event in events if event["ph"] == "s"}
+    taken = {event["id"]: event["ts"] for event in events if event["ph"] == "f"}
+    assert len(taken) == groups_trained
+    assert all(begun[ticket] < at for ticket, at in taken.items())
+
+
 def test_ctrl_c_ends_the_run_in_order_and_leaves_no_process(train, tmp_path):
     process = train("trainer.max_steps=100000")
     for line in process.stdout:
