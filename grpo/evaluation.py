@@ -15,8 +15,8 @@ from grpo.config import RunConfig
 from grpo.rollout import sampling_params
 from grpo.run import Run
 from grpo.services import EvaluationServices
-from grpo.spans import span, unrecorded
 from grpo.structured import Signal, together, unless
+from grpo.telemetry.recording import span, unrecorded
 from grpo.types import EvaluationReport, GenerationReport, MixedVersionsError, PayloadLost, Prompt, RewardError, Scores
 from grpo.waiting import begin_activity
 from grpo.watchdog import Watchdog
@@ -127,6 +127,7 @@ async def evaluate(
     turnstile, places = asyncio.Lock(), asyncio.Semaphore(_AT_ONCE)
 
     async def answer(prompt: Prompt) -> Answer | None:
+        begin_activity("answers")
         unrecorded()  # hundreds side by side would bury the training's own track
         async with places:
             async with turnstile:  # one after another: hundreds of calls begun at once would block the event loop

@@ -25,8 +25,8 @@ from grpo.resume import ResumePoint
 from grpo.rollout import rollout, sampling_params
 from grpo.run import Run
 from grpo.services import Services
-from grpo.spans import span
 from grpo.structured import Interrupted, first_error, task_name, together, unless
+from grpo.telemetry.recording import span
 from grpo.types import GeneratorStats, PayloadLost, RewardError, Ticket, ZeroAdvantage
 from grpo.waiting import begin_activity
 from grpo.watchdog import Watchdog

@@ -7,7 +7,6 @@ import dataclasses
 import gc
 import logging
 import shutil
-import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -119,10 +118,9 @@ async def _run(
         try:
             async with open_to_operators(recorder.run_dir.path, services):
                 with display:
-                    if config.observe.timeline:
-                        timeline = recorder.timeline(config.observe.timeline_mb)
-                        await stack.enter_async_context(collecting(services, timeline, recorder.failures.progress))
-                    await run(services, config, recorder, shutdown, resume)
+                    timeline = recorder.timeline(config.observe.timeline_mb) if config.observe.timeline else None
+                    async with collecting(services, recorder.failures.progress, recorder.measured, timeline):
+                        await run(services, config, recorder, shutdown, resume)
         finally:
             recorder.services = services.figures()
             if (this := asyncio.current_task()) and not this.cancelling():  # else somebody pressed Ctrl-C twice
@@ -169,7 +167,8 @@ def _report(folder: Path) -> Path | None:
         return write_report([folder])
     except Exception as error:
         log.exception("no report")
-        print(f"warning: no report: {error}; scripts/report.py makes one", file=sys.stderr)
+        console = Screen(stderr=True, soft_wrap=True, highlight=False)
+        console.print(f"warning: no report: {error}; scripts/report.py makes one", style="yellow", markup=False)
         return None
 
 

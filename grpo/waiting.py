@@ -13,9 +13,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from weakref import WeakValueDictionary
 
-from grpo.spans import on_track, span
+from grpo.telemetry.recording import on_track, span
 
 _present: ContextVar[Activity | None] = ContextVar("activity", default=None)
+
+
+Waited = dict[tuple[str, str], float]
 
 
 class Among:
@@ -23,13 +26,17 @@ class Among:
 
     def __init__(self) -> None:
         self.activities: WeakValueDictionary[object, Activity] = WeakValueDictionary()
-        self.waited_s: dict[str, float] = defaultdict(float)  # of waits that have ended, by what they were for
-        self.reported_s: dict[str, float] = {}
+        self.waited_s: Waited = defaultdict(float)  # of waits that have ended
+        self.reported_s: Waited = {}
         self.reported_at = time.perf_counter()
 
-    def waits(self) -> list[tuple[str, float]]:
-        """What is waited for at this moment, and since when."""
-        return [wait for activity in list(self.activities.values()) for wait in activity.waits.values()]
+    def waited_until(self, now: float) -> Waited:
+        """Seconds by group and what was waited for, the waits that go on included."""
+        total_s = defaultdict(float, self.waited_s)
+        for activity in list(self.activities.values()):
+            for what, since in activity.waits.values():
+                total_s[activity.group, what] += now - since
+        return total_s
 
 
 class Activity:
@@ -66,21 +73,21 @@ def waiting_for(what: str) -> Iterator[None]:
     finally:
         if activity is not None:
             _, since = activity.waits.pop(key)
-            activity.among.waited_s[what] += time.perf_counter() - since
+            activity.among.waited_s[activity.group, what] += time.perf_counter() - since
 
 
 def mean_waiting(now: float) -> dict[str, float]:
-    """How many coroutines waited for what, on average since the last call. `now` is of time.perf_counter."""
+    """How many of each group waited for what, on average since the last call. `now` is of time.perf_counter."""
     present = _present.get()
     if present is None:
         return {}
     among = present.among
-    total_s = defaultdict(float, among.waited_s)
-    for what, since in among.waits():
-        total_s[what] += now - since
-    elapsed_s, before_s = now - among.reported_at, among.reported_s
+    total_s, before_s, elapsed_s = among.waited_until(now), among.reported_s, now - among.reported_at
     among.reported_at, among.reported_s = now, total_s
-    return {f"driver/waiting/{what}": (total_s[what] - before_s.get(what, 0.0)) / elapsed_s for what in sorted(total_s)}
+    return {
+        f"driver/waiting/{group}/{what}": (seconds - before_s.get((group, what), 0.0)) / elapsed_s
+        for (group, what), seconds in sorted(total_s.items())
+    }
 
 
 def who_waits() -> str:

@@ -25,9 +25,9 @@ async def test_coroutines_are_counted_by_what_they_wait_for():
         await together(rollout(), rollout())
     ended = time.perf_counter()
     means = mean_waiting(ended)
-    assert means["driver/waiting/replay_buffer.sample"] == pytest.approx(1.0, abs=0.05)
+    assert means["driver/waiting/training/replay_buffer.sample"] == pytest.approx(1.0, abs=0.05)
     assert sum(means.values()) == pytest.approx(3.0, abs=0.1)
-    assert means["driver/waiting/generator.generate"] > means["driver/waiting/reward.score"] > 0
+    assert means["driver/waiting/rollouts/generator.generate"] > means["driver/waiting/rollouts/reward.score"] > 0
 
 
 async def test_a_wait_that_goes_on_counts_in_every_interval_and_only_there():
@@ -37,7 +37,7 @@ async def test_a_wait_that_goes_on_counts_in_every_interval_and_only_there():
     with waiting_for("trainer.train_step"):
         now = time.perf_counter()
         mean_waiting(now)
-        assert mean_waiting(now + 10) == {"driver/waiting/trainer.train_step": pytest.approx(1.0, abs=0.01)}
+        assert mean_waiting(now + 10) == {"driver/waiting/training/trainer.train_step": pytest.approx(1.0, abs=0.01)}
 
 
 async def test_outside_of_any_activity_nothing_is_counted():

@@ -18,7 +18,7 @@ from grpo.learner import checkpoint
 from grpo.learner.manifest import total_bytes
 from grpo.learner.state import TrainerState
 from grpo.services import returns_payload
-from grpo.spans import span
+from grpo.telemetry.recording import span
 from grpo.types import Group
 
 log = logging.getLogger(__name__)

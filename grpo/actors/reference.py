@@ -13,7 +13,7 @@ from grpo.learner.collate import Sample, make_sample
 from grpo.learner.logprobs import sample_logprobs
 from grpo.models.loading import load_model
 from grpo.services import returns_payload
-from grpo.spans import span
+from grpo.telemetry.recording import span
 from grpo.types import Completion, Floats, Prompt
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Sequence
 
 from grpo.actors.scoring import Parts, Scorer
 from grpo.config import RunConfig
 from grpo.models.tokenizer import load_tokenizer
 from grpo.rewards.killable import Killable
+from grpo.telemetry.recording import measure
 from grpo.types import Completion, Prompt, Scores
 
 
@@ -42,7 +44,9 @@ class Reward:
         RewardInvalid; their notes hold the traceback of user code.
         """
         texts = await asyncio.to_thread(self._decode, completions)
+        asked_s = time.perf_counter()
         parts = await self._scorer.call(prompt.problem, texts)
+        measure("reward/score_s", time.perf_counter() - asked_s, "percentiles")
         weights = [self._config.reward.functions[name] for name in parts]
         rewards = tuple(
             sum(map(math.prod, zip(weights, scores, strict=True))) for scores in zip(*parts.values(), strict=True)

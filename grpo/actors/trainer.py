@@ -13,7 +13,7 @@ from grpo.learner.objective import Objective
 from grpo.learner.state import TrainerState
 from grpo.models.loading import load_model
 from grpo.services import returns_payload
-from grpo.spans import span
+from grpo.telemetry.recording import span
 from grpo.types import Batch
 from grpo.weights import Weights
 

@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any, NoReturn, Protocol
 
-from grpo.spans import Harvest, Spans, context_for
+from grpo.telemetry.recording import Harvest, Recording, context_for
 from grpo.types import ActorDied
 
 
@@ -24,7 +24,7 @@ class Endpoint(Protocol):
         ...
 
     async def harvest(self, *, go_on: bool) -> Harvest:
-        """The spans that the process has recorded, and whether it is to record more."""
+        """What the process has recorded; `go_on` says whether it is to record spans from now on."""
         ...
 
     async def until_death(self) -> NoReturn:
@@ -44,7 +44,7 @@ class LocalEndpoint:
 
     def __init__(self, actor: Any, name: str = "actor") -> None:
         self.actor, self._name = actor, name
-        self._spans = Spans()
+        self._recording = Recording()
         self._calls: set[asyncio.Task[Any]] = set()
         self._dead = asyncio.Event()
         self._closing: asyncio.Future[Any] | None = None
@@ -56,7 +56,7 @@ class LocalEndpoint:
         if method == "close":
             self._closing = asyncio.get_running_loop().create_future()
         work = getattr(self.actor, method)(*args, **kwargs or {})
-        call = asyncio.get_running_loop().create_task(work, context=context_for(self._spans))
+        call = asyncio.get_running_loop().create_task(work, context=context_for(self._recording))
         self._calls.add(call)
         try:
             result = await call
@@ -77,7 +77,7 @@ class LocalEndpoint:
 
     async def harvest(self, *, go_on: bool) -> Harvest:
         self._raise_if_dead()
-        return self._spans.harvest(go_on=go_on)
+        return self._recording.harvest(go_on=go_on)
 
     async def until_death(self) -> NoReturn:
         await self._dead.wait()

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
-from grpo.spans import Harvest, Spans, record_in
+from grpo.telemetry.recording import Harvest, Recording, record_in
 from grpo.types import ActorDied, PayloadLost
 
 
@@ -38,14 +38,14 @@ class _Host:
     def __init__(self, name: str, factory: Callable[..., Any], kwargs: dict[str, Any]) -> None:
         self._name = name
         self._actor = factory(**kwargs)
-        self._spans = Spans()
+        self._recording = Recording()
 
     def __repr__(self) -> str:
         """What Ray's dashboard and logs call it."""
         return self._name
 
     async def invoke(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], *payloads: Any) -> Any:
-        record_in(self._spans)
+        record_in(self._recording)
         args = tuple(_fill(arg, payloads) for arg in args)
         kwargs = {name: _fill(arg, payloads) for name, arg in kwargs.items()}
         return await getattr(self._actor, method)(*args, **kwargs)
@@ -60,7 +60,7 @@ class _Host:
             await self._actor.ping()
 
     async def harvest(self, go_on: bool) -> Harvest:
-        return self._spans.harvest(go_on=go_on)
+        return self._recording.harvest(go_on=go_on)
 
     async def linger(self) -> None:
         """Never returns: whoever calls it hears at once when the process dies."""

@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 
 from grpo.cluster.endpoints import Endpoint, Spawn
 from grpo.failures import Death, Failures
-from grpo.spans import Harvest
 from grpo.structured import Signal, cancelled, within
+from grpo.telemetry.recording import Harvest
 from grpo.types import ActorDied, LaunchError
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 from grpo.engines.kv_grid import KVGrid, cache_argument
 from grpo.engines.sampling import RowSampler, uniforms
-from grpo.spans import span
+from grpo.telemetry.recording import span
 from grpo.types import Completion, Ints, SamplingParams
 
 _SLACK_COLUMNS = 64  # the grid is shifted once in so many steps: rare enough not to show
@@ -26,6 +26,7 @@ class Request:
 
     prompt_ids: Ints
     params: SamplingParams
+    arrived_s: float = 0.0  # of time.perf_counter
     completions: dict[int, Completion] = field(default_factory=dict)
 
     @property

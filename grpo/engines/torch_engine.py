@@ -7,6 +7,7 @@ join whole, finished rows leave, cancelled requests are dropped and new weights 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from grpo.compute import ComputeThread
 from grpo.engines.base import Limits, WeightUpdate
 from grpo.engines.decode_batch import DecodeBatch, Request
-from grpo.spans import span
+from grpo.telemetry.recording import measure, span
 from grpo.types import Completion, GeneratorStats, Ints, SamplingParams
 from grpo.weights import Weights, load_weights
 
@@ -64,7 +65,7 @@ class TorchEngine:
         """Sample `params.n` completions of one prompt [prompt length]; raises ValueError when they can't fit."""
         self._raise_if_stopped()
         self._limits.check(prompt_ids, params)
-        request = Request(prompt_ids, params)
+        request = Request(prompt_ids, params, time.perf_counter())
         self._waiting.append(request)
         self._futures[request] = asyncio.get_running_loop().create_future()
         self._work.set()
@@ -104,6 +105,7 @@ class TorchEngine:
                 await self._drop_aborted()
                 await self._swap_weights()
                 finished, tokens = await self._thread.run(self._batch.step, self._admit())
+                measure("generator/rows", self._batch.running)
                 self._tokens += tokens
                 for request in finished:
                     if request in self._futures and not self._futures[request].done():
@@ -116,6 +118,7 @@ class TorchEngine:
         while self._waiting and not self._updates and self._waiting[0].params.n <= rows:
             joining.append(self._waiting.popleft())
             rows -= joining[-1].params.n
+            measure("generator/queue_s", time.perf_counter() - joining[-1].arrived_s, "percentiles")
         return joining
 
     async def _swap_weights(self) -> None:

@@ -18,7 +18,7 @@ from grpo.learner.diagnostics import Diagnostics
 from grpo.learner.logprobs import sample_logprobs, token_logprobs_and_entropy
 from grpo.learner.objective import Objective
 from grpo.learner.state import StateWriter, TrainerState
-from grpo.spans import span
+from grpo.telemetry.recording import span
 from grpo.types import Batch, CheckpointError, NonFiniteError, StalenessError
 from grpo.weights import Weights, WeightsWriter
 

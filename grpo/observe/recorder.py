@@ -17,7 +17,8 @@ from grpo.observe.run_dir import RunDirectory
 from grpo.observe.sinks.fanout import Sinks
 from grpo.observe.timeline import Timeline
 from grpo.pacing import Pacer
-from grpo.spans import span
+from grpo.telemetry.accumulators import MetricSet
+from grpo.telemetry.recording import span
 from grpo.types import (
     BatchReport,
     EvaluationReport,
@@ -77,6 +78,7 @@ class Recorder:
         self.run_dir = run_dir
         self.pacer, self._display = pacer, display
         self.sinks = Sinks({}, self.warn)
+        self.measured = MetricSet()  # by all actors, since the last line
         self.step = 0  # the last one that was trained
         self._steps: list[Metrics] = []  # what the summary needs of each line of this folder's metrics.jsonl
         self._finished: list[_Finished] = []  # groups since the last step, those dropped included
@@ -104,7 +106,7 @@ class Recorder:
 
     def timeline(self, most_mb: float) -> Timeline:
         """Its zero is that of `wall_s`."""
-        return Timeline(self.run_dir, self._started - self._wall_s_before, most_mb)
+        return Timeline(self.run_dir, self._started - self._wall_s_before, most_mb, self.warn)
 
     def training_begins(self, generators: Sequence[GeneratorStats]) -> None:
         """Rates count from here; `wall_s` counts from the construction, the launch included."""
@@ -242,7 +244,7 @@ class Recorder:
         try:
             yield
         finally:
-            metrics |= self._for_next_line
+            metrics |= self._for_next_line | self.measured.take()
             self._for_next_line = {}
             self.run_dir.append("metrics.jsonl", metrics)
             self._display.step(metrics)

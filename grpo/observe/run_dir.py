@@ -145,7 +145,7 @@ def _size_on_disk(path: Path) -> int:
         return os.fstat(file.fileno()).st_size
 
 
-def to_json(record: dict[str, Any], indent: int | None = None) -> str:
+def to_json(record: Mapping[str, Any], indent: int | None = None) -> str:
     """JSON in which a number that is not finite becomes null, so that every reader can parse it."""
     return json.dumps(_finite(record), indent=indent, ensure_ascii=False)
 
@@ -153,7 +153,7 @@ def to_json(record: dict[str, Any], indent: int | None = None) -> str:
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]

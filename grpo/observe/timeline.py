@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from grpo.observe.run_dir import RunDirectory
-from grpo.spans import Harvest, Span
+from grpo.telemetry.recording import Harvest, Span
 
 NAME = "timeline.json"
 _DRIVER = "driver"
@@ -43,10 +43,13 @@ class Clocks:
 class Timeline:
     """Writes spans as events until the file has `most_mb` megabytes; `full` from then on."""
 
-    def __init__(self, run_dir: RunDirectory, zero_s: float, most_mb: float) -> None:
-        """`zero_s` is the driver's time.perf_counter at which the run's `wall_s` was zero."""
+    def __init__(self, run_dir: RunDirectory, zero_s: float, most_mb: float, tell: Callable[[str], None]) -> None:
+        """`zero_s` is the driver's time.perf_counter at which the run's `wall_s` was zero.
+
+        `tell` hears of what is missing from the file.
+        """
         self.clocks = Clocks()
-        self.lost = 0
+        self._lost, self._tell = 0, tell
         self._run_dir, self._zero_s, self._most_bytes = run_dir, zero_s, most_mb * 1e6
         self._bytes = run_dir.size(NAME)
         self._tracks: set[tuple[int, int]] = set()
@@ -57,7 +60,7 @@ class Timeline:
 
     def add(self, process: str, harvest: Harvest) -> None:
         """What a process has recorded since its last harvest. The driver's goes by the name of `driver`."""
-        self.lost += harvest.lost
+        self._lost += harvest.lost
         offset_s = self.clocks.offset_s(process) - self._zero_s
         events: list[Mapping[str, Any]] = []
         for span in sorted(harvest.spans, key=lambda each: (each.begin_s, -each.end_s)):
@@ -72,6 +75,8 @@ class Timeline:
         self._write(events)
 
     def close(self) -> None:
+        if self._lost:
+            self._tell(f"{NAME} lacks {self._lost} spans: more came between two steps than are kept")
         if self._bytes:
             self._run_dir.append_text(NAME, "\n]\n")
 
@@ -94,6 +99,8 @@ class Timeline:
         text = (",\n" if self._bytes else "[\n") + text
         self._bytes += len(text)
         self._run_dir.append_text(NAME, text)
+        if self._bytes >= self._most_bytes:
+            self._tell(f"{NAME} ends here: it has as many megabytes as it may (observe.timeline_mb)")
 
 
 def _arrows(span: Span, at: Mapping[str, Any]) -> list[Mapping[str, Any]]:

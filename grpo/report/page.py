@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from grpo.observe.run_dir import to_json
 from grpo.report.data import Record, Run, differing, figures, read_rollouts, read_run
 from grpo.report.timeline import read_timeline
 from grpo.types import ReportError
@@ -121,12 +121,4 @@ def _inline(script: str) -> str:
 
 def _json(data: Mapping[str, Any]) -> str:
     """JSON in a script element: no sign in it can end the element."""
-    return json.dumps(_finite(data), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+    return to_json(data).replace("<", "\\u003c")

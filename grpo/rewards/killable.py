@@ -20,7 +20,7 @@ from multiprocessing import Pipe
 from threading import Lock, Timer
 from typing import Any, Generic, TypeVar
 
-from grpo.spans import span
+from grpo.telemetry.recording import span
 from grpo.types import RewardCrash, RewardError, RewardMemory, RewardTimeout
 
 # No child of `multiprocessing`: that would import this process' main module (Ray, where an actor starts the process)

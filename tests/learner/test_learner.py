@@ -9,6 +9,7 @@ import torch
 
 from grpo.algorithms.advantages import ADVANTAGES
 from grpo.algorithms.losses import LOSSES, LossOutput
+from grpo.telemetry.recording import Recording, context_for
 from grpo.types import Batch, Completion, Group, NonFiniteError, Problem, Prompt, StalenessError
 
 
@@ -380,3 +381,10 @@ def test_training_raises_the_reward(make_learner, model):
         )
     assert before < 0.7
     assert good() > 0.95
+
+
+def test_a_step_records_what_it_was_busy_with(make_learner, batch):
+    recording = Recording(on=True)
+    context_for(recording).run(make_learner().train_step, batch)
+    names = [span.name for span in recording.harvest(go_on=False).spans]
+    assert names == ["forward", "backward", "optimizer"]

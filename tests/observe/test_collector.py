@@ -9,8 +9,9 @@ from grpo.observe import collector
 from grpo.observe.collector import collecting
 from grpo.observe.run_dir import RunDirectory
 from grpo.observe.timeline import Timeline
-from grpo.spans import Spans, context_for, on_track, span
 from grpo.structured import Signal
+from grpo.telemetry.accumulators import MetricSet
+from grpo.telemetry.recording import Recording, context_for, measure, on_track, span
 from grpo.types import ActorDied
 
 
@@ -18,20 +19,20 @@ class Actor:
     """A process with spans of its own."""
 
     def __init__(self, name):
-        self.name, self.spans, self.asked, self.dead = name, Spans(), 0, False
+        self.name, self.recording, self.asked, self.dead = name, Recording(), 0, False
 
     async def work(self, name):
         async def body():
             with span(name):
                 await asyncio.sleep(0)
 
-        await asyncio.get_running_loop().create_task(body(), context=context_for(self.spans))
+        await asyncio.get_running_loop().create_task(body(), context=context_for(self.recording))
 
     async def harvest(self, *, go_on):
         self.asked += 1
         if self.dead:
             raise ActorDied(f"{self.name} died")
-        return self.spans.harvest(go_on=go_on)
+        return self.recording.harvest(go_on=go_on)
 
 
 class Hung(Actor):
@@ -64,19 +65,19 @@ def names(run_dir):
 
 async def test_it_brings_together_what_the_driver_and_the_actors_did(run_dir):
     actors = Actor("generator-0"), Actor("trainer")
-    async with collecting(Actors(*actors), Timeline(run_dir, 0.0, 1.0), Signal()):
+    async with collecting(Actors(*actors), Signal(), MetricSet(), Timeline(run_dir, 0.0, 1.0, print)):
         on_track("training")
         with span("a wait", "wait"):
             await actors[0].work("decode")
             await actors[1].work("forward")
     assert names(run_dir) == ["a wait", "decode", "forward"]
-    assert not actors[0].spans.on
+    assert not actors[0].recording.on
 
 
 async def test_it_asks_after_a_step_and_not_all_the_time(run_dir, monkeypatch):
     monkeypatch.setattr(collector, "_AT_MOST_EVERY_S", 0.0)
     actor, trained = Actor("trainer"), Signal()
-    async with collecting(Actors(actor), Timeline(run_dir, 0.0, 1.0), trained):
+    async with collecting(Actors(actor), trained, MetricSet(), Timeline(run_dir, 0.0, 1.0, print)):
         assert actor.asked == 1
         for steps in (1, 2):
             for _ in range(20):
@@ -90,7 +91,7 @@ async def test_it_asks_after_a_step_and_not_all_the_time(run_dir, monkeypatch):
 
 async def test_one_that_died_is_no_error(run_dir):
     alive, dead = Actor("generator-0"), Actor("generator-1")
-    async with collecting(Actors(dead, alive), Timeline(run_dir, 0.0, 1.0), Signal()):
+    async with collecting(Actors(dead, alive), Signal(), MetricSet(), Timeline(run_dir, 0.0, 1.0, print)):
         await alive.work("decode")
         dead.dead = True
     assert names(run_dir) == ["decode"]
@@ -98,7 +99,7 @@ async def test_one_that_died_is_no_error(run_dir):
 
 async def test_one_that_hangs_does_not_hold_up_the_end(run_dir, monkeypatch, caplog):
     monkeypatch.setattr(collector, "_LAST_S", 0.02)
-    async with collecting(Actors(Hung("trainer")), Timeline(run_dir, 0.0, 1.0), Signal()):
+    async with collecting(Actors(Hung("trainer")), Signal(), MetricSet(), Timeline(run_dir, 0.0, 1.0, print)):
         pass
     assert "the end of the timeline is missing" in caplog.text
 
@@ -106,7 +107,7 @@ async def test_one_that_hangs_does_not_hold_up_the_end(run_dir, monkeypatch, cap
 async def test_when_the_file_is_full_nobody_records_any_more(run_dir, monkeypatch):
     monkeypatch.setattr(collector, "_AT_MOST_EVERY_S", 0.0)
     actor, trained = Actor("trainer"), Signal()
-    async with collecting(Actors(actor), Timeline(run_dir, 0.0, 1e-6), trained):
+    async with collecting(Actors(actor), trained, MetricSet(), Timeline(run_dir, 0.0, 1e-6, print)):
         await actor.work("forward")
         for _ in range(2):
             for _ in range(20):
@@ -114,10 +115,25 @@ async def test_when_the_file_is_full_nobody_records_any_more(run_dir, monkeypatc
             trained.notify()
         for _ in range(20):
             await asyncio.sleep(0)
-        assert not actor.spans.on
+        assert not actor.recording.on
 
 
 async def test_errors_of_the_run_pass_through(run_dir):
     with pytest.raises(ValueError, match="broken"):
-        async with collecting(Actors(Actor("trainer")), Timeline(run_dir, 0.0, 1.0), Signal()):
+        async with collecting(Actors(Actor("trainer")), Signal(), MetricSet(), Timeline(run_dir, 0.0, 1.0, print)):
             raise ValueError("broken")
+
+
+async def test_metrics_of_all_processes_become_one(run_dir):
+    async def work(value):
+        measure("generator/queue_s", value)
+
+    metrics, actors = MetricSet(), (Actor("generator-0"), Actor("generator-1"))
+    async with collecting(Actors(*actors), Signal(), metrics, None):
+        for actor, value in zip(actors, (1.0, 2.0), strict=True):
+            await asyncio.get_running_loop().create_task(work(value), context=context_for(actor.recording))
+        measure("generator/queue_s", 6.0)
+        with span("nobody wants spans"):
+            pass
+    assert metrics.take() == {"generator/queue_s/mean": 3.0}
+    assert not (run_dir.path / "timeline.json").exists()

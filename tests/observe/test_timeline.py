@@ -6,7 +6,8 @@ import pytest
 
 from grpo.observe.run_dir import RunDirectory
 from grpo.observe.timeline import Clocks, Timeline
-from grpo.spans import Harvest, Span
+from grpo.telemetry.accumulators import MetricSet
+from grpo.telemetry.recording import Harvest, Span
 
 
 def make_span(name="decode", begin_s=1.0, end_s=2.0, *, track="", lane=0, kind="busy", failed=False, **args):
@@ -14,14 +15,19 @@ def make_span(name="decode", begin_s=1.0, end_s=2.0, *, track="", lane=0, kind="
 
 
 @pytest.fixture
-def write(tmp_path):
+def told():
+    return []
+
+
+@pytest.fixture
+def write(tmp_path, told):
     """Writes harvests, given as (process, spans), as a run would; returns the text of the file."""
 
-    def write(*harvests, close=True, zero_s=0.0, most_mb=1.0):
+    def write(*harvests, close=True, zero_s=0.0, most_mb=1.0, lost=0):
         run_dir = RunDirectory(tmp_path)
-        timeline = Timeline(run_dir, zero_s, most_mb)
+        timeline = Timeline(run_dir, zero_s, most_mb, told.append)
         for process, spans in harvests:
-            timeline.add(process, Harvest(list(spans), 0.0, 0))
+            timeline.add(process, Harvest(list(spans), MetricSet(), 0.0, lost))
         if close:
             timeline.close()
         run_dir.close()
@@ -85,10 +91,16 @@ def test_a_resumed_run_goes_on_with_the_file(write):
     assert events[0]["tid"] == events[1]["tid"]
 
 
-def test_it_does_not_grow_without_end(write):
+def test_it_does_not_grow_without_end(write, told):
     text = write(*(("driver", [make_span()] * 10) for _ in range(100)), most_mb=0.01)
     assert 10_000 <= len(text) < 13_000
+    assert told == ["timeline.json ends here: it has as many megabytes as it may (observe.timeline_mb)"]
     assert of_kind(text, "X")
+
+
+def test_what_is_missing_is_told(write, told):
+    write(("driver", [make_span()]), ("trainer", [make_span()]), lost=3)
+    assert told == ["timeline.json lacks 6 spans: more came between two steps than are kept"]
 
 
 def test_a_run_in_which_nothing_was_recorded_leaves_none(write):

@@ -66,7 +66,8 @@ def _step(number, concurrency):
         "time/weight_sync_s": 0.1, "time/step_s": 0.5 + 0.8 / concurrency, "generator/busy_fraction": 0.5,
         "generator/tokens_per_s": 100.0 * concurrency,
         "generator/completion_tokens_mean": 6.0, "generator/truncated_fraction": 0.0, "driver/loop_lag_p99_ms": 3.0,
-        "driver/waiting/ticket": 2.0, "driver/waiting/generator.generate": 2.0, "recovery/restarts": int(number >= 5),
+        "driver/waiting/rollouts/ticket": 2.0, "driver/waiting/rollouts/generator.generate": 2.0,
+        "recovery/restarts": int(number >= 5),
         **({"eval/step": number, "eval/reward_mean": 0.3, "eval/reward_stderr": 0.02} if number in (1, 10) else {}),
     }  # fmt: skip
 

@@ -91,4 +91,4 @@ def test_nothing_of_the_data_can_leave_its_place():
     assert "</script><script>document" not in html
     assert "document.title = 'taken'" in html
     assert html.count("<script") == html.count("</script>") == 3
-    assert '"number":null' in html
+    assert '"number": null' in html

@@ -2,11 +2,15 @@
 
 import json
 import os
+import re
 import signal
+from pathlib import Path
 
 import pytest
 
 from tests.scripts.processes import finish, only_run, processes_of
+
+METRICS = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
 def test_a_run_leaves_what_the_design_pins(train, tmp_path):
@@ -33,10 +37,8 @@ def test_a_run_leaves_what_the_design_pins(train, tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[-1]["eval/step"] == 4
     assert (folder / "rollouts.jsonl").stat().st_size > 0
-    tracks = [
-        event["args"]["name"] for event in json.loads((folder / "timeline.json").read_text()) if event["ph"] == "M"
-    ]
-    assert {"driver", "training", "rollouts-0", "rollouts-31", "generator", "trainer", "evaluator"} <= set(tracks)
+    check_names(lines)
+    check_timeline(json.loads((folder / "timeline.json").read_text()), lines, summary["groups_trained"])
     assert list((folder / "tensorboard").iterdir())
     assert summary["sinks"] == {"tensorboard": {"errors": 0, "left_out": 0}}
     assert f"report: {folder / 'report.html'}" in stdout
@@ -45,13 +47,26 @@ def test_a_run_leaves_what_the_design_pins(train, tmp_path):
     assert "rror" not in (folder / "run.log").read_text()  # the rollouts that the end cancels are no errors
 
 
+def check_names(lines):
+    """A run writes what docs/metrics.md lists, and nothing else."""
+    rows = [line.split(" | ") for line in METRICS.read_text().splitlines() if line.startswith("| `")]
+    listed = {name.strip("| `"): when.strip("| ") for name, *_, when in rows}
+    patterns = {name: re.sub("<.+?>", ".+", name) for name in listed}
+    names = {name for line in lines for name in line}
+    unlisted = [name for name in names if not any(re.fullmatch(pattern, name) for pattern in patterns.values())]
+    assert not unlisted
+    due = [name for name, when in listed.items() if when in ("", "evaluated", "groups finished")]  # of this config
+    assert [name for name in due if not any(re.fullmatch(patterns[name], other) for other in names)] == []
+    assert len(due) > 30
+
+
 def check_timeline(events, lines, groups_trained):
     """Every coroutine and actor has a track, every group an arrow, and train steps take as long as the metrics say."""
     tracks = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
     assert {f"rollouts-{i}" for i in range(32)} | {"training", "generator", "reward", "trainer", "evaluator"} <= tracks
     spans = [event for event in events if event["ph"] == "X"]
     names = {span["name"] for span in spans}
-    assert {"prefill", "decode", "load", "score", "forward", "backward", "optimizer", "publish"} <= names
+    assert {"prefill", "decode", "load", "score", "optimizer", "publish"} <= names
     waited, worked = (
         [span["dur"] / 1e6 for span in spans if (span["cat"], span["name"]) == (kind, "train_step")]
         for kind in ("stage", "busy")

@@ -90,10 +90,10 @@ function shares(run) {
   return parts.map(part => ({...part, share: part.sum / all}));
 }
 
-const WAITING = "driver/waiting/", SHOWN = 7;
+const WAITING = "driver/waiting/rollouts/", SHOWN = 7;
 const sum = values => values.reduce((a, b) => a + (b ?? 0), 0);
 
-// How many coroutines wait for each thing; what few ever wait for is one band.
+// How many rollouts wait for each thing; what few ever wait for is one band.
 function waits(run) {
   const bands = Object.keys(run.columns).filter(name => name.startsWith(WAITING))
     .map(name => ({name: name.slice(WAITING.length), values: column(run, name)}))
@@ -106,12 +106,6 @@ const whoWaits = run => waits(run).map(({name, values}) => {
   const colour = name === "other" ? css("s8") : waitColour(name);
   return {x: xs(run), y: values, name, mode: "lines", stackgroup: "one", line: {width: 0.5, color: colour}, fillcolor: faded(colour, 0.65)};
 });
-
-// An evaluation makes hundreds of calls side by side; the rest of the run should not vanish next to it.
-function waitsLayout(run) {
-  const bands = waits(run), sums = xs(run).map((_, place) => sum(bands.map(band => band.values[place]))).sort((a, b) => a - b);
-  return {legend: {traceorder: "normal"}, yaxis: {range: [0, 1.15 * sums[Math.floor(0.95 * (sums.length - 1))]]}};
-}
 
 function ratioBand(run) {
   const edge = {line: {width: 0, color: css("s0")}, showlegend: false};
@@ -143,7 +137,7 @@ const CHARTS = [
      layout: {barmode: "stack", bargap: 0.12, legend: {traceorder: "normal"}, yaxis: {rangemode: "tozero"}},
      traces: run => timeParts(run).filter(part => part.seconds.some(Boolean)).map(part => (
        {type: "bar", x: xs(run), y: part.seconds, name: part.label, marker: {color: part.colour, line: {width: 0}}}))},
-    {title: "Who waits for what", about: "calls under way, mean over a step; evaluations may rise above the chart", wide: true, traces: whoWaits, layout: waitsLayout,
+    {title: "What the rollouts wait for", about: "coroutines, mean over a step", wide: true, traces: whoWaits, layout: {legend: {traceorder: "normal"}, yaxis: {rangemode: "tozero"}},
      shown: run => Object.keys(run.columns).some(name => name.startsWith(WAITING))},
     plain("Lag of the event loop", "milliseconds", [["driver/loop_lag_p99_ms", "p99"], ["driver/loop_lag_p50_ms", "median"], ["driver/loop_lag_max_ms", "max"]], {yaxis: {rangemode: "tozero"}}),
     plain("Groups", "", [["rollout/outstanding", "begun, not yet trained"], ["buffer/groups_waiting", "in the buffer"]], {yaxis: {rangemode: "tozero"}}),
@@ -170,7 +164,7 @@ function marks(run) {
 
 function layoutOf(chart, found) {
   const axis = {gridcolor: css("line"), zerolinecolor: css("line"), linecolor: css("line"), tickcolor: css("line"), automargin: true};
-  const own = typeof chart.layout === "function" ? chart.layout(RUNS[0]) : chart.layout ?? {};
+  const own = chart.layout ?? {};
   const title = chart.ownAxis ? undefined : {text: Axis.kind === "step" ? "step" : "seconds since the start", font: {size: 11.5}, standoff: 6};
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: {l: 44, r: 8, t: own.showlegend === false ? 10 : 30, b: 38},

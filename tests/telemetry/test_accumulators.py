@@ -4,8 +4,8 @@ import pickle
 import numpy as np
 import pytest
 
-from grpo.observe import accumulators
-from grpo.observe.accumulators import REDUCERS, Max, Mean, MetricSet, Min, Percentiles, Std, Sum
+from grpo.telemetry import accumulators
+from grpo.telemetry.accumulators import REDUCERS, Max, Mean, MetricSet, Min, Percentiles, Std, Sum
 from grpo.types import ConfigError
 
 PERCENTILES = (50, 90, 99)

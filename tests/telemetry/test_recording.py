@@ -5,13 +5,13 @@ import asyncio
 import pytest
 
 from grpo.compute import ComputeThread
-from grpo.spans import Spans, context_for, on_track, record_in, span, unrecorded
 from grpo.structured import together
+from grpo.telemetry.recording import Recording, context_for, measure, on_track, record_in, span, unrecorded
 
 
 @pytest.fixture
 def spans():
-    spans = Spans(on=True)
+    spans = Recording(on=True)
     record_in(spans)
     yield spans
     unrecorded()  # the context of a fixture is that of all tests
@@ -101,7 +101,7 @@ async def test_a_task_may_leave_none(spans):
 
 
 async def test_work_for_somebody_else_adds_to_the_actors_own(spans):
-    others = Spans(on=True)
+    others = Recording(on=True)
 
     async def serve():
         with span("decode"):
@@ -128,10 +128,22 @@ async def test_a_compute_thread_records_for_who_asked(spans):
 
 
 async def test_what_there_is_no_room_for_is_counted(spans, monkeypatch):
-    monkeypatch.setattr("grpo.spans._MOST", 2)
+    monkeypatch.setattr("grpo.telemetry.recording._MOST", 2)
     for _ in range(5):
         with span("decode"):
             pass
     harvest = spans.harvest(go_on=True)
     assert (len(harvest.spans), harvest.lost) == (2, 3)
     assert spans.harvest(go_on=True).lost == 0
+
+
+async def test_metrics_are_kept_whether_spans_are_wanted_or_not(spans):
+    spans.harvest(go_on=False)
+    measure("reward/score_s", 1.0)
+    measure("reward/score_s", 3.0)
+    assert spans.harvest(go_on=False).metrics.take() == {"reward/score_s/mean": 2.0}
+    assert spans.harvest(go_on=False).metrics.take() == {}
+
+
+async def test_a_metric_outside_of_any_recording_goes_nowhere():
+    measure("reward/score_s", 1.0)

@@ -1,0 +1,1 @@
+"""What actors and coroutines record of their work, whoever collects it: spans of time and metrics."""
