@@ -14,6 +14,7 @@ from grpo.config import LossConfig, RolloutConfig, RunConfig, ShapingConfig
 from grpo.imports import named_function
 from grpo.services import Services
 from grpo.structured import together
+from grpo.telemetry.recording import note
 from grpo.types import (
     ConfigError,
     GenerationReport,
@@ -63,6 +64,7 @@ async def rollout(prompt: Prompt, params: SamplingParams, services: Services, co
         masked=_masked(report, config.shaping),
     )
     finished = Rollout(group, scores, report, tuple(shaped_G.tolist()))
+    note(lengths=report.lengths, signal=group.has_signal)
     if config.filter.zero_advantage and not group.has_signal:
         raise ZeroAdvantage(finished)
     return finished

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "cluster": {"types", "services", "config", "telemetry", "structured", "waiting", "failures", "actors"},
     "difficulty": {"types"},
     "prompts": {"types", "services", "pacing", "difficulty"},
-    "rollout": {"types", "services", "config", "imports", "structured", "algorithms"},
+    "rollout": {"types", "services", "config", "imports", "telemetry", "structured", "algorithms"},
     "run": {"types", "services", "config", "pacing", "prompts", "observe"},
     "evaluation": {"types", "services", "config", "telemetry", "structured", "waiting", "watchdog", "rollout", "run"},
     "recovery": {"types", "services", "run"},

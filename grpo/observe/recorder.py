@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import fmean, median
 from typing import Any, NamedTuple
@@ -53,17 +53,18 @@ class _Finished(NamedTuple):
 class Stopwatch:
     """Named durations in seconds, spans of the timeline too: `with stopwatch("time/train_step_s"): ...`."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.seconds: Metrics = {}
+        self._clock = clock
 
     @contextmanager
     def __call__(self, name: str, **args: Any) -> Iterator[None]:
-        started = time.perf_counter()
+        started = self._clock()
         try:
             with span(name.removeprefix("time/").removesuffix("_s"), "stage", **args):
                 yield
         finally:
-            self.seconds[name] = time.perf_counter() - started
+            self.seconds[name] = self._clock() - started
 
 
 class Recorder:

@@ -129,6 +129,12 @@ def span(name: str, kind: str = "busy", **args: Any) -> AbstractContextManager[o
     return _OFF if recording is None or not recording.on else _OpenSpan(recording, name, kind, args)
 
 
+def note(**args: Any) -> None:
+    """Add to the span around this place what is known only now; outside of any, nothing is noted."""
+    if (around := _parent.get()) is not None:
+        around.args.update(args)
+
+
 def measure(name: str, value: float, reduce: str = "mean", weight: float = 1.0) -> None:
     """Add a value to a metric: `name/<figure>` in a coming line of metrics.jsonl, over all processes that measure it.
 
@@ -143,7 +149,7 @@ class _OpenSpan:
     """Takes the lane of the span around it, or a free one of the track where there is none, or it is taken."""
 
     def __init__(self, recording: Recording, name: str, kind: str, args: dict[str, Any]) -> None:
-        self._recording, self._name, self._kind, self._args = recording, name, kind, args
+        self._recording, self._name, self._kind, self.args = recording, name, kind, args
         self._track, self._parent = _track.get(), _parent.get()
         self._has_child, self._lane = False, 0
 
@@ -165,5 +171,5 @@ class _OpenSpan:
         else:
             self._recording.lanes(self._track).give_back(self._lane)
         self._recording.add(
-            Span(self._track, self._lane, self._name, self._kind, self._begin_s, end_s, kind is not None, self._args)
+            Span(self._track, self._lane, self._name, self._kind, self._begin_s, end_s, kind is not None, self.args)
         )

@@ -6,7 +6,7 @@ import pytest
 
 from grpo.compute import ComputeThread
 from grpo.structured import together
-from grpo.telemetry.recording import Recording, context_for, measure, on_track, record_in, span, unrecorded
+from grpo.telemetry.recording import Recording, context_for, measure, note, on_track, record_in, span, unrecorded
 
 
 @pytest.fixture
@@ -27,6 +27,16 @@ async def test_a_span_has_its_times_kind_and_arguments(spans):
     (found,) = spans.harvest(go_on=True).spans
     assert (found.name, found.kind, found.args, found.failed) == ("decode", "busy", {"rows": 3}, False)
     assert found.begin_s <= found.end_s
+
+
+async def test_what_is_known_only_later_is_added_to_the_span_around(spans):
+    with span("group", ticket=3):
+        with span("generate"):
+            pass
+        note(lengths=(5, 7))
+    note(lengths=())  # around nothing
+    group = next(each for each in spans.harvest(go_on=True).spans if each.name == "group")
+    assert group.args == {"ticket": 3, "lengths": (5, 7)}
 
 
 async def test_nothing_is_recorded_outside_of_any_recording():
