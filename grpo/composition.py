@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -44,6 +45,21 @@ def from_hydra(composed: DictConfig) -> RunConfig:
     assert isinstance(config, RunConfig)
     validate(config)
     return config
+
+
+def from_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """That of a run that was, with some values changed (`key=value`). Raises ConfigError, also where there is none."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"{folder} is no run's folder: it has no config.yaml")
+    try:
+        composed = OmegaConf.merge(
+            OmegaConf.structured(RunConfig), OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides))
+        )
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from None
+    assert isinstance(composed, DictConfig)
+    return from_hydra(composed)
 
 
 def explain(error: Exception) -> str:

@@ -43,7 +43,8 @@ class DataloaderConfig:
 class RolloutConfig:
     """How groups are made."""
 
-    concurrency: int = 32  # continuous_rollouts coroutines
+    concurrency: int | str = 32  # continuous_rollouts coroutines; auto: as many as the trainer needs
+    target_wait: float = 0.1  # with auto: the share of its time that the trainer may wait, see grpo/concurrency.py
     group_size: int = 8  # G
     temperature: float = 1.0
     top_p: float = 1.0
@@ -275,6 +276,12 @@ class RunConfig:
     @property
     def ticket_capacity(self) -> int:
         return ticket_capacity(self.trainer.groups_per_step, self.buffer.max_policy_age)
+
+    @property
+    def most_rollouts(self) -> int:
+        """Coroutines that make groups; with `auto` there is one for every ticket, though not all have their turn."""
+        asked = self.rollout.concurrency
+        return asked if isinstance(asked, int) else self.ticket_capacity
 
     @property
     def age_bound(self) -> int:

@@ -25,7 +25,7 @@ from grpo.resume import ResumePoint
 from grpo.rollout import rollout, sampling_params
 from grpo.run import Run
 from grpo.services import Services
-from grpo.structured import Interrupted, first_error, task_name, together, unless
+from grpo.structured import Interrupted, raise_first, task_name, together, unless
 from grpo.telemetry.recording import span
 from grpo.types import GeneratorStats, PayloadLost, RewardError, Ticket, ZeroAdvantage
 from grpo.waiting import begin_activity
@@ -58,8 +58,8 @@ async def run(
                 await checkpoints.restore(resume.path, resume.progress)
             weights, stats = await publish_weights(services)
             recorder.training_begins(stats)
-            for i in range(config.rollout.concurrency):
-                background.append(tasks.create_task(continuous_rollouts(shared), name=f"rollouts-{i}"))
+            for i in range(shared.pacer.concurrency.most):
+                background.append(tasks.create_task(continuous_rollouts(shared, i), name=f"rollouts-{i}"))
             with suppress(Interrupted):
                 await evaluation.after(recorder.step, weights)
                 del weights  # they take up room in the object store for as long as they are held
@@ -71,20 +71,20 @@ async def run(
             for task in watching:
                 task.cancel()
     except BaseExceptionGroup as group:
-        first = first_error(group)
-        raise first from first.__cause__  # an error from another process has its traceback there
+        raise_first(group)
     finally:
         recorder.prompts = prompts.counts()
 
 
-async def continuous_rollouts(run: Run) -> None:
+async def continuous_rollouts(run: Run, number: int) -> None:
     """Make groups, one after another, until `shutdown` is set or the training ends and cancels it.
 
-    Consumes tickets. Waits for one (woken when a step has been trained and published, or a group was lost or
-    dropped), then for its group.
+    Consumes tickets. Waits for its turn, for a ticket (woken when a step has been trained and published, or a group
+    was lost or dropped), then for its group.
     """
     begin_activity("rollouts", track=task_name())
     while not run.shutdown.is_set():
+        await run.pacer.concurrency.turn(number)
         ticket = await run.pacer.admit()
         try:
             with span("group", "group", ticket=ticket.serial):
@@ -92,8 +92,7 @@ async def continuous_rollouts(run: Run) -> None:
         except (RewardError, ZeroAdvantage) as error:
             await run.drop(ticket, error)
         except PayloadLost as error:
-            run.recorder.failures.payload_lost(error)
-            run.begin_again([ticket], "payload")
+            run.lost(ticket, error)
 
 
 async def make_group(ticket: Ticket, run: Run) -> None:
@@ -109,9 +108,9 @@ async def make_group(ticket: Ticket, run: Run) -> None:
 async def continuous_training(run: Run, recovery: Recovery, evaluation: Evaluation, checkpoints: Checkpoints) -> None:
     """Train on batch after batch, publish the weights, hand the tickets back; evaluate and keep what is due.
 
-    Consumes batches of P groups. Waits for the replay buffer (woken when the P-th group is there), for the trainer,
-    and for every generator to acknowledge the new weights: only then are tickets released, so new work is born fresh.
-    A shutdown ends the wait for a batch or an evaluation with Interrupted, but lets a step that has begun finish.
+    Waits for a batch (woken when its P-th group is in the replay buffer), for the trainer, and for every generator to
+    acknowledge the new weights: only then are tickets released, so new work is born fresh. A shutdown ends the wait for
+    a batch or an evaluation with Interrupted, but lets a step that has begun finish.
     """
     services, pacer, config, recorder = run.services, run.pacer, run.config, run.recorder
     for step in range(recorder.step + 1, config.trainer.max_steps + 1):
@@ -126,6 +125,7 @@ async def continuous_training(run: Run, recovery: Recovery, evaluation: Evaluati
             (weights, stats), _ = await together(publish_weights(services), recovery.step_trained(step, batch))
         with recorder.metrics_line(step, metrics, taken, stats, times):
             pacer.release(taken.tickets)
+            pacer.concurrency.step_trained(times.seconds)
             await evaluation.after(step, weights)
         del weights, batch
         await checkpoints.after(step)

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from grpo.concurrency import Concurrency
 from grpo.types import Ticket
 from grpo.waiting import waiting_for
 
@@ -43,8 +44,9 @@ class _Work:
 class Pacer:
     """Hands out tickets and keeps the ledger: admitted = trained + dropped (by reason) + outstanding."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, concurrency: Concurrency | None = None) -> None:
         self.capacity = capacity
+        self.concurrency = concurrency or Concurrency(capacity)
         self.admitted = 0
         self.trained = 0
         self.dropped: Counter[str] = Counter()

@@ -6,12 +6,23 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from grpo.concurrency import AutoConcurrency, Concurrency
 from grpo.config import RunConfig
 from grpo.observe.recorder import Recorder
 from grpo.pacing import Pacer
 from grpo.prompts import PromptQueue
 from grpo.services import Services
-from grpo.types import RewardError, Rollout, Ticket, ZeroAdvantage
+from grpo.types import PayloadLost, RewardError, Rollout, Ticket, ZeroAdvantage
+
+
+def make_pacer(config: RunConfig) -> Pacer:
+    """What `rollout.concurrency`, `buffer.max_policy_age` and `trainer.groups_per_step` ask for."""
+    concurrency = Concurrency(config.most_rollouts)
+    if config.rollout.concurrency == "auto":
+        concurrency = AutoConcurrency(
+            config.most_rollouts, start=config.trainer.groups_per_step, target=config.rollout.target_wait
+        )
+    return Pacer(config.ticket_capacity, concurrency)
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,11 @@ class Run:
         else:
             self.recorder.failures.reward_failed(error)
         await self.services.replay_buffer.skip.call_one(ticket)
+
+    def lost(self, ticket: Ticket, error: PayloadLost) -> None:
+        """The group that was being made for this ticket is made again, unless that happens too often."""
+        self.recorder.failures.payload_lost(error)
+        self.begin_again([ticket], "payload")
 
     def begin_again(self, tickets: Sequence[Ticket], reason: str) -> None:
         """Groups that are lost, with a process, a node or the run before, are made again."""

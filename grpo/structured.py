@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 R = TypeVar("R")
 
@@ -93,13 +93,13 @@ async def cancelled(tasks: Iterable[asyncio.Future[Any]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+def raise_first(group: BaseExceptionGroup[BaseException]) -> NoReturn:
     """The first error of a failed task group; the others are mostly its consequences, and are kept as notes."""
     first, *others = _leaves(group)
     for other in others:
         if other is not first:  # one that reached several tasks
             first.add_note(f"at the same time: {type(other).__name__}: {other}")
-    return first
+    raise first from first.__cause__  # an error from another process has its traceback there
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

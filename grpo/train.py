@@ -29,9 +29,9 @@ from grpo.observe.output import Screen, chatter_to
 from grpo.observe.recorder import Recorder
 from grpo.observe.run_dir import RunDirectory
 from grpo.observe.sinks.making import make_sinks
-from grpo.pacing import Pacer
 from grpo.report.page import write_report
 from grpo.resume import ResumePoint, find_resume_point
+from grpo.run import make_pacer
 from grpo.services import Services
 from grpo.structured import unless
 from grpo.types import InfrastructureError
@@ -96,7 +96,7 @@ def _train(config: RunConfig, run_dir: RunDirectory, resume: ResumePoint | None)
     with chatter_to(run_dir.path / "run.log") as console:
         console.print("starting Ray and the actors ...", style="dim")
         display = make_display(console, config.trainer.max_steps, config.observe.log_every)
-        recorder = Recorder(run_dir, display, Pacer(config.ticket_capacity), Failures(config.recovery))
+        recorder = Recorder(run_dir, display, make_pacer(config), Failures(config.recovery))
         recorder.sinks = make_sinks(config.observe.sinks, run_dir.path, dataclasses.asdict(config), recorder.warn)
         try:
             status, error = drive(
@@ -141,7 +141,7 @@ async def _prompt_counts(services: Services) -> dict[str, int]:
 def print_plan(config: RunConfig, console: Console) -> None:
     """What the run would start and how far its rollouts may run ahead."""
     console.print(plan_table(actor_specs(config)))
-    running = min(config.rollout.concurrency, config.ticket_capacity)
+    running = min(config.most_rollouts, config.ticket_capacity)
     batch = config.trainer.groups_per_step
     console.print(
         f"rollouts        {config.rollout.concurrency} coroutines, {running} of them can run at once\n"

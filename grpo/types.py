@@ -340,6 +340,10 @@ class ReportError(GRPOError):
     """A folder of which no report can be made."""
 
 
+class TuningError(GRPOError):
+    """Nothing can be said of a run's concurrency: no profile, or a run that failed."""
+
+
 class StalledError(InfrastructureError):
     """Nothing was trained for `watchdog.seconds`."""
 

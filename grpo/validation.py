@@ -26,7 +26,6 @@ _CHOICES = {
 
 # key -> smallest value allowed, and why
 _AT_LEAST = {
-    "rollout.concurrency": (1, "without a rollout coroutine nothing is generated"),
     "rollout.group_size": (2, "advantages compare the completions of one prompt, so a group needs 2 or more"),
     "rollout.temperature": (0, "0 is greedy"),
     "rollout.top_k": (0, "0 switches the filter off"),
@@ -112,6 +111,17 @@ def validate(config: RunConfig) -> None:
     for key in _POSITIVE:
         if (value := _value(config, key)) is not None and not value > 0:
             raise ConfigError(f"is {value}, must be greater than 0", key=key)
+    concurrency = config.rollout.concurrency
+    if concurrency != "auto" and (not isinstance(concurrency, int) or concurrency < 1):
+        raise ConfigError(
+            f"is {concurrency}, must be at least 1, or auto: without a rollout coroutine nothing is generated",
+            key="rollout.concurrency",
+        )
+    if not 0 < config.rollout.target_wait < 1:
+        raise ConfigError(
+            f"is {config.rollout.target_wait}, must be in (0, 1): the share of its time that the trainer may wait",
+            key="rollout.target_wait",
+        )
     if not 0 < config.rollout.top_p <= 1:
         raise ConfigError(f"is {config.rollout.top_p}, must be in (0, 1]; 1 switches it off", key="rollout.top_p")
     if not 0 < config.dataloader.revisit <= 1:
@@ -230,7 +240,7 @@ def _validate_evaluation(config: RunConfig) -> None:
 def warnings(config: RunConfig) -> list[str]:
     """Settings that work, but not as one may think."""
     found = []
-    if config.rollout.concurrency > config.ticket_capacity:
+    if config.most_rollouts > config.ticket_capacity:
         found.append(
             f"rollout.concurrency={config.rollout.concurrency}: only {config.ticket_capacity} rollouts can ever run, "
             f"(max_policy_age {config.buffer.max_policy_age} + 1) x {config.trainer.groups_per_step} groups_per_step "

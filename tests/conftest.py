@@ -13,7 +13,7 @@ from grpo.models.tiny import character_tokenizer, tiny_llama
 from grpo.observe.display import PlainDisplay
 from grpo.observe.recorder import Recorder
 from grpo.observe.run_dir import RunDirectory
-from grpo.pacing import Pacer
+from grpo.run import make_pacer
 
 
 def pytest_addoption(parser):
@@ -71,7 +71,7 @@ def make_recorder(tmp_path):
         run_dir = RunDirectory(folder or tmp_path / f"run-{len(opened)}")
         opened.append(run_dir)
         display = PlainDisplay(Console(file=io.StringIO()), config.trainer.max_steps, log_every=1)
-        return Recorder(run_dir, display, Pacer(config.ticket_capacity), Failures(config.recovery))
+        return Recorder(run_dir, display, make_pacer(config), Failures(config.recovery))
 
     yield make
     for run_dir in opened:

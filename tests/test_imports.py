@@ -13,7 +13,8 @@ MAY_IMPORT = {
     "services": set(),
     "telemetry": {"types"},
     "waiting": {"telemetry"},
-    "pacing": {"types", "waiting"},
+    "concurrency": {"structured", "waiting"},
+    "pacing": {"types", "concurrency", "waiting"},
     "checksum": set(),
     "flat_buffer": set(),
     "weights": {"types", "checksum", "flat_buffer"},
@@ -40,7 +41,7 @@ MAY_IMPORT = {
     "difficulty": {"types"},
     "prompts": {"types", "services", "pacing", "difficulty"},
     "rollout": {"types", "services", "config", "imports", "telemetry", "structured", "algorithms"},
-    "run": {"types", "services", "config", "pacing", "prompts", "observe"},
+    "run": {"types", "services", "config", "concurrency", "pacing", "prompts", "observe"},
     "evaluation": {"types", "services", "config", "telemetry", "structured", "waiting", "watchdog", "rollout", "run"},
     "recovery": {"types", "services", "run"},
     "checkpointing": {"types", "waiting", "recovery", "run"},
@@ -54,6 +55,10 @@ MAY_IMPORT = {
     "export": {"types", "config", "learner", "models"},
     "command_line": {"types", "config", "composition"},
     "report": {"types", "observe"},
+    "tuning": {
+        "types", "services", "config", "composition", "structured", "failures", "pacing", "observe", "weights",
+        "actors", "cluster", "run", "loop", "report",
+    },
 }  # fmt: skip
 
 # Outside libraries that only some places may touch.

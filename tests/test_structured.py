@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from grpo.structured import Interrupted, Signal, first_error, together, unless, within
+from grpo.structured import Interrupted, Signal, raise_first, together, unless, within
 
 
 async def test_together_gives_results_in_order():
@@ -120,14 +120,15 @@ async def test_a_block_that_is_late_raises_the_error_made_for_it_and_leaves_othe
         await asyncio.sleep(0)
 
 
-def test_first_error_digs_out_the_leaf_and_notes_the_others():
+def test_the_first_error_of_a_group_is_raised_bare_with_the_others_as_notes():
     group = BaseExceptionGroup("outer", [ExceptionGroup("inner", [ValueError("a"), KeyError("b")]), OSError("c")])
-    error = first_error(group)
-    assert isinstance(error, ValueError)
-    assert len(error.__notes__) == 2
+    with pytest.raises(ValueError, match="a") as raised:
+        raise_first(group)
+    assert len(raised.value.__notes__) == 2
 
 
 def test_an_error_that_reached_several_tasks_is_not_a_note_of_itself():
     error = ValueError("a")
-    assert first_error(ExceptionGroup("outer", [error, error, KeyError("b")])) is error
+    with pytest.raises(ValueError, match="a"):
+        raise_first(ExceptionGroup("outer", [error, error, KeyError("b")]))
     assert error.__notes__ == ["at the same time: KeyError: 'b'"]

@@ -25,7 +25,10 @@ _CLOSE_TIMEOUT_S = 5.0
 async def launch_local(
     config: RunConfig, failures: Failures, fakes: Mapping[str, Any] | None = None
 ) -> AsyncIterator[Services]:
-    """All actors of a run as objects of this process. `fakes` stand in for actors by name."""
+    """All actors of a run as objects of this process.
+
+    `fakes` stand in for actors by name; one that is a function is called for each replica.
+    """
     claims = Claims()
     services = {
         spec.name: make_service(spec, partial(_spawn, spec, (fakes or {}).get(spec.name)), failures, config, claims)
@@ -39,4 +42,5 @@ async def launch_local(
 
 
 def _spawn(spec: ActorSpec, fake: Any, name: str) -> LocalEndpoint:
-    return LocalEndpoint(spec.cls(**spec.kwargs) if fake is None else fake, name)
+    actor = spec.cls(**spec.kwargs) if fake is None else fake() if callable(fake) else fake
+    return LocalEndpoint(actor, name)

@@ -45,6 +45,22 @@ def make_display(console: Console, max_steps: int, log_every: int) -> Display:
     return LiveDisplay(console, max_steps) if console.is_terminal else PlainDisplay(console, max_steps, log_every)
 
 
+class Silent:
+    """Shows nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Nothing to tidy up."""
+
+    def step(self, metrics: Mapping[str, float]) -> None: ...
+
+    def evaluated(self, report: EvaluationReport) -> None: ...
+
+    def warn(self, message: str) -> None: ...
+
+
 class PlainDisplay:
     """One line every `log_every` steps, for pipes and log files."""
 

@@ -237,6 +237,7 @@ class Recorder:
             "recovery/groups_begun_again": self.pacer.reissued.total(),
             "buffer/groups_waiting": batch.groups_waiting,
             "rollout/outstanding": self.pacer.outstanding,
+            "rollout/concurrency": self.pacer.concurrency.limit,
             **self.loop_lag.take(),
             **mean_waiting(now),
         }

@@ -19,7 +19,7 @@ from grpo.config import RunConfig
 from grpo.failures import Failures
 from grpo.loop import run
 from grpo.observe.recorder import Recorder
-from grpo.pacing import Pacer
+from grpo.run import make_pacer
 from grpo.types import EvaluationReport
 
 Record = dict[str, Any]
@@ -98,7 +98,7 @@ def make_run(config: RunConfig, target: float) -> Record:
 async def _train(config: RunConfig, watch: Watch, folder: Path) -> None:
     config, run_dir = preflight.open_run(config, preflight.check_names(config), folder)
     try:
-        recorder = Recorder(run_dir, watch, Pacer(config.ticket_capacity), Failures(config.recovery))
+        recorder = Recorder(run_dir, watch, make_pacer(config), Failures(config.recovery))
         async with launch_local(config, recorder.failures) as services:
             await run(services, config, recorder, watch.shutdown)
     finally:
