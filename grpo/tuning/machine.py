@@ -66,10 +66,8 @@ class Calls:
     def __init__(self, seconds: float, driver_s: float) -> None:
         self._way_s, self._driver_s = max(0.0, seconds - driver_s), driver_s
         self._driver = Line(1)
-        self.count = 0
 
     async def begin(self) -> None:
-        self.count += 1
         await self._driver.served(self._driver_s / 2)
         await asyncio.sleep(self._way_s / 2)
 

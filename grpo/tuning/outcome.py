@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 
 from grpo.types import TuningError
@@ -19,6 +21,15 @@ class Outcome:
     trainer_wait: float
     generator_busy: float
     policy_age: float
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """The lines of its metrics.jsonl. Raises TuningError when there is none."""
+    try:
+        text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+    except OSError as error:
+        raise TuningError(f"{run} has no metrics: {error.strerror}") from None
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def outcome_of(lines: Sequence[Mapping[str, float]]) -> Outcome:

@@ -6,7 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,33 @@ class GroupShape:
     @property
     def tokens_trained(self) -> int:
         return sum(self.lengths) * self.signal
+
+    def of_size(self, completions: int) -> GroupShape:
+        """The same with another `rollout.group_size`: its lengths over and over, or the first of them."""
+        return replace(self, lengths=tuple(islice(cycle(self.lengths), completions)))
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """A distribution of the lengths of completions: fixed:N, geometric:MEAN or lognormal:MEDIAN,SIGMA."""
+
+    name: str
+    parameters: tuple[float, ...]
+
+    def draw(self, rng: np.random.Generator, count: int) -> list[int]:
+        if self.name == "geometric":
+            return [int(n) for n in rng.geometric(1 / self.parameters[0], count)]
+        median, sigma = (*self.parameters, 0.0)[:2]  # fixed: without any spread
+        return [max(1, round(n)) for n in median * rng.lognormal(0.0, sigma, count)]
+
+
+def parse_lengths(text: str) -> Lengths:
+    """Raises ValueError for what is none."""
+    name, _, numbers = text.partition(":")
+    parameters = tuple(float(number) for number in numbers.split(",") if number.replace(".", "").isdigit())
+    if {"fixed": 1, "geometric": 1, "lognormal": 2}.get(name) != len(parameters) or parameters[0] < 1:
+        raise ValueError(f"{text} is no distribution of lengths: fixed:64, geometric:200 or lognormal:300,0.8")
+    return Lengths(name, parameters)
 
 
 @dataclass(frozen=True)
@@ -61,8 +88,9 @@ class Profile:
     load: float = 0.0
     publish: float = 0.0
     snapshot: float = 0.0
-    call: float = 0.001  # an empty call, there and back
-    call_driver: float = 0.0005  # of each call, the part in which the driver can do nothing else
+    call: float = 0.002  # an empty call, there and back, with nothing else going on
+    call_driver: float = 0.001  # of it, the part in which the driver and Ray do nothing else
+    step_call: float = 0.0  # what a call of the training takes beyond that: batches and weights are brought along
     decode_slowed: float = 0.0  # by so much more while the trainer computes, where they share cores or memory
     train_slowed: float = 0.0  # by so much more while all generators compute
 
@@ -76,6 +104,15 @@ class Profile:
             score=tuple(seconds / reward for seconds in self.score),
         )
 
+    def with_lengths(self, lengths: Lengths, most: int) -> Profile:
+        """The same with completions of other lengths, of `most` tokens at most; as many groups have a signal."""
+        rng = np.random.default_rng(0)
+        groups = [
+            GroupShape(tuple(min(most, length) for length in lengths.draw(rng, len(group.lengths))), group.signal)
+            for group in self.groups
+        ]
+        return replace(self, groups=tuple(groups))
+
     def save(self, file: Path) -> None:
         file.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
@@ -87,6 +124,7 @@ def load_profile(file: Path) -> Profile:
         for name in ("decode", "prefill", "train"):
             record[name] = Cost(**record[name])
         record["groups"] = tuple(GroupShape(tuple(g["lengths"]), g.get("signal", True)) for g in record["groups"])
+        record |= {name: tuple(record[name]) for name in ("score", "reference") if name in record}
         return Profile(**record)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TuningError(f"{file} is no profile: {error}; scripts/tune.py --save-profile makes one") from None
@@ -100,11 +138,12 @@ def profile_of(runs: Sequence[Path]) -> Profile:
     traces = [read_trace(run) for run in runs]
     decodes = np.array([decode for trace in traces for decode in _decodes(trace)])
     prefills = np.array([prefill for trace in traces for prefill in _prefills(trace)])
-    steps = np.array([step for trace in traces for step in _train_steps(trace)])
     if not len(decodes):
         raise TuningError(f"{runs[0]} has no decode spans: a profile needs generator.engine=torch, or to be written")
+    steps = np.array([step for trace in traces for step in _train_steps(trace)])
     if len(steps) < _FEW:
         raise TuningError(f"{len(steps)} train steps are too few: trainer.max_steps={_FEW + _STEPS_TO_WARM_UP} or more")
+    call, call_driver = _calls(np.array([add for trace in traces for add in _adds(trace)]))
     decode, decode_slowed = _fit(decodes, contended=True)
     train, train_slowed = _fit(steps, contended=True)
     return Profile(
@@ -117,7 +156,9 @@ def profile_of(runs: Sequence[Path]) -> Profile:
         load=_mean(span.seconds for trace in traces for span in trace.of("generator", "load")),
         publish=_mean(s for trace in traces for s in _trainer_services(trace)["publish"]),
         snapshot=_mean(s for trace in traces for s in _trainer_services(trace)["snapshot"]),
-        call=_mean(call for trace in traces for call in _calls(trace)),
+        call=call,
+        call_driver=call_driver,
+        step_call=max(0.0, _mean(seconds for trace in traces for seconds in _step_calls(trace)) - call),
         decode_slowed=decode_slowed,
         train_slowed=train_slowed,
     )
@@ -197,7 +238,24 @@ def _trainer_services(trace: Trace) -> dict[str, list[float]]:
     return found
 
 
-def _calls(trace: Trace) -> Iterable[float]:
+def _adds(trace: Trace) -> Iterable[tuple[float, float]]:
+    """Seconds of calls that do next to nothing, and how many other calls of rollouts began or ended meanwhile."""
+    adds = trace.rollouts("replay_buffer.add")
+    calls = [*adds, *trace.rollouts("reward.score"), *trace.rollouts("generator.generate")]
+    events = np.sort([time for call in calls for time in (call.begin, call.end)])
+    for add in adds:
+        yield add.seconds, float(np.searchsorted(events, add.end) - np.searchsorted(events, add.begin, "right"))
+
+
+def _calls(adds: Array) -> tuple[float, float]:
+    """What a call takes by itself, and what part of that others have to wait for."""
+    cost, _ = _fit(adds)
+    if cost.each == 0:  # one rollout after another: nobody was in the way
+        return cost.base, min(Profile.call_driver, cost.base)
+    return cost.base, min(2 * cost.each, cost.base)
+
+
+def _step_calls(trace: Trace) -> Iterable[float]:
     """What the calls of the training cost beside the work that was done in them, a mean for each kind."""
     services = _trainer_services(trace)
     work = {

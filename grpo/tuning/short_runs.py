@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo.tuning.outcome import Outcome, outcome_of
+from grpo.tuning.outcome import Outcome, outcome_of, read_metrics
 from grpo.tuning.search import Setting
 from grpo.types import TuningError
 
@@ -39,10 +38,4 @@ class ShortRuns:
         return folder
 
     def measure(self, setting: Setting) -> Outcome:
-        return outcome_of_run(self.run(setting))
-
-
-def outcome_of_run(folder: Path) -> Outcome:
-    """Raises TuningError when it trained too few steps."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return outcome_of([json.loads(line) for line in lines])
+        return outcome_of(read_metrics(self.run(setting)))

@@ -54,7 +54,8 @@ class World:
 
     def shape(self, serial: int) -> GroupShape:
         """That of the group of a prompt."""
-        return self.profile.groups[serial % len(self.profile.groups)]
+        groups = self.profile.groups
+        return groups[serial % len(groups)].of_size(self.config.rollout.group_size)
 
     def actors(self) -> dict[str, Any]:
         """By name, as `launch_local` takes them: every replica of the generator is one of its own."""
@@ -115,7 +116,7 @@ class _ReplayBuffer(ReplayBuffer):
 
     def __init__(self, world: World) -> None:
         super().__init__(world.config.buffer.window)
-        self._calls = world.calls
+        self._calls, self._step_call_s = world.calls, world.profile.step_call
 
     async def add(self, ticket: Ticket, group: Group) -> None:
         await self._calls.begin()
@@ -126,6 +127,7 @@ class _ReplayBuffer(ReplayBuffer):
     async def sample(self, count: int) -> tuple[Batch, BatchReport]:
         await self._calls.begin()
         batch, report = await super().sample(count)
+        await asyncio.sleep(self._step_call_s)
         await self._calls.end()
         return batch, report
 
@@ -156,6 +158,7 @@ class _Trainer:
         await self._world.calls.begin()
         async with self._one_at_a_time:
             await self._world.trainer.work(seconds)
+        await asyncio.sleep(self._world.profile.step_call)
         await self._world.calls.end()
 
 
@@ -203,6 +206,7 @@ class _Generator:
         self._updates.append((weights.version, loaded))
         self._wake()
         await loaded
+        await asyncio.sleep(self._world.profile.step_call)
         await self._world.calls.end()
         return GeneratorStats(self.busy_s, self.tokens, str(id(self)))
 
