@@ -22,7 +22,8 @@ def runs(tmp_path, monkeypatch):
             folder = pathlib.Path(sys.argv[-1].removeprefix("hydra.run.dir="))
             folder.mkdir(parents=True)
             (folder / "arguments").write_text(" ".join(sys.argv[1:-1]))
-            line = {"time/step_s": 2.0, "time/trainer_wait_s": 0.5, "generator/busy_fraction": 0.7, "policy_age/mean": 1.0}
+            line = {"time/step_s": 2.0, "time/trainer_wait_s": 0.5}
+            line |= {"generator/busy_fraction": 0.7, "policy_age/mean": 1.0}
             (folder / "metrics.jsonl").write_text((json.dumps(line) + "\\n") * 8)
             """
         )
