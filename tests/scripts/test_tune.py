@@ -24,9 +24,8 @@ def test_a_setting_is_measured_and_then_simulated(start, type_in, tmp_path):
     code, stdout, _ = type_in("tune.py", *simulated, "--against", str(run), model=[])
     assert code == 0
     assert "age0_concurrency4" in stdout.replace("\n", "")
-    code, stdout, _ = type_in(
-        "tune.py", "--simulate", "profile.json", "--lengths", "geometric:6", "--trainer-speed", "0.1"
-    )
+    elsewhere = ("--lengths", "geometric:6", "--trainer-speed", "0.1", "--target", "0.9")
+    code, stdout, _ = type_in("tune.py", "--simulate", "profile.json", *elsewhere)
     assert code == 0
 
 
