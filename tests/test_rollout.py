@@ -43,7 +43,7 @@ async def test_the_reference_runs_side_by_side_with_the_reward(tiny_config):
     asked = {"reward": asyncio.Event(), "reference": asyncio.Event()}
 
     class Reward:
-        async def score(self, prompt, completions):
+        async def score(self, prompt, completions, detail):
             asked["reward"].set()
             await asked["reference"].wait()
             raise RewardError("both were asked")

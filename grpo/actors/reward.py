@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain, repeat
+
+from transformers import PreTrainedTokenizerBase
 
 from grpo.actors.scoring import Parts, Scorer
 from grpo.config import RunConfig
+from grpo.models.token_texts import token_texts
 from grpo.models.tokenizer import load_tokenizer
 from grpo.rewards.killable import Killable
 from grpo.telemetry.recording import measure
-from grpo.types import Completion, Prompt, Scores
+from grpo.types import Completion, Detail, Prompt, Scores
 
 
 class Reward:
@@ -37,8 +42,8 @@ class Reward:
         self._tokenizer = load_tokenizer(self._config.model)
         await self._scorer.start()
 
-    async def score(self, prompt: Prompt, completions: Sequence[Completion]) -> Scores:
-        """Scores of one group; its texts too for one in `observe.rollouts_every` prompts.
+    async def score(self, prompt: Prompt, completions: Sequence[Completion], detail: Detail = "rewards") -> Scores:
+        """Scores of one group, with its texts and tokens where `detail` asks for them.
 
         Raises RewardError when a function raises, and its subclasses RewardTimeout, RewardCrash, RewardMemory and
         RewardInvalid; their notes hold the traceback of user code.
@@ -51,8 +56,12 @@ class Reward:
         rewards = tuple(
             sum(map(math.prod, zip(weights, scores, strict=True))) for scores in zip(*parts.values(), strict=True)
         )
-        with_texts = prompt.serial % self._config.observe.rollouts_every == 0
-        return Scores(rewards, parts, tuple(texts) if with_texts else ())
+        return Scores(
+            rewards,
+            parts,
+            texts=() if detail == "rewards" else tuple(texts),
+            tokens=await asyncio.to_thread(self._tokens, completions) if detail == "tokens" else "",
+        )
 
     async def close(self) -> None:
         """End the processes, whatever runs in them."""
@@ -60,3 +69,15 @@ class Reward:
 
     def _decode(self, completions: Sequence[Completion]) -> list[str]:
         return self._tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
+
+    def _tokens(self, completions: Sequence[Completion]) -> str:
+        groups = [list(_triples(completion, self._tokenizer)) for completion in completions]
+        return json.dumps(groups, ensure_ascii=False, separators=(",", ":"))
+
+
+def _triples(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, float | None, int]]:
+    """[text, log-probability, policy version] of each token; four decimals are more than anybody sees."""
+    versions = chain.from_iterable(repeat(version, count) for version, count in completion.versions)
+    texts = token_texts(tokenizer, completion.token_ids.tolist())
+    for text, logprob, version in zip(texts, completion.logprobs.tolist(), versions, strict=True):
+        yield text, round(logprob, 4) if math.isfinite(logprob) else None, version

@@ -134,6 +134,7 @@ class Recorder:
                     "policy_version": group.oldest_version,
                     **({"dropped": dropped} if dropped else {}),
                 },
+                **({"tokens": scores.tokens} if scores.tokens else {}),
             )
 
     def group_dropped(self, ticket: Ticket, error: RewardError | ZeroAdvantage) -> None:

@@ -53,7 +53,7 @@ def finished_group(serial, reward, completions=()):
     group = Group(prompt, completions, None, (reward, reward), (0.0, 0.0), oldest_version=0)
     texts = ("ab", "ba") if serial % 2 == 0 else ()
     scores, report = (
-        Scores((reward, reward), {"task": (reward, reward)}, texts),
+        Scores((reward, reward), {"task": (reward, reward)}, texts, '[[["ab",-0.5,3]],[]]' if texts else ""),
         GenerationReport(0, 0, (2, 4), (False, True)),
     )
     return Rollout(group, scores, report, shaped_rewards=(reward / 2, reward / 2))
@@ -109,6 +109,7 @@ def test_groups_that_come_with_texts_are_kept(recorded):
     assert groups[0]["prompt"] == "ba>"
     assert groups[0]["completions"] == ["ab", "ba"]
     assert groups[0]["rewards"] == [0.05, 0.05]
+    assert groups[0]["tokens"] == [[["ab", -0.5, 3]], []]
 
 
 def lines(recorder):
