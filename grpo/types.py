@@ -129,7 +129,7 @@ class Scores:
     """Rewards of one group: the weighted sum per completion and its parts by reward function.
 
     `texts` are the decoded completions, where they were asked for. `tokens`, likewise, is the JSON of a list for each
-    completion: its tokens as [text, log-probability, policy version]. As one string it costs the driver next to nothing.
+    completion: its tokens as [text, log-probability, policy version]. One string is light to carry.
     """
 
     rewards: tuple[float, ...]

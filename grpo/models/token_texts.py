@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
@@ -20,7 +21,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]) ->
     return list(_streamed(backend, token_ids))
 
 
-def _streamed(backend: object, token_ids: Iterable[int]) -> Iterator[str]:
+def _streamed(backend: Tokenizer, token_ids: Iterable[int]) -> Iterator[str]:
     stream, held_back = DecodeStream(skip_special_tokens=False), False
     for token_id in token_ids:
         if held_back:
