@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from grpo.failures import Failures
 from grpo.observe.display import Display
+from grpo.observe.events import Events
 from grpo.observe.loop_lag import LoopLag
 from grpo.observe.run_dir import RunDirectory
 from grpo.observe.sinks.fanout import Sinks
@@ -90,7 +91,8 @@ class Recorder:
         self._for_next_line: Metrics = {}  # what evaluations and checkpoints have left since the last one
         self._evaluations_skipped = 0
         self._evaluating: int | None = None  # the step of an evaluation that runs beside the training
-        failures.tell = self.warn
+        self._events = Events(run_dir, self._run_s)
+        failures.tell, failures.on_death, failures.on_return = self.warn, self._events.died, self._events.is_back
         self._started = self._step_began = self._generators_seen = time.perf_counter()
 
     async def watch_loop(self, slow_callback_ms: float) -> None:
@@ -102,7 +104,15 @@ class Recorder:
 
     @property
     def wall_s(self) -> float:
-        return self._wall_s_before + time.perf_counter() - self._started
+        return self._run_s(time.perf_counter())
+
+    def _run_s(self, at: float) -> float:
+        """A time of time.perf_counter on the run's clock."""
+        return self._wall_s_before + at - self._started
+
+    def go_on_after(self, wall_s: float) -> None:
+        """The run has lasted so long before. To be said before anything is recorded: everything is on this clock."""
+        self._wall_s_before = wall_s
 
     def timeline(self, most_mb: float) -> Timeline:
         """Its zero is that of `wall_s`."""
@@ -309,13 +319,18 @@ class Recorder:
         self.evaluations = [evaluation_report(record) for record in state["evaluations"]]
         self._evaluations_skipped = state["evaluations_skipped"]
         self._resumed_at = [*state["resumed_at"], step]
-        self._wall_s_before = state["wall_s"]
+        self.go_on_after(state["wall_s"])
+        self._events.resumed(step, state["wall_s"])
 
     def _recovery(self) -> dict[str, Any]:
         """Seconds from the death of an actor until its replacement served, and until the next trained step."""
-        summary: dict[str, Any] = {"deaths": [dataclasses.asdict(death) for death in self.failures.deaths]}
+        deaths = [
+            {"actor": d.actor, "error": d.error, "at_s": self._run_s(d.at), "back_s": d.back_s, "next_step_s": d.next_step_s}
+            for d in self.failures.deaths
+        ]
+        summary: dict[str, Any] = {"deaths": deaths}
         for name in ("back_s", "next_step_s"):
-            values = [death[name] for death in summary["deaths"] if death[name] is not None]
+            values = [death[name] for death in deaths if death[name] is not None]
             summary |= {f"{name}_median": median(values), f"{name}_max": max(values)} if values else {}
         return summary
 

@@ -17,7 +17,7 @@ from grpo.types import ConfigError
 
 log = logging.getLogger(__name__)
 
-_GROWING = ("metrics.jsonl", "rollouts.jsonl", "ledger.jsonl", "timeline.json")
+_GROWING = ("metrics.jsonl", "rollouts.jsonl", "ledger.jsonl", "events.jsonl", "timeline.json")
 
 
 class RunDirectory:

@@ -27,6 +27,7 @@ class Run:
     summary: Record
     config: Record  # flat: "trainer.lr" -> 0.0003
     config_text: str
+    events: list[Record]  # deaths of processes and the like
     notes: list[str]
 
     @property
@@ -38,16 +39,25 @@ class Run:
 
     @property
     def deaths(self) -> list[Record]:
-        """Each with the step that was under way: the first whose count of restarts includes it."""
-        deaths = self.summary.get("recovery", {}).get("deaths", [])
-        counts = [step.get("recovery/restarts") or 0 for step in self.steps]
-        fell = [place for place in range(1, len(counts)) if counts[place] < counts[place - 1]]
-        begin = fell[-1] if fell else 0  # a resumed run counts from zero again
-        return [death | {"step": self._first_with(counts, begin, number)} for number, death in enumerate(deaths, 1)]
+        """Each with when its replacement served and when the next step was trained, in seconds after it, if ever."""
+        died = [event | {"back_s": None} for event in self.events if event.get("event") == "died"]
+        for event in self.events:
+            if event.get("event") == "back":  # of its last death: a place is taken by one process after another
+                of_it = [death for death in died if death["actor"] == event["actor"] and death["at_s"] <= event["at_s"]]
+                if of_it:
+                    of_it[-1]["back_s"] = event["after_s"]
+        return [death | self._next_step(death["at_s"]) for death in died]
 
-    def _first_with(self, counts: Sequence[float], begin: int, number: int) -> int:
-        places = (place for place in range(begin, len(counts)) if counts[place] >= number)
-        return int(self.steps[next(places, len(counts) - 1)]["step"])
+    @property
+    def resumed_at(self) -> list[int]:
+        return [event["step"] for event in self.events if event.get("event") == "resumed"]
+
+    def _next_step(self, at_s: float) -> Record:
+        """The step that was under way, and how long it still took; the last one when none came after."""
+        after = next((step for step in self.steps if (step.get("wall_s") or 0.0) > at_s), None)
+        if after is None:
+            return {"step": self.steps[-1]["step"], "next_step_s": None}
+        return {"step": after["step"], "next_step_s": after["wall_s"] - at_s}
 
 
 def read_run(folder: Path) -> Run:
@@ -61,7 +71,8 @@ def read_run(folder: Path) -> Run:
     if not steps:
         raise ReportError(f"{folder}/metrics.jsonl holds no step: nothing was trained yet")
     text = _text(folder / "config.yaml")
-    return Run(folder, steps, _summary(folder, notes), _config(text, notes), text, notes)
+    events = [event for event in read_jsonl(folder / "events.jsonl", notes) if "at_s" in event]
+    return Run(folder, steps, _summary(folder, notes), _config(text, notes), text, events, notes)
 
 
 def read_rollouts(folder: Path, notes: list[str], most: int = 3000, most_bytes: int = 12_000_000) -> list[Record]:

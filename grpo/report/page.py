@@ -78,7 +78,7 @@ def _of_run(run: Run, name: str, notes: list[str]) -> Record:
         "figures": figures(run),
         "evaluations": run.evaluations,
         "deaths": run.deaths,
-        "resumed_at": run.summary.get("resumed_at", []),
+        "resumed_at": run.resumed_at,
         "columns": columns(run.steps, every),
         "config": run.config_text,
         "notes": notes,

@@ -319,3 +319,19 @@ def test_sinks_get_every_step_the_samples_and_what_came_out(tiny_config, make_re
     )
     assert [call[0] for call in Sink.calls[-2:]] == ["summary", "close"]
     assert Sink.calls[-2][1]["status"] == "completed"
+
+
+def test_deaths_are_told_at_once_on_the_clock_of_the_run(tiny_config, make_recorder):
+    recorder = make_recorder(tiny_config)
+    recorder.go_on_after(1000.0)
+    death = recorder.failures.actor_died("trainer", ActorDied("trainer died: killed"))
+    recorder.failures.actor_is_back(death)
+    recorder.restore(7, recorder.state())
+    summary = recorder.write_summary("completed")
+    recorder.run_dir.close()
+    died, back, resumed = recorder.run_dir.read("events.jsonl")
+    assert (died["event"], died["actor"], died["error"]) == ("died", "trainer", "trainer died: killed")
+    assert 1000.0 <= died["at_s"] <= back["at_s"] <= resumed["at_s"]
+    assert back == {"event": "back", "at_s": back["at_s"], "actor": "trainer", "after_s": death.back_s}
+    assert (resumed["event"], resumed["step"]) == ("resumed", 7)
+    assert summary["recovery"]["deaths"][0]["at_s"] == pytest.approx(died["at_s"], abs=1e-3)

@@ -14,9 +14,13 @@ def test_a_whole_run(tmp_path):
     run = read_run(make_run(tmp_path / "run"))
     assert run.config["rollout.concurrency"] == 4
     assert [each["step"] for each in run.evaluations] == [0, 12]
-    assert [(death["actor"], death["step"]) for death in run.deaths] == [("generator-1", 5)]
+    assert [(d["actor"], d["at_s"], d["step"], d["back_s"], d["next_step_s"]) for d in run.deaths] == [
+        ("generator", 14.5, 5, 2.0, 0.5),
+        ("reward-1", 14.75, 5, None, 0.25),
+    ]
+    assert run.resumed_at == [2]
     found = figures(run)
-    assert (found["status"], found["restarts"], found["tokens_per_s"]) == ("failed", 1, 400.0)
+    assert (found["status"], found["restarts"], found["tokens_per_s"]) == ("failed", 2, 400.0)
     assert found["groups_per_s"] == pytest.approx(12 * 4 / (12 * 0.7))
     assert not run.notes
 
