@@ -344,6 +344,10 @@ class ReportError(GRPOError):
     """A folder of which no report can be made."""
 
 
+class NothingTrained(ReportError):
+    """The folder of a run that has not trained a step yet, or never will."""
+
+
 class StalledError(InfrastructureError):
     """Nothing was trained for `watchdog.seconds`."""
 

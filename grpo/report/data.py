@@ -13,9 +13,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from grpo.types import ReportError
+from grpo.types import NothingTrained, ReportError
 
 Record = dict[str, Any]
+
+_EXAMPLE = "outputs/2026-01-31/12-00-00"
 
 
 @dataclass(frozen=True)
@@ -61,18 +63,24 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Raises ReportError when this is no run's folder."""
-    if not folder.is_dir():
-        raise ReportError(f"{folder}: no such folder; name the folder of a run, as in outputs/2026-01-31/12-00-00")
-    if not (folder / "metrics.jsonl").is_file():
-        raise ReportError(f"{folder} holds no metrics.jsonl: it is no run's folder, or no step was trained yet")
+    """Raises ReportError when this is no run's folder, and NothingTrained when it is one, but of no step yet."""
+    check_folder(folder)
     notes: list[str] = []
     steps = [line for line in read_jsonl(folder / "metrics.jsonl", notes) if "step" in line]
     if not steps:
-        raise ReportError(f"{folder}/metrics.jsonl holds no step: nothing was trained yet")
+        raise NothingTrained(f"{folder}: no step was trained yet; --serve waits for the first")
     text = _text(folder / "config.yaml")
     events = [event for event in read_jsonl(folder / "events.jsonl", notes) if "at_s" in event]
-    return Run(folder, steps, _summary(folder, notes), _config(text, notes), text, events, notes)
+    return Run(folder, steps, read_summary(folder, notes), _config(text, notes), text, events, notes)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ReportError when this is no run's folder."""
+    if not folder.is_dir():
+        wrong = "is a file" if folder.exists() else "no such folder"
+        raise ReportError(f"{folder}: {wrong}; name the folder of a run, as in {_EXAMPLE}")
+    if not any((folder / name).exists() for name in ("metrics.jsonl", "config.yaml", ".hydra")):
+        raise ReportError(f"{folder} holds no metrics.jsonl: it is no run's folder; name one, as in {_EXAMPLE}")
 
 
 def read_rollouts(folder: Path, notes: list[str], most: int = 3000, most_bytes: int = 12_000_000) -> list[Record]:
@@ -154,7 +162,7 @@ def _text(file: Path) -> str:
     return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
 
 
-def _summary(folder: Path, notes: list[str]) -> Record:
+def read_summary(folder: Path, notes: list[str]) -> Record:
     if not (text := _text(folder / "summary.json")):
         return {}
     try:

@@ -16,7 +16,7 @@ from grpo.report.data import Record, Run, differing, figures, read_rollouts, rea
 from grpo.report.timeline import read_timeline
 from grpo.types import ReportError
 
-_SCRIPTS = ("base.js", "curves.js", "compare.js", "groups.js", "lanes.js", "loop.js", "report.js")
+_SCRIPTS = ("base.js", "curves.js", "compare.js", "groups.js", "lanes.js", "loop.js", "live.js", "report.js")
 _MOST_POINTS = 4000  # of a curve
 
 
@@ -27,17 +27,22 @@ def write_report(folders: Sequence[Path], out: Path | None = None, *, from_s: fl
     runs = [read_run(folder) for folder in folders]
     if not runs:
         raise ReportError("no folder of a run was named")
+    data = one(runs[0], timeline_of(runs[0].folder, from_s)) if len(runs) == 1 else several(runs)
     out = out or (folders[0] / "report.html" if len(runs) == 1 else _common(folders) / "comparison.html")
     try:
-        out.write_text(page(one(runs[0], from_s) if len(runs) == 1 else several(runs)), encoding="utf-8")
+        out.write_text(page(data), encoding="utf-8")
     except OSError as error:
         raise ReportError(f"can't write {out}: {error.strerror}") from error
     return out
 
 
 def page(data: Mapping[str, Any]) -> str:
-    """Places of the template are filled in one pass: what the data holds is never taken for a place."""
+    """Places of the template are filled in one pass: what the data holds is never taken for a place.
+
+    Data that is `live` comes from a server, which the page asks for more; any other page asks nobody for anything.
+    """
     parts = {
+        "connect": "'self'" if data.get("live") else "'none'",
         "style": _asset("report.css"),
         "plotly": _inline(_plotly()),
         "data": _json(data),
@@ -46,14 +51,20 @@ def page(data: Mapping[str, Any]) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _asset("report.html"))
 
 
-def one(run: Run, from_s: float = 0.0) -> Record:
+def one(run: Run, timeline: Record | None) -> Record:
     """Everything about one run."""
     notes = list(run.notes)
     rollouts = read_rollouts(run.folder, notes)
-    folder = run.folder.resolve()
-    data = _of_run(run, f"{folder.parent.name}/{folder.name}", notes)
-    timeline = read_timeline(run.folder / "timeline.json", from_s=from_s)
-    return {"runs": [data], "rollouts": rollouts, "timeline": timeline}
+    return {"runs": [_of_run(run, name_of(run.folder), notes)], "rollouts": rollouts, "timeline": timeline}
+
+
+def timeline_of(folder: Path, from_s: float) -> Record | None:
+    return read_timeline(folder / "timeline.json", from_s=from_s)
+
+
+def name_of(folder: Path) -> str:
+    folder = folder.resolve()
+    return f"{folder.parent.name}/{folder.name}"
 
 
 def several(runs: Sequence[Run]) -> Record:

@@ -24,17 +24,20 @@ class Browser:
         )  # fmt: skip
         os.close(to_browser)
         os.close(from_browser)
-        self._number, self._read, self._session = 0, b"", None
+        self._number, self._read, self._session, self._allowed = 0, b"", None, ("about:",)
         self.console = []
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self._call(f"{domain}.enable")
 
-    def open(self, path, width=1280, height=900):
+    def open(self, page, width=1280, height=900):
+        """A file, or an address of a server, which may be asked for more; nobody else may."""
+        url = page if isinstance(page, str) else page.resolve().as_uri()
+        self._allowed = ("file:", "data:", "blob:", "about:", *([page] if isinstance(page, str) else []))
         self.console.clear()
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        self._call("Page.navigate", url=path.resolve().as_uri())
+        self._call("Page.navigate", url=url)
         self.until("document.readyState === 'complete' && document.getElementById('title')?.textContent")
 
     def prefer(self, scheme):
@@ -111,5 +114,5 @@ class Browser:
             self.console.append(" ".join(str(argument.get("value")) for argument in parameters["args"]))
         elif kind == "Network.requestWillBeSent":
             url = parameters["request"]["url"]
-            if not url.startswith(("file:", "data:", "blob:", "about:")):
+            if not url.startswith(self._allowed):
                 self.console.append(f"asked the network for {url}")

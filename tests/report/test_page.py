@@ -6,6 +6,8 @@ from grpo.report.page import write_report
 from tests.report.browser import CHROMIUM, Browser
 from tests.report.made_runs import NASTY, make_run
 
+CHARTS = "[...document.querySelectorAll('.card:not([hidden]) .plot')]"
+
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium or Chrome")
 
 
@@ -40,9 +42,8 @@ def test_the_overview(browser, report):
 
 def test_every_chart_is_drawn(browser, report):
     browser.open(report, height=9000)
-    charts = "[...document.querySelectorAll('.plot')]"
-    browser.until(f"{charts}.every(plot => plot.data?.length)")
-    assert browser.evaluate(f"{charts}.length") >= 15
+    browser.until(f"{CHARTS}.every(plot => plot.data?.length)")
+    assert browser.evaluate(f"{CHARTS}.length") >= 15
     reward = "document.querySelector('.plot')"
     assert browser.evaluate(f"{reward}.data.map(trace => trace.name)") == [
         "all rollouts",
@@ -52,8 +53,15 @@ def test_every_chart_is_drawn(browser, report):
     ]
     assert browser.evaluate(f"{reward}.data[3].error_y.array") == [0.02, 0]
     assert browser.evaluate(f"{reward}.layout.annotations.map(mark => [mark.text, mark.x])") == [
-        ["generator-1 died", 5],
+        ["generator died", 4.5],
+        ["reward-1 died", 4.75],
         ["resumed", 2],
+    ]
+    assert browser.evaluate(f"{reward}.layout.shapes.map(shape => [shape.type, shape.x0, shape.x1])") == [
+        ["line", 4.5, 4.5],
+        ["rect", 4.5, 6.5],  # the other was never replaced
+        ["line", 4.75, 4.75],
+        ["line", 2, 2],
     ]
     browser.click("#axis button:last-child")
     assert browser.evaluate(f"{reward}.data[1].x[0]") == 11
@@ -167,7 +175,7 @@ def test_what_a_run_lacks_is_left_out(browser, tmp_path):
 
 def test_a_run_of_one_step(browser, tmp_path):
     browser.open(write_report([make_run(tmp_path / "short", steps=1)]), height=9000)
-    browser.until("[...document.querySelectorAll('.plot')].every(plot => plot.data)")
+    browser.until(f"{CHARTS}.every(plot => plot.data)")
 
 
 def test_a_narrow_window_has_no_sideways_scrolling(browser, report):
@@ -181,7 +189,7 @@ def test_runs_side_by_side(browser, tmp_path):
     browser.open(write_report(sorted((tmp_path / "sweep").iterdir())), height=6000)
     assert browser.text("#title") == "3 runs"
     assert "rollout.concurrency" in browser.text("#runs-table thead")
-    browser.until("[...document.querySelectorAll('.plot')].every(plot => plot.data?.length)")
+    browser.until(f"{CHARTS}.every(plot => plot.data?.length)")
     sweep = "document.querySelector('#sweep .plot').data[0]"
     assert browser.evaluate(f"{sweep}.x") == [1, 4, 16]
     assert browser.evaluate(f"{sweep}.y[0] < {sweep}.y[2]")

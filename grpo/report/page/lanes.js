@@ -14,8 +14,9 @@ function waitColour(name) {
 const ROW = 16, TOP = 26, GAP = 26, TRACK = 0, BEGIN = 1, LENGTH = 2, NAME = 3, KIND = 4, DEPTH = 5, ARGS = 6;
 
 class Lanes {
-  constructor(canvas, timeline) {
+  constructor(canvas, timeline, deaths) {
     this.canvas = canvas;
+    this.deaths = deaths;
     this.timeline = timeline;
     this.spans = timeline.spans;
     this.layers = timeline.tracks.map(() => []);  // by track and depth, each in order and without overlap
@@ -31,7 +32,7 @@ class Lanes {
 
   repaint() {
     this.colours = Object.fromEntries(this.timeline.names.map((name, number) => [number, waitColour(name)]));
-    Object.assign(this, {ink: css("ink"), soft: css("soft"), line: css("line"), run: css("run"), card: css("card")});
+    Object.assign(this, {ink: css("ink"), soft: css("soft"), line: css("line"), run: css("run"), bad: css("bad")});
   }
 
   get left() { return this.canvas.clientWidth < 600 ? 86 : 118; }
@@ -53,6 +54,7 @@ class Lanes {
     pen.rect(this.left, TOP - 4, width - this.left, this.height);
     pen.clip();
     this.layers.forEach((layers, track) => this.track(track, layers, current?.[2] === track));
+    this.deaths.forEach(death => this.death(death));
     if (ticket !== null) this.flow(ticket);
     pen.restore();
     this.labels(current);
@@ -110,6 +112,21 @@ class Lanes {
     pen.bezierCurveTo((x0 + x1) / 2, y0, (x0 + x1) / 2, y1, x1, y1);
     pen.stroke();
     for (const [x, y] of [[x0, y0], [x1, y1]]) { pen.beginPath(); pen.arc(x, y, 3.5, 0, 7); pen.fill(); }
+  }
+
+  // A line through all lanes; those of the process itself are shaded until a new one serves.
+  death({actor, at_s, back_s}) {
+    const {pen} = this, x = this.x(at_s * 1e6), until = Math.min(this.width, this.x((at_s + (back_s ?? Infinity)) * 1e6));
+    if (x > this.width || until < this.left) return;
+    pen.fillStyle = faded(this.bad, 0.28);
+    this.timeline.tracks.forEach(({process}, track) => { if (process === actor) pen.fillRect(x, this.y[track], until - x, ROW); });
+    pen.strokeStyle = pen.fillStyle = this.bad;
+    pen.lineWidth = 1.4;
+    pen.setLineDash([5, 4]);
+    pen.beginPath(); pen.moveTo(x, TOP - 4); pen.lineTo(x, this.height); pen.stroke();
+    pen.setLineDash([]);
+    pen.font = "600 11px system-ui, sans-serif";
+    if (this.actorsAt !== null) pen.fillText(`${actor} died`, x + 5, this.actorsAt + GAP - 9);
   }
 
   labels(current) {

@@ -1,23 +1,53 @@
 // The page: the overview, and all sections in order.
 
 function startOverview() {
+  showOverview();
+  Theme.listeners.push(showShares);
+  Live.listeners.push(showOverview);
+}
+
+function showOverview() {
   const [run] = RUNS, single = RUNS.length === 1, {figures} = run;
   const title = single ? run.name : `${RUNS.length} runs`;
   document.title = `${title} · report`;
   $("title").textContent = $("bar-name").textContent = title;
   const notes = RUNS.flatMap(each => each.notes.map(note => single ? note : `${each.name}: ${note}`));
   $("notes").replaceChildren(...notes.map(note => h("li", {}, note)));
-  for (const id of ["status", "tiles", "shares"]) $(id).hidden = !single;
+  for (const id of ["status", "tiles", "shares", "failures"]) $(id).hidden = !single;
   if (!single) return;
-  const colour = figures.status === "completed" ? "good" : figures.error ? "bad" : "";
-  $("status").append(h("span", {class: `pill ${colour}`}, figures.status), `after ${count(figures.steps)} steps in ${duration(figures.wall_s)}`);
-  $("error").hidden = !figures.error;
-  $("error").textContent = figures.error ?? "";
+  showStatus(figures);
   $("config").hidden = !run.config;
   $("config-text").textContent = run.config;
-  $("tiles").append(...tiles(figures));
+  $("tiles").replaceChildren(...tiles(figures));
   showShares();
-  Theme.listeners.push(showShares);
+  showFailures(run);
+}
+
+function showStatus(figures) {
+  const [status, more] = figures.status.split(": ");
+  const colour = status === "completed" ? "good" : figures.error ? "bad" : "";
+  $("pill").textContent = DATA.live ? "live" : status;
+  $("pill").className = `pill ${DATA.live ? "on" : colour}`;
+  $("said").textContent = `after ${count(figures.steps)} steps in ${duration(figures.wall_s)}${more && !DATA.live ? `; ${more}` : ""}`;
+  $("error").hidden = !figures.error;
+  $("error").textContent = figures.error ?? "";
+}
+
+// Processes that died, and how long it took until all was well again.
+function showFailures(run) {
+  const heads = ["process", "died at", "in step", "replaced after", "next step after", "error"];
+  const rows = run.deaths.map(death => h("tr", {}, h("td", {}, death.actor),
+    h("td", {}, DATA.timeline ? h("button", {type: "button", class: "link", onclick: () => showMoment(death.at_s)}, duration(death.at_s)) : duration(death.at_s)),
+    h("td", {}, count(death.step)), h("td", {}, duration(death.back_s)), h("td", {}, duration(death.next_step_s)), h("td", {class: "said"}, death.error)));
+  $("failures").hidden = !rows.length;
+  $("failures").replaceChildren(h("h3", {}, "Processes that died"),
+    h("div", {class: "scroll", tabindex: 0, role: "region", "aria-label": "Processes that died"},
+      h("table", {}, h("thead", {}, h("tr", {}, heads.map(head => h("th", {scope: "col"}, head)))), h("tbody", {}, rows))));
+}
+
+function showMoment(seconds) {
+  goTo(seconds * 1e6);
+  $("loop").scrollIntoView();
 }
 
 function tiles(figures) {
@@ -45,15 +75,38 @@ function showShares() {
 }
 
 function startNavigation() {
+  document.querySelectorAll("section").forEach(section => section.setAttribute("tabindex", "-1"));
+  showNavigation();
+  Live.listeners.push(showNavigation);
+}
+
+function showNavigation() {
   const names = {overview: "Overview", runs: "Runs", curves: "Curves", loop: "Event loop", groups: "Groups"};
   const shown = Object.entries(names).filter(([id]) => !$(id).hidden);
-  $("nav").append(...shown.map(([id, name]) => h("a", {href: `#${id}`}, name)));
-  document.querySelectorAll("section").forEach(section => section.setAttribute("tabindex", "-1"));
+  $("nav").replaceChildren(...shown.map(([id, name]) => h("a", {href: `#${id}`}, name)));
+}
+
+// Nothing was trained yet: the page waits for it.
+function startWaiting() {
+  $("curves").hidden = $("axis").hidden = true;
+  const show = () => {
+    document.title = "Run report";
+    $("title").textContent = DATA.name;
+    $("pill").textContent = DATA.live ? "live" : "ended";
+    $("pill").className = `pill ${DATA.live ? "on" : "bad"}`;
+    $("said").textContent = DATA.waiting;
+  };
+  show();
+  Live.listeners.push(show);
 }
 
 Theme.start();
-startOverview();
-startCurves();
-startLoop();
-startGroups();
-startNavigation();
+if (DATA.waiting) startWaiting();
+else {
+  startOverview();
+  startCurves();
+  startLoop();
+  startGroups();
+  startNavigation();
+}
+startLive();
