@@ -185,7 +185,7 @@ function layoutOf(chart, found) {
   const own = chart.layout ?? {};
   const title = chart.ownAxis ? undefined : {text: Axis.kind === "step" ? "step" : "seconds since the start", font: {size: 11.5}, standoff: 6};
   return {
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: {l: 44, r: 8, t: own.showlegend === false ? 10 : 30, b: 38},
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: {l: 44, r: 16, t: own.showlegend === false ? 10 : 30, b: 38},
     font: {family: "system-ui, sans-serif", size: 12, color: css("soft")}, hovermode: "x unified", dragmode: "zoom",
     hoverlabel: {bgcolor: css("card"), bordercolor: css("line"), font: {color: css("ink"), size: 12}},
     showlegend: true, ...own,

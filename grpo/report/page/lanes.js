@@ -1,7 +1,7 @@
 // The lanes of the timeline on a canvas: one for each coroutine and each actor, for a window of time.
 
 const WAIT_COLOURS = {
-  ticket: 9, "generator.generate": 0, "reward.score": 1, "replay_buffer.add": 3, "dataloader.sample": 8, "reference.score": 5,
+  ticket: 9, prompts: 7, "generator.generate": 0, "reward.score": 1, "replay_buffer.add": 3, "dataloader.sample": 8, "reference.score": 5,
   "replay_buffer.sample": 6, "trainer.train_step": 2, "trainer.push_weights": 4, "generator.update_weights": 4, "trainer.snapshot": 7,
   evaluation: 5, prefill: 7, decode: 0, score: 1, train_step: 9, forward: 2, backward: 5, optimizer: 6, publish: 4, load: 4, snapshot: 7, save: 8,
 };
@@ -66,7 +66,7 @@ class Lanes {
   track(track, layers, running) {
     const {pen} = this, y = this.y[track];
     if (running) { pen.fillStyle = faded(this.run, 0.13); pen.fillRect(this.left, y, this.width, ROW); }
-    layers.forEach((numbers, depth) => this.layer(numbers, depth, y));
+    layers.forEach((numbers, depth) => this.layer(numbers, depth, y, layers[depth + 1] ?? []));
     pen.fillStyle = this.run;
     for (let place = this.firstTick(track); place < this.ticks[track].length; place++) {
       const [begin, end, , , , whole] = this.timeline.switches[this.ticks[track][place]];
@@ -75,7 +75,7 @@ class Lanes {
     }
   }
 
-  layer(numbers, depth, y) {
+  layer(numbers, depth, y, inner) {
     const {pen} = this;
     for (let place = this.first(numbers); place < numbers.length; place++) {
       const span = this.spans[numbers[place]];
@@ -85,8 +85,14 @@ class Lanes {
       const mine = this.ticket !== null && ticketsOf(span).includes(this.ticket);
       pen.fillStyle = around ? (mine ? this.run : faded(this.soft, 0.3)) : this.colour(span, depth);
       pen.fillRect(x, y + inset, Math.max(0.7, width), around ? 2 : ROW - 3 - 2 * (inset - 2));
-      if (!around && width > 62) this.caption(this.timeline.names[span[NAME]], x, y, width);
+      if (!around && width > 62 && !this.holds(span, inner)) this.caption(this.timeline.names[span[NAME]], x, y, width);
     }
+  }
+
+  // Whether one of the spans of the next layer lies in it: they would cover its name.
+  holds(span, inner) {
+    const next = this.spans[inner[this.first(inner, span[BEGIN])]];
+    return span[KIND] === "busy" && next !== undefined && next[BEGIN] < span[BEGIN] + span[LENGTH];
   }
 
   colour(span) { return faded(this.colours[span[NAME]], span[KIND] === "busy" ? 0.85 : 0.5); }

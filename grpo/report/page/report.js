@@ -42,7 +42,7 @@ function showFailures(run) {
   $("failures").hidden = !rows.length;
   $("failures").replaceChildren(h("h3", {}, "Processes that died"),
     h("div", {class: "scroll", tabindex: 0, role: "region", "aria-label": "Processes that died"},
-      h("table", {}, h("thead", {}, h("tr", {}, heads.map(head => h("th", {scope: "col"}, head)))), h("tbody", {}, rows))));
+      h("table", {}, h("thead", {}, h("tr", {}, heads.map(head => h("th", {scope: "col", class: head === "error" ? "said" : null}, head)))), h("tbody", {}, rows))));
 }
 
 function showMoment(seconds) {
@@ -53,15 +53,15 @@ function showMoment(seconds) {
 function tiles(figures) {
   const change = (first, last) => isNumber(last) ? [text(first, 2), h("i", {}, " → "), text(last, 2)] : [text(first, 2)];
   const shown = [
-    [change(figures.reward_first, figures.reward_last), "reward, first and last tenth"],
+    [change(figures.reward_first, figures.reward_last), "reward", "means over the first and the last tenth of the steps"],
     [change(figures.eval_first, figures.eval_last), "held-out reward"],
-    [[percent(figures.trainer_wait_fraction)], "of the time the trainer waits"],
-    [[percent(figures.generator_busy_fraction)], "of the time generators are busy"],
+    [[percent(figures.trainer_wait_fraction)], "trainer waits", "share of the time"],
+    [[percent(figures.generator_busy_fraction)], "generators busy", "share of the time"],
     [[count(figures.tokens_per_s)], "tokens per second"],
     [[text(figures.groups_per_s, 1)], "groups per second"],
     [[count(figures.restarts)], "processes replaced"],
   ];
-  return shown.map(([value, label]) => h("div", {class: "tile"}, h("b", {}, value), h("span", {}, label)));
+  return shown.map(([value, label, title]) => h("div", {class: "tile", title}, h("b", {}, value), h("span", {}, label)));
 }
 
 function showShares() {
