@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from grpo.report.page import write_report
+from grpo.report.page import named_runs, write_report
 from grpo.report.serve import LiveRun, ReportServer
+from grpo.report.sweep import print_table
 from grpo.types import ReportError
 
 _INTERRUPTED = 130
@@ -39,7 +40,7 @@ def _port(text: str) -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = _Parser(description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or the folder of a sweep; several are compared")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or a sweep's; several are compared")
     parser.add_argument("--out", type=Path, help="the page (default: report.html in the run's folder)")
     parser.add_argument(
         "--from", dest="from_s", type=_seconds, default=0.0, metavar="SECONDS", help="where its timeline begins"
@@ -67,7 +68,10 @@ def main() -> None:
     try:
         if args.serve:
             _serve(args)
-        print(write_report(args.runs, args.out, from_s=args.from_s))
+        runs = named_runs(args.runs)
+        if len(runs) > 1:
+            print_table(runs)
+        print(write_report(runs, args.out, from_s=args.from_s))
     except ReportError as error:
         sys.exit(f"error: {error}")
 

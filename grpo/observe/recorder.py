@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
-from grpo.failures import Failures
+from grpo.failures import Death, Failures
 from grpo.observe.display import Display
 from grpo.observe.events import Events
 from grpo.observe.loop_lag import LoopLag
@@ -324,15 +324,16 @@ class Recorder:
 
     def _recovery(self) -> dict[str, Any]:
         """Seconds from the death of an actor until its replacement served, and until the next trained step."""
-        deaths = [
-            {"actor": d.actor, "error": d.error, "at_s": self._run_s(d.at), "back_s": d.back_s, "next_step_s": d.next_step_s}
-            for d in self.failures.deaths
-        ]
-        summary: dict[str, Any] = {"deaths": deaths}
+        deaths = self.failures.deaths
+        summary: dict[str, Any] = {"deaths": [self._told(death) for death in deaths]}
         for name in ("back_s", "next_step_s"):
-            values = [death[name] for death in deaths if death[name] is not None]
+            values = [getattr(death, name) for death in deaths if getattr(death, name) is not None]
             summary |= {f"{name}_median": median(values), f"{name}_max": max(values)} if values else {}
         return summary
+
+    def _told(self, death: Death) -> dict[str, Any]:
+        told = dataclasses.asdict(death)
+        return {"at_s": self._run_s(told.pop("at")), **told}
 
     def _generator_metrics(self, generators: Sequence[GeneratorStats], now: float) -> Metrics:
         """Rates since the last step, from counters that only grow; evaluations by these generators are part of it."""

@@ -28,7 +28,9 @@ class LiveRun:
         check_folder(folder)
         self._folder, self._from_s = folder, from_s
         self._lock = threading.Lock()  # browsers ask side by side, and reading is work for one core
-        self._stamp, self._data, self._timeline = "", Record(), None
+        self._stamp = ""
+        self._data: Record = {}
+        self._timeline: Record | None = None
 
     def data(self) -> Record:
         """As for a page, with `live`: a `stamp` of the files while the run goes on, nothing once it has ended.
@@ -80,9 +82,10 @@ class ReportServer(ThreadingHTTPServer):
         try:
             super().__init__((host, port), _Handler)
         except OSError as error:
+            wrong = f"can't listen on {host}, port {port}: {error.strerror}; see --host and --port"
             if error.errno == errno.EADDRINUSE:
-                raise ReportError(f"port {port} is in use; name another with --port, or 0 for any that is free") from error
-            raise ReportError(f"can't listen on {host}, port {port}: {error.strerror}; see --host and --port") from error
+                wrong = f"port {port} is in use; name another with --port, or 0 for any that is free"
+            raise ReportError(wrong) from error
 
     @property
     def url(self) -> str:

@@ -5,11 +5,14 @@ import json
 NASTY = "</script><script>document.title = 'taken'</script><b>bold</b> <!-- {{data}} & \u2028 ü"
 
 
-def make_run(folder, *, steps=12, concurrency=4, groups=True, timeline=True, summary=True, tokens=True, deaths=True):
+def make_run(
+    folder, *, steps=12, concurrency=4, groups=True, timeline=True, summary=True, tokens=True, deaths=True, overrides=()
+):
     folder.mkdir(parents=True, exist_ok=True)
     config = f"rollout:\n  concurrency: {concurrency}\ntrainer:\n  groups_per_step: 4\nseed: 0\n"
     (folder / "config.yaml").write_text(config)
     write_jsonl(folder / "metrics.jsonl", [_step(number, concurrency) for number in range(1, steps + 1)])
+    _write_overrides(folder, overrides)
     if groups:
         write_jsonl(folder / "rollouts.jsonl", [_group(number, tokens) for number in range(6)])
     if deaths:
@@ -19,6 +22,17 @@ def make_run(folder, *, steps=12, concurrency=4, groups=True, timeline=True, sum
     if summary:
         (folder / "summary.json").write_text(json.dumps(_summary(steps)))
     return folder
+
+
+def make_failed_run(folder, overrides):
+    """One of a sweep whose settings were refused: it leaves what Hydra writes."""
+    folder.mkdir(parents=True)
+    _write_overrides(folder, overrides)
+
+
+def _write_overrides(folder, overrides):
+    (folder / ".hydra").mkdir(exist_ok=True)
+    (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {each}\n" for each in overrides) or "[]\n")
 
 
 def write_jsonl(file, records):

@@ -8,12 +8,13 @@ function startOverview() {
 
 function showOverview() {
   const [run] = RUNS, single = RUNS.length === 1, {figures} = run;
-  const title = single ? run.name : `${RUNS.length} runs`;
+  const title = single ? run.name : `${DATA.title}: ${RUNS.length} runs`;
   document.title = `${title} · report`;
   $("title").textContent = $("bar-name").textContent = title;
   const notes = RUNS.flatMap(each => each.notes.map(note => single ? note : `${each.name}: ${note}`));
   $("notes").replaceChildren(...notes.map(note => h("li", {}, note)));
   for (const id of ["status", "tiles", "shares", "failures"]) $(id).hidden = !single;
+  showErrors(single);
   if (!single) return;
   showStatus(figures);
   $("config").hidden = !run.config;
@@ -24,13 +25,20 @@ function showOverview() {
 }
 
 function showStatus(figures) {
-  const [status, more] = figures.status.split(": ");
-  const colour = status === "completed" ? "good" : figures.error ? "bad" : "";
-  $("pill").textContent = DATA.live ? "live" : status;
-  $("pill").className = `pill ${DATA.live ? "on" : colour}`;
+  const [, more] = figures.status.split(": ");
+  $("pill").replaceWith(DATA.live ? h("span", {class: "pill on", id: "pill"}, "live") : statusOf(figures));
   $("said").textContent = `after ${count(figures.steps)} steps in ${duration(figures.wall_s)}${more && !DATA.live ? `; ${more}` : ""}`;
-  $("error").hidden = !figures.error;
-  $("error").textContent = figures.error ?? "";
+}
+
+function statusOf({status, error}) {
+  const colour = status === "completed" ? "good" : error ? "bad" : "";
+  return h("span", {class: `pill ${colour}`, id: RUNS.length === 1 ? "pill" : null, title: error}, status.split(":")[0]);
+}
+
+function showErrors(single) {
+  const failed = RUNS.filter(each => each.figures.error);
+  $("error").hidden = !failed.length;
+  $("error").textContent = failed.map(each => single ? each.figures.error : `${each.name}: ${each.figures.error}`).join("\n");
 }
 
 // Processes that died, and how long it took until all was well again.
