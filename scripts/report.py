@@ -56,10 +56,7 @@ def _serve(args: argparse.Namespace) -> NoReturn:
         raise ReportError("--serve shows one run; name one folder")
     with ReportServer(LiveRun(args.runs[0], args.from_s), args.host, args.port) as server:
         print(f"{args.runs[0]} is shown at {server.url}; Ctrl-C ends it", flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            sys.exit(_INTERRUPTED)
+        server.serve_forever()
     raise AssertionError("it serves until it is interrupted")
 
 
@@ -74,6 +71,8 @@ def main() -> None:
         print(write_report(runs, args.out, from_s=args.from_s))
     except ReportError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -92,9 +92,9 @@ def runs_of(folder: Path) -> list[Path]:
 
 
 def is_sweep(runs: Sequence[Run]) -> bool:
-    """Whether Hydra made these runs, or some of them, with one command."""
+    """Whether Hydra made these runs, or some of them, with one command, and has noted what was typed."""
     parents = {run.folder.resolve().parent for run in runs}
-    return len(parents) == 1 and (parents.pop() / "multirun.yaml").is_file()
+    return len(parents) == 1 and (parents.pop() / "multirun.yaml").is_file() and any(run.overrides for run in runs)
 
 
 def _is_run(folder: Path) -> bool:

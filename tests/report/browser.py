@@ -10,6 +10,10 @@ import time
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+class Left(Exception):
+    """The page is being left for another one."""
+
+
 class Browser:
     """One tab. `console` holds every error and warning that a page has caused, uncaught exceptions included."""
 
@@ -40,6 +44,12 @@ class Browser:
         self._call("Page.navigate", url=url)
         self.until("document.readyState === 'complete' && document.getElementById('title')?.textContent")
 
+    def leave(self):
+        """What the page goes on to do is of no interest any more."""
+        self._call("Page.navigate", url="about:blank")
+        self.until("document.readyState === 'complete'")
+        self.console.clear()
+
     def prefer(self, scheme):
         self._call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
@@ -68,9 +78,15 @@ class Browser:
 
     def until(self, expression, seconds=20):
         end = time.monotonic() + seconds
-        while not self.evaluate(expression):
+        while not self._holds(expression):
             assert time.monotonic() < end, f"never came true: {expression}"
             time.sleep(0.05)
+
+    def _holds(self, expression):
+        try:
+            return self.evaluate(expression)
+        except Left:
+            return False
 
     def screenshot(self, file):
         file.write_bytes(base64.b64decode(self._call("Page.captureScreenshot")["data"]))
@@ -92,6 +108,8 @@ class Browser:
         os.write(self._to, json.dumps(message).encode() + b"\0")
         while (answer := self._receive()).get("id") != self._number:
             self._note(answer)
+        if "context" in answer.get("error", {}).get("message", ""):
+            raise Left
         assert "error" not in answer, (method, answer["error"])
         return answer["result"]
 

@@ -6,7 +6,7 @@ NASTY = "</script><script>document.title = 'taken'</script><b>bold</b> <!-- {{da
 
 
 def make_run(
-    folder, *, steps=12, concurrency=4, groups=True, timeline=True, summary=True, tokens=True, deaths=True, overrides=()
+    folder, *, steps=12, concurrency=4, groups=6, timeline=3, summary=True, tokens=True, deaths=True, overrides=()
 ):
     folder.mkdir(parents=True, exist_ok=True)
     config = f"rollout:\n  concurrency: {concurrency}\ntrainer:\n  groups_per_step: 4\nseed: 0\n"
@@ -14,11 +14,11 @@ def make_run(
     write_jsonl(folder / "metrics.jsonl", [_step(number, concurrency) for number in range(1, steps + 1)])
     _write_overrides(folder, overrides)
     if groups:
-        write_jsonl(folder / "rollouts.jsonl", [_group(number, tokens) for number in range(6)])
+        write_jsonl(folder / "rollouts.jsonl", [_group(number, tokens) for number in range(groups)])
     if deaths:
         write_jsonl(folder / "events.jsonl", _events())
     if timeline:
-        (folder / "timeline.json").write_text(json.dumps(events()))
+        (folder / "timeline.json").write_text(json.dumps(events(timeline)))
     if summary:
         (folder / "summary.json").write_text(json.dumps(_summary(steps)))
     return folder

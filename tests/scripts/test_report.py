@@ -1,6 +1,9 @@
 """`scripts/report.py` as it is typed: the page, or one line that says what is wrong."""
 
+import re
 import runpy
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -92,3 +95,14 @@ def test_what_is_wrong_is_one_line(report, monkeypatch, arguments, said, tmp_pat
     assert str(ended.value).startswith("error: ")
     assert said in str(ended.value)
     assert "\n" not in str(ended.value)
+
+
+def test_serving_ends_with_ctrl_c(tmp_path):
+    folder = make_run(tmp_path / "a")
+    command = [sys.executable, "scripts/report.py", str(folder), "--serve", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        said = process.stdout.readline()
+        assert re.fullmatch(rf"{folder} is shown at http://127\.0\.0\.1:\d+/; Ctrl-C ends it\n", said)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == 130
