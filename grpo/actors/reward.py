@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import time
-from collections.abc import Iterator, Sequence
-from itertools import chain, repeat
-
-from transformers import PreTrainedTokenizerBase
+from collections.abc import Sequence
 
 from grpo.actors.scoring import Parts, Scorer
 from grpo.config import RunConfig
-from grpo.models.token_texts import token_texts
+from grpo.models.token_texts import tokens_as_json
 from grpo.models.tokenizer import load_tokenizer
 from grpo.rewards.killable import Killable
 from grpo.telemetry.recording import measure
@@ -60,7 +56,7 @@ class Reward:
             rewards,
             parts,
             texts=() if detail == "rewards" else tuple(texts),
-            tokens=await asyncio.to_thread(self._tokens, completions) if detail == "tokens" else "",
+            tokens=await asyncio.to_thread(tokens_as_json, self._tokenizer, completions) if detail == "tokens" else "",
         )
 
     async def close(self) -> None:
@@ -69,15 +65,3 @@ class Reward:
 
     def _decode(self, completions: Sequence[Completion]) -> list[str]:
         return self._tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
-
-    def _tokens(self, completions: Sequence[Completion]) -> str:
-        groups = [list(_triples(completion, self._tokenizer)) for completion in completions]
-        return json.dumps(groups, ensure_ascii=False, separators=(",", ":"))
-
-
-def _triples(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, float | None, int]]:
-    """[text, log-probability, policy version] of each token; four decimals are more than anybody sees."""
-    versions = chain.from_iterable(repeat(version, count) for version, count in completion.versions)
-    texts = token_texts(tokenizer, completion.token_ids.tolist())
-    for text, logprob, version in zip(texts, completion.logprobs.tolist(), versions, strict=True):
-        yield text, round(logprob, 4) if math.isfinite(logprob) else None, version
