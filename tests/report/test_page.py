@@ -3,7 +3,7 @@
 import pytest
 
 from grpo.report.page import write_report
-from tests.report.made_runs import NASTY, make_run
+from tests.report.made_runs import NASTY, make_failed_run, make_run
 
 CHARTS = "[...document.querySelectorAll('.card:not([hidden]) .plot')]"
 
@@ -19,6 +19,10 @@ def test_the_overview(browser, report):
     assert browser.text("#error") == "StalledError: <b>no step</b>"
     assert "0.05 → 0.60" in browser.text("#tiles")
     assert "trainer waits" in browser.text("#shares")
+    assert browser.evaluate("[...document.querySelectorAll('#failures tbody tr')].map(row => row.innerText)") == [
+        "generator\t14.5 s\t5\t2.00 s\t500 ms\tkilled",
+        "reward-1\t14.8 s\t5\t–\t250 ms\t<b>hung</b>",
+    ]
     assert browser.text("#config-text").startswith("rollout:")
     assert browser.text("#nav") == "OverviewCurvesEvent loopGroups"
 
@@ -167,10 +171,15 @@ def test_a_narrow_window_has_no_sideways_scrolling(browser, report):
 
 
 def test_runs_side_by_side(browser, tmp_path):
-    runs = [make_run(tmp_path / "sweep" / str(n), concurrency=n, timeline=False) for n in (1, 4, 16)]
+    for n in (1, 4, 16):
+        typed = [f"rollout.concurrency={n}"]
+        make_run(tmp_path / "sweep" / str(n), concurrency=n, timeline=False, overrides=typed)
+    make_failed_run(tmp_path / "sweep" / "0", ["rollout.concurrency=0"])
     (tmp_path / "sweep" / "multirun.yaml").write_text("")
     browser.open(write_report(sorted((tmp_path / "sweep").iterdir())), height=6000)
-    assert browser.text("#title").endswith("/sweep: 3 runs")
+    assert browser.text("#title").endswith("/sweep: 4 runs")
+    assert browser.evaluate("document.querySelector('#runs-table tbody tr').innerText").startswith("0\tfailed\t0\t0\t–")
+    assert "0 · concurrency=0: it never began" in browser.text("#error")
     assert "rollout.concurrency" in browser.text("#runs-table thead")
     browser.until(f"{CHARTS}.every(plot => plot.data?.length)")
     sweep = "document.querySelector('#sweep .plot').data[0]"
@@ -178,4 +187,3 @@ def test_runs_side_by_side(browser, tmp_path):
     assert browser.evaluate(f"{sweep}.y[0] < {sweep}.y[2]")
     names = browser.evaluate("[...document.querySelectorAll('#charts .plot')].at(-1).data.map(trace => trace.name)")
     assert names == ["1 · concurrency=1", "4 · concurrency=4", "16 · concurrency=16"]
-    assert len(runs) == 3
