@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -18,14 +19,22 @@ from grpo.config import RunConfig
 from grpo.types import GRPOError
 
 _INTERRUPTED = 130
-_exit_codes: list[int] = []  # of the jobs of this command: one, or those of a sweep
+
+
+class _Job(NamedTuple):
+    exit_code: int
+    sweep: Path | None  # the folder of the sweep that it is part of
+
+
+_jobs: list[_Job] = []  # of this command: one, or those of a sweep
 
 
 def run_job(composed: DictConfig, work: Callable[[RunConfig, Path], int]) -> None:
     """Do `work(config, run folder)` and exit with the code that it returns; a sweep goes on after a job that failed."""
-    code = _exit_code(composed, work, Path(HydraConfig.get().runtime.output_dir))
-    _exit_codes.append(code)
-    if HydraConfig.get().mode is RunMode.RUN or code == _INTERRUPTED:
+    hydra = HydraConfig.get()
+    code = _exit_code(composed, work, Path(hydra.runtime.output_dir))
+    _jobs.append(_Job(code, Path(hydra.sweep.dir).absolute() if hydra.mode is RunMode.MULTIRUN else None))
+    if hydra.mode is RunMode.RUN or code == _INTERRUPTED:
         sys.exit(code)
 
 
@@ -37,8 +46,19 @@ def _exit_code(composed: DictConfig, work: Callable[[RunConfig, Path], int], fol
         return 1
 
 
-def main(hydra_main: Callable[[], None]) -> None:
-    """Call a function decorated with `hydra.main`, whose jobs call `run_job`, and exit."""
+def main(hydra_main: Callable[[], None], after_sweep: Callable[[Path], None] | None = None) -> None:
+    """Call a function decorated with `hydra.main`, whose jobs call `run_job`, and exit.
+
+    However a sweep ends, `after_sweep` is called with its folder.
+    """
+    try:
+        _call(hydra_main)
+    finally:
+        if after_sweep is not None and _jobs and (folder := _jobs[-1].sweep) is not None:
+            after_sweep(folder)
+
+
+def _call(hydra_main: Callable[[], None]) -> NoReturn:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as exceptions, not as Hydra's printed traces
     try:
         hydra_main()
@@ -48,4 +68,4 @@ def main(hydra_main: Callable[[], None]) -> None:
         sys.exit(f"error: hydra.run.dir: can't write to {error.filename}: {error.strerror}; name another folder")
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
-    sys.exit(max(_exit_codes, default=0))
+    sys.exit(max((job.exit_code for job in _jobs), default=0))

@@ -242,6 +242,7 @@ class ObserveConfig:
     timeline: bool = True  # timeline.json: who waited for what and was busy with what, to open in ui.perfetto.dev
     timeline_mb: float = 64.0  # megabytes after which nothing more is recorded
     rollouts_every: int = 16  # groups between those written to rollouts.jsonl
+    rollouts_tokens: bool = True  # with every token's log-probability and policy version: about 20 bytes a token
     sinks: dict[str, Any] = field(default_factory=dict)  # tensorboard, wandb or `module:Class` -> its options
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 from grpo import preflight
 from grpo.cluster.launch import launch_actors
 from grpo.cluster.plan import evaluation_specs
-from grpo.config import ObserveConfig, RunConfig
+from grpo.config import RunConfig
 from grpo.driver import EXIT_CODES, drive
 from grpo.evaluation import evaluate, held_out_prompts
 from grpo.failures import Failures
@@ -35,7 +34,6 @@ def evaluate_model(config: RunConfig, folder: Path) -> int:
     """
     if config.eval.prompts == 0:
         raise ConfigError("is 0, there is nothing to evaluate: say how many held-out prompts", key="eval.prompts")
-    config = dataclasses.replace(config, observe=ObserveConfig(rollouts_every=1))  # the texts of all prompts are kept
     task = preflight.check(config, evaluation_specs(config))
     if config.dry_run:
         Screen().print(plan_table(evaluation_specs(config)))
@@ -92,7 +90,7 @@ async def _answer_all(
                 if scores is not None:
                     run_dir.append("completions.jsonl", _completions_record(prompt, scores))
 
-            return await evaluate(services, config, prompts, _VERSION, on_answer)
+            return await evaluate(services, config, prompts, _VERSION, on_answer, detail="texts")
 
     return await watchdog.over(answer_all())
 

@@ -17,7 +17,16 @@ from grpo.run import Run
 from grpo.services import EvaluationServices
 from grpo.structured import Signal, together, unless
 from grpo.telemetry.recording import span, unrecorded
-from grpo.types import EvaluationReport, GenerationReport, MixedVersionsError, PayloadLost, Prompt, RewardError, Scores
+from grpo.types import (
+    Detail,
+    EvaluationReport,
+    GenerationReport,
+    MixedVersionsError,
+    PayloadLost,
+    Prompt,
+    RewardError,
+    Scores,
+)
 from grpo.waiting import begin_activity
 from grpo.watchdog import Watchdog
 
@@ -116,11 +125,13 @@ async def evaluate(
     prompts: Sequence[Prompt],
     version: int,
     on_answer: OnAnswer = lambda prompt, scores: None,
+    detail: Detail = "rewards",
 ) -> EvaluationReport:
     """Have `eval.samples` completions of every prompt made and scored, all prompts side by side.
 
     The random numbers are the same at every call: two evaluations differ by the weights alone. `on_answer` hears of
-    every prompt as it is done, with None for one that is left out because its reward failed (`reward.on_error=drop`).
+    every prompt as it is done, with `detail`, or with None for one that is left out because its reward failed
+    (`reward.on_error=drop`).
     Raises MixedVersionsError when a token was sampled under another policy version than `version`.
     """
     started = time.perf_counter()
@@ -134,7 +145,7 @@ async def evaluate(
                 await asyncio.sleep(0)
             while True:
                 try:
-                    return await _answer(services, config, prompt, version, on_answer)
+                    return await _answer(services, config, prompt, version, on_answer, detail)
                 except PayloadLost as error:
                     log.warning("answered again: %s", error)
 
@@ -144,7 +155,12 @@ async def evaluate(
 
 
 async def _answer(
-    services: EvaluationServices, config: RunConfig, prompt: Prompt, version: int, on_answer: OnAnswer
+    services: EvaluationServices,
+    config: RunConfig,
+    prompt: Prompt,
+    version: int,
+    on_answer: OnAnswer,
+    detail: Detail,
 ) -> Answer | None:
     temperature = config.rollout.temperature if config.eval.temperature is None else config.eval.temperature
     rollout = dataclasses.replace(config.rollout, temperature=temperature)
@@ -156,7 +172,7 @@ async def _answer(
             f"{report.newest_version}"
         )
     try:
-        scores = await services.reward.score.route(prompt, completions)
+        scores = await services.reward.score.route(prompt, completions, detail)
     except RewardError as error:
         if config.reward.on_error == "fail":
             raise

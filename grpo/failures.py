@@ -41,12 +41,15 @@ class Death:
 class Failures:
     """Counts failures and holds the budgets.
 
-    `progress` tells of steps and evaluations; a watchdog waits for it. `tell` is called with what people should know.
+    `progress` tells of steps and evaluations; a watchdog waits for it. `tell` is called with what people should know,
+    `on_death` and `on_return` with every actor that died, and again when its replacement serves.
     """
 
     def __init__(self, config: RecoveryConfig) -> None:
         self.deaths: list[Death] = []
         self.tell: Callable[[str], None] = log.warning
+        self.on_death: Callable[[Death], None] = lambda death: None
+        self.on_return: Callable[[Death], None] = lambda death: None
         self.progress = Signal()
         self._fatal: BaseException | None = None
         self._ended = Signal()
@@ -75,8 +78,10 @@ class Failures:
         """Note it. Raises the error when the budget was spent before."""
         self._spend_restart(error)
         self.tell(f"{error}; another process takes its place")
-        self.deaths.append(Death(actor, str(error), time.perf_counter()))
-        return self.deaths[-1]
+        death = Death(actor, str(error), time.perf_counter())
+        self.deaths.append(death)
+        self.on_death(death)
+        return death
 
     def payload_lost(self, error: PayloadLost) -> None:
         """Note what has to be made again. It costs no budget: the process or node that it went with did."""
@@ -85,6 +90,7 @@ class Failures:
     def actor_is_back(self, death: Death) -> None:
         death.back_s = time.perf_counter() - death.at
         log.info("%s is back after %.1f s", death.actor, death.back_s)
+        self.on_return(death)
 
     def reward_failed(self, error: RewardError) -> None:
         """Note a group that is dropped. Raises DataError when the budget was spent before."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from grpo.difficulty import Difficulty
 from grpo.pacing import Pacer
 from grpo.services import Handle
 from grpo.types import Prompt, PromptBatch, Ticket
+from grpo.waiting import waiting_for
 
 
 class PromptQueue:
@@ -35,10 +37,14 @@ class PromptQueue:
         if (serial := self._pacer.prompt_of(ticket)) is not None:
             prompt: Prompt = await self._dataloader.prompt.call_one(serial)
             return prompt
-        async with self._fetching:
+        with waiting_for("prompts") if self._fetching.locked() else nullcontext():
+            await self._fetching.acquire()
+        try:
             if not self._prompts:
                 await self._fetch(self._bulk, self._difficulty.left_out)
             prompt = self._prompts.popleft()
+        finally:
+            self._fetching.release()
         self._pacer.has_prompt(ticket, prompt.serial)
         self.handed_out += 1
         return prompt

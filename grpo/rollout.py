@@ -10,13 +10,14 @@ from torch import Tensor
 
 from grpo.algorithms.advantages import ADVANTAGES
 from grpo.algorithms.shaping import shape
-from grpo.config import LossConfig, RolloutConfig, RunConfig, ShapingConfig
+from grpo.config import LossConfig, ObserveConfig, RolloutConfig, RunConfig, ShapingConfig
 from grpo.imports import named_function
 from grpo.services import Services
 from grpo.structured import together
 from grpo.telemetry.recording import note
 from grpo.types import (
     ConfigError,
+    Detail,
     GenerationReport,
     Group,
     Prompt,
@@ -50,7 +51,7 @@ async def rollout(prompt: Prompt, params: SamplingParams, services: Services, co
     """
     completions, report = await services.generator.generate.route(prompt, params)
     scores, reference_logprobs = await together(
-        services.reward.score.route(prompt, completions),
+        services.reward.score.route(prompt, completions, _detail(prompt, config.observe)),
         _reference_logprobs(services, prompt, completions),
     )
     shaped_G = shaped_rewards(scores, report, params, config.shaping)
@@ -104,6 +105,13 @@ def _masked(report: GenerationReport, config: ShapingConfig) -> tuple[int, ...]:
     if config.overlong != "mask":
         return ()
     return tuple(i for i, truncated in enumerate(report.truncated) if truncated)
+
+
+def _detail(prompt: Prompt, config: ObserveConfig) -> Detail:
+    """What of a group comes to the driver, for people to see: of most groups, nothing."""
+    if prompt.serial % config.rollouts_every:
+        return "rewards"
+    return "tokens" if config.rollouts_tokens else "texts"
 
 
 async def _reference_logprobs(services: Services, prompt: Prompt, completions: Any) -> Any:

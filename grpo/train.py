@@ -97,6 +97,8 @@ def _train(config: RunConfig, run_dir: RunDirectory, resume: ResumePoint | None)
         console.print("starting Ray and the actors ...", style="dim")
         display = make_display(console, config.trainer.max_steps, config.observe.log_every)
         recorder = Recorder(run_dir, display, make_pacer(config), Failures(config.recovery))
+        if resume is not None:
+            recorder.go_on_after(resume.progress["records"]["wall_s"])
         recorder.sinks = make_sinks(config.observe.sinks, run_dir.path, dataclasses.asdict(config), recorder.warn)
         try:
             status, error = drive(

@@ -34,6 +34,8 @@ Floats = NDArray[np.float32]
 
 FinishReason = Literal["stop", "length"]
 
+Detail = Literal["rewards", "texts", "tokens"]  # how much of a group comes with its scores; each includes those before
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -126,12 +128,14 @@ class GenerationReport:
 class Scores:
     """Rewards of one group: the weighted sum per completion and its parts by reward function.
 
-    `texts` holds the decoded completions of a group that is to be recorded, and is empty otherwise.
+    `texts` are the decoded completions, where they were asked for. `tokens`, likewise, is the JSON of a list for each
+    completion: its tokens as [text, log-probability, policy version]. One string is light to carry.
     """
 
     rewards: tuple[float, ...]
     parts: Mapping[str, tuple[float, ...]]
     texts: tuple[str, ...]
+    tokens: str = ""
 
 
 @dataclass(frozen=True)
@@ -342,6 +346,10 @@ class ReportError(GRPOError):
 
 class TuningError(GRPOError):
     """Nothing can be said of a run's concurrency: no profile, or a run that failed."""
+
+
+class NothingTrained(ReportError):
+    """The folder of a run that has not trained a step yet, or never will."""
 
 
 class StalledError(InfrastructureError):

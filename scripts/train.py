@@ -20,10 +20,16 @@ def _train(config: RunConfig, folder: Path) -> int:
     return train(config, folder)
 
 
+def _after_sweep(folder: Path) -> None:
+    from grpo.report.sweep import show_sweep
+
+    show_sweep(folder)
+
+
 @hydra.main(version_base="1.3", config_path="../configs", config_name="config")
 def run(composed: DictConfig) -> None:
     run_job(composed, _train)
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, _after_sweep)

@@ -151,7 +151,7 @@ class RewardBy:
     def __init__(self, rewards) -> None:
         self._rewards = rewards
 
-    async def score(self, prompt, completions) -> Scores:
+    async def score(self, prompt, completions, detail="rewards") -> Scores:
         rewards = tuple(map(float, self._rewards(prompt.serial, len(completions))))
         return Scores(rewards, {"task": rewards}, ())
 

@@ -7,6 +7,7 @@ from grpo.cluster.handles import ActorHandle
 from grpo.pacing import Pacer
 from grpo.prompts import PromptQueue
 from grpo.types import Problem, Prompt, PromptBatch
+from grpo.waiting import begin_activity, who_waits
 from tests.fakes import service_of
 
 
@@ -78,3 +79,23 @@ async def test_a_queue_goes_on_from_the_first_prompt_that_nobody_has():
     assert [(await other.prompt_for(await pacer.admit())).serial for _ in range(3)] == [5, 7, 8]
     # with 9, which was fetched ahead of 10
     assert other.counts() == {"handed_out": 7, "skipped_length": 3, "left_out_difficulty": 0}
+
+
+async def test_who_waits_while_another_fetches_is_said_to_wait():
+    begin_activity("rollouts")
+    pacer, gate = Pacer(30), asyncio.Event()
+
+    class SlowDataloader(CountingDataloader):
+        async def sample(self, *place):
+            await gate.wait()
+            return await super().sample(*place)
+
+    queue = make_queue(SlowDataloader(), pacer, bulk=4)
+    tickets = [await pacer.admit() for _ in range(3)]
+    waiters = [asyncio.ensure_future(queue.prompt_for(ticket)) for ticket in tickets[:2]]
+    await asyncio.sleep(0)
+    assert "prompts" in who_waits()
+    gate.set()
+    await asyncio.gather(*waiters)
+    await queue.prompt_for(tickets[2])
+    assert who_waits() == "nobody waits for an actor"

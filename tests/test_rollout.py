@@ -43,7 +43,7 @@ async def test_the_reference_runs_side_by_side_with_the_reward(tiny_config):
     asked = {"reward": asyncio.Event(), "reference": asyncio.Event()}
 
     class Reward:
-        async def score(self, prompt, completions):
+        async def score(self, prompt, completions, detail):
             asked["reward"].set()
             await asked["reference"].wait()
             raise RewardError("both were asked")
@@ -67,11 +67,11 @@ async def test_the_reference_runs_side_by_side_with_the_reward(tiny_config):
 PROMPT = Prompt(7, Problem("q", "a"), np.array([1]))
 
 
-async def rolled_out(config, rewards, lengths=None, cut=()):
+async def rolled_out(config, rewards, lengths=None, cut=(), reward=RewardBy):
     """The group of these rewards and lengths; the completions at the places `cut` have become too long."""
     actors = {
         "generator": AnswersOf(lengths or [1] * len(rewards), cut),
-        "reward": RewardBy(lambda serial, count: rewards),
+        "reward": reward(lambda serial, count: rewards),
         **dict.fromkeys(("dataloader", "replay_buffer", "trainer")),
     }
     services = {name: ActorHandle(service_of(LocalEndpoint(actor))) for name, actor in actors.items()}
@@ -189,3 +189,19 @@ def test_advantages_that_are_not_there_name_the_key(tiny_config, name, message):
     tiny_config.loss.advantages = name
     with pytest.raises(ConfigError, match=message):
         advantage_function(tiny_config.loss)
+
+
+@pytest.mark.parametrize(
+    ("every", "tokens", "detail"), [(7, True, "tokens"), (7, False, "texts"), (2, True, "rewards"), (1, True, "tokens")]
+)
+async def test_texts_and_tokens_are_asked_for_only_of_sampled_groups(tiny_config, every, tokens, detail):
+    tiny_config.observe.rollouts_every, tiny_config.observe.rollouts_tokens = every, tokens
+    asked = []
+
+    class Reward(RewardBy):
+        async def score(self, prompt, completions, detail):
+            asked.append(detail)
+            return await super().score(prompt, completions, detail)
+
+    await rolled_out(tiny_config, [1.0, 0.0], reward=Reward)
+    assert asked == [detail]  # of the prompt of serial 7

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 from grpo.actors.scoring import Parts, Scorer
 from grpo.config import RunConfig
+from grpo.models.token_texts import tokens_as_json
 from grpo.models.tokenizer import load_tokenizer
 from grpo.rewards.killable import Killable
 from grpo.telemetry.recording import measure
-from grpo.types import Completion, Prompt, Scores
+from grpo.types import Completion, Detail, Prompt, Scores
 
 
 class Reward:
@@ -37,8 +38,8 @@ class Reward:
         self._tokenizer = load_tokenizer(self._config.model)
         await self._scorer.start()
 
-    async def score(self, prompt: Prompt, completions: Sequence[Completion]) -> Scores:
-        """Scores of one group; its texts too for one in `observe.rollouts_every` prompts.
+    async def score(self, prompt: Prompt, completions: Sequence[Completion], detail: Detail = "rewards") -> Scores:
+        """Scores of one group, with its texts and tokens where `detail` asks for them.
 
         Raises RewardError when a function raises, and its subclasses RewardTimeout, RewardCrash, RewardMemory and
         RewardInvalid; their notes hold the traceback of user code.
@@ -51,8 +52,12 @@ class Reward:
         rewards = tuple(
             sum(map(math.prod, zip(weights, scores, strict=True))) for scores in zip(*parts.values(), strict=True)
         )
-        with_texts = prompt.serial % self._config.observe.rollouts_every == 0
-        return Scores(rewards, parts, tuple(texts) if with_texts else ())
+        return Scores(
+            rewards,
+            parts,
+            texts=() if detail == "rewards" else tuple(texts),
+            tokens=await asyncio.to_thread(tokens_as_json, self._tokenizer, completions) if detail == "tokens" else "",
+        )
 
     async def close(self) -> None:
         """End the processes, whatever runs in them."""

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
-from grpo.failures import Failures
+from grpo.failures import Death, Failures
 from grpo.observe.display import Display
+from grpo.observe.events import Events
 from grpo.observe.loop_lag import LoopLag
 from grpo.observe.run_dir import RunDirectory
 from grpo.observe.sinks.fanout import Sinks
@@ -91,7 +92,8 @@ class Recorder:
         self._for_next_line: Metrics = {}  # what evaluations and checkpoints have left since the last one
         self._evaluations_skipped = 0
         self._evaluating: int | None = None  # the step of an evaluation that runs beside the training
-        failures.tell = self.warn
+        self._events = Events(run_dir, self._run_s)
+        failures.tell, failures.on_death, failures.on_return = self.warn, self._events.died, self._events.is_back
         self._started = self._step_began = self._generators_seen = time.perf_counter()
 
     async def watch_loop(self, slow_callback_ms: float) -> None:
@@ -103,7 +105,15 @@ class Recorder:
 
     @property
     def wall_s(self) -> float:
-        return self._wall_s_before + time.perf_counter() - self._started
+        return self._run_s(time.perf_counter())
+
+    def _run_s(self, at: float) -> float:
+        """A time of time.perf_counter on the run's clock."""
+        return self._wall_s_before + at - self._started
+
+    def go_on_after(self, wall_s: float) -> None:
+        """The run has lasted so long before. To be said before anything is recorded: everything is on this clock."""
+        self._wall_s_before = wall_s
 
     def timeline(self, most_mb: float) -> Timeline:
         """Its zero is that of `wall_s`."""
@@ -135,6 +145,7 @@ class Recorder:
                     "policy_version": group.oldest_version,
                     **({"dropped": dropped} if dropped else {}),
                 },
+                **({"tokens": scores.tokens} if scores.tokens else {}),
             )
 
     def group_dropped(self, ticket: Ticket, error: RewardError | ZeroAdvantage) -> None:
@@ -310,15 +321,21 @@ class Recorder:
         self.evaluations = [evaluation_report(record) for record in state["evaluations"]]
         self._evaluations_skipped = state["evaluations_skipped"]
         self._resumed_at = [*state["resumed_at"], step]
-        self._wall_s_before = state["wall_s"]
+        self.go_on_after(state["wall_s"])
+        self._events.resumed(step, state["wall_s"])
 
     def _recovery(self) -> dict[str, Any]:
         """Seconds from the death of an actor until its replacement served, and until the next trained step."""
-        summary: dict[str, Any] = {"deaths": [dataclasses.asdict(death) for death in self.failures.deaths]}
+        deaths = self.failures.deaths
+        summary: dict[str, Any] = {"deaths": [self._told(death) for death in deaths]}
         for name in ("back_s", "next_step_s"):
-            values = [death[name] for death in summary["deaths"] if death[name] is not None]
+            values = [getattr(death, name) for death in deaths if getattr(death, name) is not None]
             summary |= {f"{name}_median": median(values), f"{name}_max": max(values)} if values else {}
         return summary
+
+    def _told(self, death: Death) -> dict[str, Any]:
+        told = dataclasses.asdict(death)
+        return {"at_s": self._run_s(told.pop("at")), **told}
 
     def _generator_metrics(self, generators: Sequence[GeneratorStats], now: float) -> Metrics:
         """Rates since the last step, from counters that only grow; evaluations by these generators are part of it."""

@@ -17,7 +17,7 @@ from grpo.types import ConfigError
 
 log = logging.getLogger(__name__)
 
-_GROWING = ("metrics.jsonl", "rollouts.jsonl", "ledger.jsonl", "timeline.json")
+_GROWING = ("metrics.jsonl", "rollouts.jsonl", "ledger.jsonl", "events.jsonl", "timeline.json")
 
 
 class RunDirectory:
@@ -76,9 +76,9 @@ class RunDirectory:
         file = self.path / name
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
-    def append(self, name: str, record: dict[str, Any]) -> None:
-        """Queue one line of a jsonl file."""
-        self._submit(self._append, name, record)
+    def append(self, name: str, record: dict[str, Any], **rendered: str) -> None:
+        """Queue one line of a jsonl file. `rendered` are further fields, whose values are JSON already."""
+        self._submit(self._append, name, record, rendered)
 
     def append_text(self, name: str, text: str) -> None:
         """Queue text that goes to the end of a file."""
@@ -104,8 +104,9 @@ class RunDirectory:
     def _submit(self, *work: Any) -> None:
         self._writer.submit(*work).add_done_callback(self._count_error)
 
-    def _append(self, name: str, record: dict[str, Any]) -> None:
-        self._append_text(name, f"{to_json(record)}\n")
+    def _append(self, name: str, record: dict[str, Any], rendered: dict[str, str]) -> None:
+        fields = "".join(f', "{field}": {value}' for field, value in rendered.items())
+        self._append_text(name, f"{to_json(record)[:-1]}{fields}}}\n")
 
     def _append_text(self, name: str, text: str) -> None:
         encoded = text.encode()

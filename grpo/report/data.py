@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from grpo.types import ReportError
+from grpo.types import NothingTrained, ReportError
 
 Record = dict[str, Any]
+
+_EXAMPLE = "outputs/2026-01-31/12-00-00"
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Run:
     summary: Record
     config: Record  # flat: "trainer.lr" -> 0.0003
     config_text: str
+    overrides: Record  # what was typed for it: "trainer.lr" -> 0.0003, "loss" -> "dapo"
+    events: list[Record]  # deaths of processes and the like
     notes: list[str]
 
     @property
@@ -38,41 +43,105 @@ class Run:
 
     @property
     def deaths(self) -> list[Record]:
-        """Each with the step that was under way: the first whose count of restarts includes it."""
-        deaths = self.summary.get("recovery", {}).get("deaths", [])
-        counts = [step.get("recovery/restarts") or 0 for step in self.steps]
-        fell = [place for place in range(1, len(counts)) if counts[place] < counts[place - 1]]
-        begin = fell[-1] if fell else 0  # a resumed run counts from zero again
-        return [death | {"step": self._first_with(counts, begin, number)} for number, death in enumerate(deaths, 1)]
+        """Each with when its replacement served and when the next step was trained, in seconds after it, if ever."""
+        died = [event | {"back_s": None} for event in self.events if event.get("event") == "died"]
+        for event in self.events:
+            if event.get("event") == "back":  # of its last death: a place is taken by one process after another
+                of_it = [death for death in died if death["actor"] == event["actor"] and death["at_s"] <= event["at_s"]]
+                if of_it:
+                    of_it[-1]["back_s"] = event["after_s"]
+        return [death | self._next_step(death["at_s"]) for death in died]
 
-    def _first_with(self, counts: Sequence[float], begin: int, number: int) -> int:
-        places = (place for place in range(begin, len(counts)) if counts[place] >= number)
-        return int(self.steps[next(places, len(counts) - 1)]["step"])
+    @property
+    def resumed_at(self) -> list[int]:
+        return [event["step"] for event in self.events if event.get("event") == "resumed"]
+
+    def _next_step(self, at_s: float) -> Record:
+        """The step that was under way, and how long it still took; the last one when none came after."""
+        after = next((step for step in self.steps if (step.get("wall_s") or 0.0) > at_s), None)
+        if after is None:
+            return {"step": self.steps[-1]["step"], "next_step_s": None}
+        return {"step": after["step"], "next_step_s": after["wall_s"] - at_s}
 
 
 def read_run(folder: Path) -> Run:
-    """Raises ReportError when this is no run's folder."""
-    if not folder.is_dir():
-        raise ReportError(f"{folder}: no such folder; name the folder of a run, as in outputs/2026-01-31/12-00-00")
-    if not (folder / "metrics.jsonl").is_file():
-        raise ReportError(f"{folder} holds no metrics.jsonl: it is no run's folder, or no step was trained yet")
+    """Raises ReportError when this is no run's folder, and NothingTrained when it is one, but of no step yet."""
+    run = read_attempt(folder)
+    if not run.steps:
+        raise NothingTrained(f"{folder}: no step was trained yet; --serve waits for the first")
+    return run
+
+
+def read_attempt(folder: Path) -> Run:
+    """Also of a run that has not trained a step: one of a sweep that failed. Raises ReportError for no run's folder."""
+    check_folder(folder)
     notes: list[str] = []
     steps = [line for line in read_jsonl(folder / "metrics.jsonl", notes) if "step" in line]
-    if not steps:
-        raise ReportError(f"{folder}/metrics.jsonl holds no step: nothing was trained yet")
+    events = [event for event in read_jsonl(folder / "events.jsonl", notes) if "at_s" in event]
     text = _text(folder / "config.yaml")
-    return Run(folder, steps, _summary(folder, notes), _config(text, notes), text, notes)
+    overrides = _overrides(_text(folder / ".hydra" / "overrides.yaml"), notes)
+    return Run(folder, steps, read_summary(folder, notes), _config(text, notes), text, overrides, events, notes)
+
+
+def runs_of(folder: Path) -> list[Path]:
+    """The runs that a folder stands for: those in it, where it is a sweep's; itself, where it is anything else."""
+    if _is_run(folder) or not folder.is_dir():
+        return [folder]
+    runs = [inner for inner in folder.iterdir() if inner.is_dir() and _is_run(inner)]
+    return sorted(runs, key=_natural) or [folder]
+
+
+def is_sweep(runs: Sequence[Run]) -> bool:
+    """Whether Hydra made these runs, or some of them, with one command, and has noted what was typed."""
+    parents = {run.folder.resolve().parent for run in runs}
+    return len(parents) == 1 and (parents.pop() / "multirun.yaml").is_file() and any(run.overrides for run in runs)
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("metrics.jsonl", "config.yaml", ".hydra"))
+
+
+def _natural(folder: Path) -> list[tuple[bool, int, str]]:
+    """In the order of people: 2 before 10."""
+    parts = re.split(r"(\d+)", folder.name)
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ReportError when this is no run's folder."""
+    if not folder.is_dir():
+        wrong = "is a file" if folder.exists() else "no such folder"
+        raise ReportError(f"{folder}: {wrong}; name the folder of a run, as in {_EXAMPLE}")
+    if not _is_run(folder):
+        raise ReportError(f"{folder} holds no metrics.jsonl: it is no run's folder; name one, as in {_EXAMPLE}")
 
 
 def read_rollouts(folder: Path, notes: list[str], most: int = 3000, most_bytes: int = 12_000_000) -> list[Record]:
-    """The sampled groups; where there are too many for a page, evenly chosen ones, the last among them."""
+    """The sampled groups; where there are too many for a page, evenly chosen ones, the last among them.
+
+    `most_bytes` are for texts, and as many again for tokens: fewer groups may have theirs.
+    """
     groups = read_jsonl(folder / "rollouts.jsonl", notes)
-    size = sum(len(json.dumps(group)) for group in groups[:: max(1, len(groups) // 50)]) * max(1, len(groups) // 50)
-    keep = min(most, len(groups), max(1, int(len(groups) * most_bytes / max(1, size))))
-    if keep == len(groups):
-        return groups
-    notes.append(f"The page holds {keep:,} of {len(groups):,} sampled groups, evenly spread over the run.")
-    return [groups[len(groups) - 1 - place * len(groups) // keep] for place in range(keep)][::-1]
+    tokens = [group.pop("tokens", None) for group in groups]
+    kept = _evenly(groups, most, most_bytes)
+    if len(kept) < len(groups):
+        notes.append(f"The page holds {len(kept):,} of {len(groups):,} sampled groups, evenly spread over the run.")
+    known = [place for place in kept if tokens[place]]
+    shown = [known[place] for place in _evenly([tokens[place] for place in known], most, most_bytes)]
+    if len(shown) < len(known):
+        notes.append(f"The page holds the tokens of {len(shown):,} of {len(known):,} groups; rollouts.jsonl has all.")
+    for place in shown:
+        groups[place]["tokens"] = tokens[place]
+    return [groups[place] for place in kept]
+
+
+def _evenly(records: Sequence[Any], most: int, most_bytes: int) -> list[int]:
+    """Places of as many records as there is room for, the last among them."""
+    sample = records[:: max(1, len(records) // 50)]
+    size = len(records) * fmean(len(json.dumps(record)) for record in sample) if sample else 0
+    keep = min(most, len(records), max(1, int(len(records) * most_bytes / max(1, size))))
+    last = len(records) - 1
+    return [last - place * len(records) // keep for place in range(keep)][::-1]
 
 
 def read_jsonl(file: Path, notes: list[str]) -> list[Record]:
@@ -95,33 +164,41 @@ def figures(run: Run) -> Record:
     rewards = [step["reward/mean"] for step in run.steps if step.get("reward/mean") is not None]
     tenth, seconds = max(1, len(rewards) // 10), total(run, "time/step_s")
     evaluations = [each["reward_mean"] for each in run.evaluations if each.get("reward_mean") is not None]
+    last = run.steps[-1] if run.steps else {"step": 0}
+    began = run.steps or run.config_text
     found: Record = {
-        "status": "no summary: it still runs, or was killed",
-        "steps": run.steps[-1]["step"],
-        "wall_s": run.steps[-1].get("wall_s"),
+        "status": "no summary: it still runs, or was killed" if began else "failed",
+        "steps": last["step"],
+        "wall_s": last.get("wall_s"),
         "reward_first": fmean(rewards[:tenth]) if rewards else None,
         "reward_last": fmean(rewards[-tenth:]) if rewards else None,
         "eval_first": evaluations[0] if evaluations else None,
         "eval_last": evaluations[-1] if len(evaluations) > 1 else None,
         "trainer_wait_fraction": total(run, "time/trainer_wait_s") / seconds if seconds else None,
         "generator_busy_fraction": _weighted(run, "generator/busy_fraction"),
-        "restarts": {"": run.steps[-1].get("recovery/restarts", 0)},
-        "error": None,
+        "restarts": {"": last.get("recovery/restarts", 0)},
+        "error": None if began else "it never began: its settings were refused, or it was stopped before",
     }
     found |= {name: run.summary[name] for name in found if name in run.summary}
     groups = run.config.get("trainer.groups_per_step")
     return found | {
         "restarts": sum(found["restarts"].values()),
+        "step_s": seconds / len(run.steps) if seconds else None,
         "groups_per_s": len(run.steps) * groups / seconds if groups and seconds else None,
         "tokens_per_s": _weighted(run, "generator/tokens_per_s"),
     }
 
 
-def differing(runs: Sequence[Run]) -> list[str]:
-    """Settings in which the runs differ, but for where they came from."""
-    keys = dict.fromkeys(key for run in runs for key in run.config)
+def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """Settings in which the runs differ, with the value of each run: of a sweep those that were typed, else any.
+
+    Where the runs came from is none.
+    """
+    typed = is_sweep(runs)
+    keys = dict.fromkeys(key for run in runs for key in (run.overrides if typed else run.config))
+    values = {key: [run.config.get(key, run.overrides.get(key)) for run in runs] for key in keys}
     passed_over = ("resume", "checkpoint.dir")
-    return [k for k in keys if k not in passed_over and len({repr(run.config.get(k)) for run in runs}) > 1]
+    return {key: each for key, each in values.items() if key not in passed_over and len(set(map(repr, each))) > 1}
 
 
 def total(run: Run, name: str) -> float:
@@ -143,7 +220,7 @@ def _text(file: Path) -> str:
     return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
 
 
-def _summary(folder: Path, notes: list[str]) -> Record:
+def read_summary(folder: Path, notes: list[str]) -> Record:
     if not (text := _text(folder / "summary.json")):
         return {}
     try:
@@ -159,6 +236,20 @@ def _config(text: str, notes: list[str]) -> Record:
     except (OmegaConfBaseException, YAMLError):
         notes.append("config.yaml can't be read.")
         return {}
+
+
+def _overrides(text: str, notes: list[str]) -> Record:
+    try:
+        named = [str(each).lstrip("+") for each in OmegaConf.create(text or "[]") if "=" in str(each)]
+        return {name.partition("=")[0]: _value(name.partition("=")[2]) for name in named}
+    except (OmegaConfBaseException, YAMLError):
+        notes.append(".hydra/overrides.yaml can't be read.")
+        return {}
+
+
+def _value(text: str) -> Any:
+    """As Hydra would read it, in the main: `1e-4` is a number."""
+    return OmegaConf.from_dotlist([f"value={text}"])["value"]
 
 
 def _flat(config: Any, prefix: str = "") -> Record:

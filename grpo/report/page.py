@@ -12,32 +12,50 @@ from statistics import fmean
 from typing import Any
 
 from grpo.observe.run_dir import to_json
-from grpo.report.data import Record, Run, differing, figures, read_rollouts, read_run
+from grpo.report.data import Record, Run, differing, figures, read_attempt, read_rollouts, read_run, runs_of
 from grpo.report.timeline import read_timeline
 from grpo.types import ReportError
 
-_SCRIPTS = ("base.js", "curves.js", "compare.js", "groups.js", "lanes.js", "loop.js", "report.js")
+_SCRIPTS = ("base.js", "curves.js", "compare.js", "groups.js", "lanes.js", "loop.js", "live.js", "report.js")
 _MOST_POINTS = 4000  # of a curve
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None, *, from_s: float = 0.0) -> Path:
-    """Write the page of one run, or of several; the timeline from `from_s` on. Raises ReportError."""
+    """Write the page of one run, or of several; the timeline from `from_s` on. Raises ReportError.
+
+    The folder of a sweep stands for its runs. Among several, one that never trained a step stands as failed.
+    """
+    folders = named_runs(folders)
+    if len(folders) == 1:
+        run = read_run(folders[0])
+        return _write(one(run, timeline_of(run.folder, from_s)), out or run.folder / "report.html")
+    return _write(several([read_attempt(folder) for folder in folders]), out or _common(folders) / "comparison.html")
+
+
+def named_runs(folders: Sequence[Path]) -> list[Path]:
+    """The runs that are meant by folders of runs, or of sweeps. Raises ReportError when there are none."""
     if len(folders) > 1:
         folders = [folder for folder in folders if not folder.is_file()]  # a sweep's `*` names files too
-    runs = [read_run(folder) for folder in folders]
-    if not runs:
+    if not folders:
         raise ReportError("no folder of a run was named")
-    out = out or (folders[0] / "report.html" if len(runs) == 1 else _common(folders) / "comparison.html")
+    return [run for folder in folders for run in runs_of(folder)]
+
+
+def _write(data: Record, out: Path) -> Path:
     try:
-        out.write_text(page(one(runs[0], from_s) if len(runs) == 1 else several(runs)), encoding="utf-8")
+        out.write_text(page(data), encoding="utf-8")
     except OSError as error:
         raise ReportError(f"can't write {out}: {error.strerror}") from error
     return out
 
 
 def page(data: Mapping[str, Any]) -> str:
-    """Places of the template are filled in one pass: what the data holds is never taken for a place."""
+    """Places of the template are filled in one pass: what the data holds is never taken for a place.
+
+    Data that is `live` comes from a server, which the page asks for more; any other page asks nobody for anything.
+    """
     parts = {
+        "connect": "'self'" if data.get("live") else "'none'",
         "style": _asset("report.css"),
         "plotly": _inline(_plotly()),
         "data": _json(data),
@@ -46,31 +64,46 @@ def page(data: Mapping[str, Any]) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _asset("report.html"))
 
 
-def one(run: Run, from_s: float = 0.0) -> Record:
+def one(run: Run, timeline: Record | None) -> Record:
     """Everything about one run."""
     notes = list(run.notes)
     rollouts = read_rollouts(run.folder, notes)
-    folder = run.folder.resolve()
-    data = _of_run(run, f"{folder.parent.name}/{folder.name}", notes)
-    timeline = read_timeline(run.folder / "timeline.json", from_s=from_s)
-    return {"runs": [data], "rollouts": rollouts, "timeline": timeline}
+    return {"runs": [_of_run(run, name_of(run.folder), notes)], "rollouts": rollouts, "timeline": timeline}
+
+
+def timeline_of(folder: Path, from_s: float) -> Record | None:
+    return read_timeline(folder / "timeline.json", from_s=from_s)
+
+
+def name_of(folder: Path) -> str:
+    folder = folder.resolve()
+    return f"{folder.parent.name}/{folder.name}"
 
 
 def several(runs: Sequence[Run]) -> Record:
     """The curves and figures of several runs, and the settings in which they differ."""
-    keys, common = differing(runs), _common([run.folder for run in runs])
-    if len(keys) == 1 and all(isinstance(run.config.get(keys[0]), (int, float)) for run in runs):
-        runs = sorted(runs, key=lambda run: float(run.config[keys[0]]))  # a sweep; a shell sorts 16 before 4
-    named = [(run, str(run.folder.resolve().relative_to(common))) for run in runs]
-    labelled = [(run, name + _settings(run, keys if len(keys) <= 2 else [])) for run, name in named]
+    runs = in_order(runs)
+    settings, common = differing(runs), _common([run.folder for run in runs])
+    names = [str(run.folder.resolve().relative_to(common)) for run in runs]
+    labels = [name + _settings(settings, place) for place, name in enumerate(names)]
     return {
-        "runs": [_of_run(run, label, list(run.notes)) for run, label in labelled],
-        "differing": {key: [run.config.get(key) for run in runs] for key in keys},
+        "runs": [_of_run(run, label, list(run.notes)) for run, label in zip(runs, labels, strict=True)],
+        "differing": settings,
+        "title": name_of(common),
     }
 
 
+def in_order(runs: Sequence[Run]) -> list[Run]:
+    """Of a sweep over one number in its order, else as they come."""
+    settings = differing(runs)
+    values, *others = settings.values() or [[]]
+    if others or not all(isinstance(value, (int, float)) for value in values):
+        return list(runs)
+    return [run for _, run in sorted(zip(values, runs, strict=False), key=lambda pair: pair[0])] or list(runs)
+
+
 def _of_run(run: Run, name: str, notes: list[str]) -> Record:
-    every = math.ceil(len(run.steps) / _MOST_POINTS)
+    every = max(1, math.ceil(len(run.steps) / _MOST_POINTS))
     if every > 1:
         notes.append(f"Each point of the curves is the mean of {every} steps.")
     return {
@@ -78,7 +111,7 @@ def _of_run(run: Run, name: str, notes: list[str]) -> Record:
         "figures": figures(run),
         "evaluations": run.evaluations,
         "deaths": run.deaths,
-        "resumed_at": run.summary.get("resumed_at", []),
+        "resumed_at": run.resumed_at,
         "columns": columns(run.steps, every),
         "config": run.config_text,
         "notes": notes,
@@ -98,8 +131,11 @@ def _mean(block: Sequence[Record], name: str) -> float | None:
     return float(f"{fmean(values):.6g}") if values else None
 
 
-def _settings(run: Run, keys: Sequence[str]) -> str:
-    return "".join(f" · {key.rpartition('.')[2]}={run.config.get(key)}" for key in keys)
+def _settings(settings: Mapping[str, Sequence[Any]], place: int) -> str:
+    """Few enough to stand in a legend."""
+    if len(settings) > 2:
+        return ""
+    return "".join(f" · {key.rpartition('.')[2]}={values[place]}" for key, values in settings.items())
 
 
 def _common(folders: Sequence[Path]) -> Path:

@@ -89,7 +89,7 @@ class _Reward:
         self._world, config = world, world.config.reward
         self._line = Line(config.workers * config.replicas)
 
-    async def score(self, prompt: Prompt, completions: GroupShape) -> Scores:
+    async def score(self, prompt: Prompt, completions: GroupShape, detail: str) -> Scores:
         await self._world.calls.begin()
         seconds = self._world.profile.score
         await self._line.served(seconds[prompt.serial % len(seconds)])

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import pickle
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from grpo.actors.reward import Reward
@@ -70,8 +72,23 @@ async def test_every_reward_can_be_named(make_reward):
 async def test_texts_hold_no_special_tokens(make_reward, prompt, answers, make_completion, tokenizer):
     reward = await make_reward({"task": 1.0})
     padded = make_completion([0, *tokenizer.encode("abc"), 1, 0])
-    scores = await reward.score(prompt, [*answers("a b, c", ""), padded])
-    assert scores.texts == ("a b, c", "", "abc")
+    scores = await reward.score(prompt, [*answers("a b, c", ""), padded], "texts")
+    assert (scores.texts, scores.tokens) == (("a b, c", "", "abc"), "")
+
+
+async def test_texts_and_tokens_come_only_where_they_are_asked_for(make_reward, prompt, answers, tokenizer):
+    reward = await make_reward({"task": 1.0})
+    one, two = answers("ab", "c")
+    one = replace(one, logprobs=np.array([-0.12345, 0.0, -np.inf], np.float32), versions=((3, 1), (4, 2)))
+    bare = await reward.score(prompt, [one, two])
+    assert (bare.texts, bare.tokens) == ((), "")
+    scores = await reward.score(prompt, [one, two], "tokens")
+    assert scores.texts == ("ab", "c")
+    assert json.loads(scores.tokens) == [
+        [["a", -0.1235, 3], ["b", 0.0, 4], ["<eos>", None, 4]],
+        [["c", -2.0, 0], ["<eos>", -2.0, 0]],
+    ]
+    assert pickle.loads(pickle.dumps(scores)) == scores
 
 
 async def test_any_numbers_become_floats_and_functions_run_elsewhere(make_reward, prompt, answers):

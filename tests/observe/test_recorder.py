@@ -6,6 +6,8 @@ from typing import ClassVar
 import pytest
 
 from grpo.observe.sinks.fanout import Sinks
+from grpo.telemetry.accumulators import MetricSet
+from grpo.telemetry.recording import Harvest, Span
 from grpo.types import (
     ActorDied,
     BatchReport,
@@ -53,7 +55,7 @@ def finished_group(serial, reward, completions=()):
     group = Group(prompt, completions, None, (reward, reward), (0.0, 0.0), oldest_version=0)
     texts = ("ab", "ba") if serial % 2 == 0 else ()
     scores, report = (
-        Scores((reward, reward), {"task": (reward, reward)}, texts),
+        Scores((reward, reward), {"task": (reward, reward)}, texts, '[[["ab",-0.5,3]],[]]' if texts else ""),
         GenerationReport(0, 0, (2, 4), (False, True)),
     )
     return Rollout(group, scores, report, shaped_rewards=(reward / 2, reward / 2))
@@ -109,6 +111,7 @@ def test_groups_that_come_with_texts_are_kept(recorded):
     assert groups[0]["prompt"] == "ba>"
     assert groups[0]["completions"] == ["ab", "ba"]
     assert groups[0]["rewards"] == [0.05, 0.05]
+    assert groups[0]["tokens"] == [[["ab", -0.5, 3]], []]
 
 
 def lines(recorder):
@@ -318,3 +321,33 @@ def test_sinks_get_every_step_the_samples_and_what_came_out(tiny_config, make_re
     )
     assert [call[0] for call in Sink.calls[-2:]] == ["summary", "close"]
     assert Sink.calls[-2][1]["status"] == "completed"
+
+
+def test_deaths_are_told_at_once_on_the_clock_of_the_run(tiny_config, make_recorder):
+    recorder = make_recorder(tiny_config)
+    recorder.go_on_after(1000.0)
+    death = recorder.failures.actor_died("trainer", ActorDied("trainer died: killed"))
+    recorder.failures.actor_is_back(death)
+    summary = recorder.write_summary("completed")
+    recorder.restore(7, recorder.state())
+    recorder.run_dir.close()
+    died, back, resumed = recorder.run_dir.read("events.jsonl")
+    assert (died["event"], died["actor"], died["error"]) == ("died", "trainer", "trainer died: killed")
+    assert 1000.0 <= died["at_s"] <= back["at_s"] <= resumed["at_s"]
+    assert back == {"event": "back", "at_s": back["at_s"], "actor": "trainer", "after_s": death.back_s}
+    assert (resumed["event"], resumed["step"]) == ("resumed", 7)
+    assert summary["recovery"]["deaths"][0]["at_s"] == pytest.approx(died["at_s"], abs=1e-3)
+
+
+def test_the_timeline_of_a_resumed_run_goes_on_where_it_was(tiny_config, make_recorder):
+    recorder = make_recorder(tiny_config)
+    recorder.go_on_after(1000.0)
+    now = time.perf_counter()
+    timeline = recorder.timeline(most_mb=1.0)
+    timeline.add(
+        "driver", Harvest([Span("training", 0, "ticket", "wait", now, now + 1, False, {})], MetricSet(), now, 0)
+    )
+    timeline.close()
+    recorder.run_dir.close()
+    (event,) = [e for e in json.loads((recorder.run_dir.path / "timeline.json").read_text()) if e["ph"] == "X"]
+    assert event["ts"] == pytest.approx(recorder.wall_s * 1e6, abs=60e6)

@@ -10,6 +10,10 @@ import time
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+class Left(Exception):
+    """The page is being left for another one."""
+
+
 class Browser:
     """One tab. `console` holds every error and warning that a page has caused, uncaught exceptions included."""
 
@@ -24,18 +28,27 @@ class Browser:
         )  # fmt: skip
         os.close(to_browser)
         os.close(from_browser)
-        self._number, self._read, self._session = 0, b"", None
+        self._number, self._read, self._session, self._allowed = 0, b"", None, ("about:",)
         self.console = []
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self._call(f"{domain}.enable")
 
-    def open(self, path, width=1280, height=900):
+    def open(self, page, width=1280, height=900):
+        """A file, or an address of a server, which may be asked for more; nobody else may."""
+        url = page if isinstance(page, str) else page.resolve().as_uri()
+        self._allowed = ("file:", "data:", "blob:", "about:", *([page] if isinstance(page, str) else []))
         self.console.clear()
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        self._call("Page.navigate", url=path.resolve().as_uri())
+        self._call("Page.navigate", url=url)
         self.until("document.readyState === 'complete' && document.getElementById('title')?.textContent")
+
+    def leave(self):
+        """What the page goes on to do is of no interest any more."""
+        self._call("Page.navigate", url="about:blank")
+        self.until("document.readyState === 'complete'")
+        self.console.clear()
 
     def prefer(self, scheme):
         self._call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
@@ -65,9 +78,15 @@ class Browser:
 
     def until(self, expression, seconds=20):
         end = time.monotonic() + seconds
-        while not self.evaluate(expression):
+        while not self._holds(expression):
             assert time.monotonic() < end, f"never came true: {expression}"
             time.sleep(0.05)
+
+    def _holds(self, expression):
+        try:
+            return self.evaluate(expression)
+        except Left:
+            return False
 
     def screenshot(self, file):
         file.write_bytes(base64.b64decode(self._call("Page.captureScreenshot")["data"]))
@@ -89,6 +108,8 @@ class Browser:
         os.write(self._to, json.dumps(message).encode() + b"\0")
         while (answer := self._receive()).get("id") != self._number:
             self._note(answer)
+        if "context" in answer.get("error", {}).get("message", ""):
+            raise Left
         assert "error" not in answer, (method, answer["error"])
         return answer["result"]
 
@@ -111,5 +132,5 @@ class Browser:
             self.console.append(" ".join(str(argument.get("value")) for argument in parameters["args"]))
         elif kind == "Network.requestWillBeSent":
             url = parameters["request"]["url"]
-            if not url.startswith(("file:", "data:", "blob:", "about:")):
+            if not url.startswith(self._allowed):
                 self.console.append(f"asked the network for {url}")

@@ -5,18 +5,34 @@ import json
 NASTY = "</script><script>document.title = 'taken'</script><b>bold</b> <!-- {{data}} & \u2028 ü"
 
 
-def make_run(folder, *, steps=12, concurrency=4, groups=True, timeline=True, summary=True, tokens=True):
+def make_run(
+    folder, *, steps=12, concurrency=4, groups=6, timeline=3, summary=True, tokens=True, deaths=True, overrides=()
+):
     folder.mkdir(parents=True, exist_ok=True)
     config = f"rollout:\n  concurrency: {concurrency}\ntrainer:\n  groups_per_step: 4\nseed: 0\n"
     (folder / "config.yaml").write_text(config)
     write_jsonl(folder / "metrics.jsonl", [_step(number, concurrency) for number in range(1, steps + 1)])
+    _write_overrides(folder, overrides)
     if groups:
-        write_jsonl(folder / "rollouts.jsonl", [_group(number, tokens) for number in range(6)])
+        write_jsonl(folder / "rollouts.jsonl", [_group(number, tokens) for number in range(groups)])
+    if deaths:
+        write_jsonl(folder / "events.jsonl", _events())
     if timeline:
-        (folder / "timeline.json").write_text(json.dumps(events()))
+        (folder / "timeline.json").write_text(json.dumps(events(timeline)))
     if summary:
         (folder / "summary.json").write_text(json.dumps(_summary(steps)))
     return folder
+
+
+def make_failed_run(folder, overrides):
+    """One of a sweep whose settings were refused: it leaves what Hydra writes."""
+    folder.mkdir(parents=True)
+    _write_overrides(folder, overrides)
+
+
+def _write_overrides(folder, overrides):
+    (folder / ".hydra").mkdir(exist_ok=True)
+    (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {each}\n" for each in overrides) or "[]\n")
 
 
 def write_jsonl(file, records):
@@ -84,8 +100,16 @@ def _group(number, tokens):
     return group
 
 
+def _events():
+    return [
+        {"event": "resumed", "at_s": 12.0, "step": 2},
+        {"event": "died", "at_s": 14.5, "actor": "generator", "error": "killed"},
+        {"event": "died", "at_s": 14.75, "actor": "reward-1", "error": "<b>hung</b>"},
+        {"event": "back", "at_s": 16.5, "actor": "generator", "after_s": 2.0},
+    ]
+
+
 def _summary(steps):
-    death = {"actor": "generator-1", "error": "killed", "at": 5.0, "back_s": 3.0, "next_step_s": 1.0}
     evaluations = [
         {"step": 0, "reward_mean": 0.3, "reward_stderr": 0.02},
         {"step": steps, "reward_mean": 0.9, "reward_stderr": None},
@@ -93,6 +117,6 @@ def _summary(steps):
     return {
         "status": "failed", "steps": steps, "wall_s": 30.0, "reward_first": 0.05, "reward_last": 0.6, "eval_first": 0.3,
         "eval_last": 0.9, "evaluations": evaluations, "trainer_wait_fraction": 0.25, "generator_busy_fraction": 0.5,
-        "restarts": {"generator-1": 1}, "recovery": {"deaths": [death]}, "resumed_at": [2],
+        "restarts": {"generator": 1, "reward-1": 1}, "resumed_at": [2],
         "error": "StalledError: <b>no step</b>",
     }  # fmt: skip

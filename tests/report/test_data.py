@@ -14,9 +14,13 @@ def test_a_whole_run(tmp_path):
     run = read_run(make_run(tmp_path / "run"))
     assert run.config["rollout.concurrency"] == 4
     assert [each["step"] for each in run.evaluations] == [0, 12]
-    assert [(death["actor"], death["step"]) for death in run.deaths] == [("generator-1", 5)]
+    assert [(d["actor"], d["at_s"], d["step"], d["back_s"], d["next_step_s"]) for d in run.deaths] == [
+        ("generator", 14.5, 5, 2.0, 0.5),
+        ("reward-1", 14.75, 5, None, 0.25),
+    ]
+    assert run.resumed_at == [2]
     found = figures(run)
-    assert (found["status"], found["restarts"], found["tokens_per_s"]) == ("failed", 1, 400.0)
+    assert (found["status"], found["restarts"], found["tokens_per_s"]) == ("failed", 2, 400.0)
     assert found["groups_per_s"] == pytest.approx(12 * 4 / (12 * 0.7))
     assert not run.notes
 
@@ -75,6 +79,17 @@ def test_too_many_groups_are_thinned_evenly(tmp_path):
     assert "10 of 100" in notes[0]
 
 
+def test_tokens_have_a_room_of_their_own(tmp_path):
+    write_jsonl(
+        tmp_path / "rollouts.jsonl", [{"step": number, "tokens": [[["x" * 100, 0.0, 1]]]} for number in range(40)]
+    )
+    notes = []
+    groups = read_rollouts(tmp_path, notes, most_bytes=1200)
+    assert [group["step"] for group in groups] == list(range(40))
+    assert [group["step"] for group in groups if "tokens" in group] == [3, 7, 11, 15, 19, 23, 27, 31, 35, 39]
+    assert notes == ["The page holds the tokens of 10 of 40 groups; rollouts.jsonl has all."]
+
+
 def test_long_runs_become_means(tmp_path):
     steps = [{"step": number, "loss": float(number)} for number in range(1, 8)]
     assert columns(steps, 3) == {"step": [3, 6, 7], "loss": [2.0, 5.0, 7.0]}
@@ -83,7 +98,7 @@ def test_long_runs_become_means(tmp_path):
 
 def test_what_differs(tmp_path):
     runs = [read_run(make_run(tmp_path / str(n), concurrency=n)) for n in (1, 8)]
-    assert differing(runs) == ["rollout.concurrency"]
+    assert differing(runs) == {"rollout.concurrency": [1, 8]}
 
 
 def test_nothing_of_the_data_can_leave_its_place():

@@ -177,7 +177,12 @@ def test_hydra_users_find_what_they_know(type_in):
 
 
 def test_a_sweep_runs_one_after_another(train, tmp_path):
-    code, *_ = finish(train("-m", "rollout.concurrency=4,32", "trainer.max_steps=1", "eval.prompts=0"))
-    assert code == 0
+    code, stdout, stderr = finish(train("-m", "rollout.concurrency=32,0,4", "trainer.max_steps=1", "eval.prompts=0"))
+    assert (code, stderr.count("error: ")) == (1, 1)
     summaries = sorted(tmp_path.glob("multirun/*/*/*/summary.json"))
     assert [json.loads(path.read_text())["status"] for path in summaries] == ["completed", "completed"]
+    *table, last = stdout.splitlines()[-5:]
+    rows = [line.split()[:4] for line in table if line.strip()]
+    assert rows == [["1", "0", "failed", "0"], ["2", "4", "completed", "1"], ["0", "32", "completed", "1"]]
+    (comparison,) = tmp_path.glob("multirun/*/*/comparison.html")
+    assert last == f"comparison: {comparison}"

@@ -1,8 +1,8 @@
 "use strict";
 // What all sections share: the data, elements, numbers as text, and the theme.
 
-const DATA = JSON.parse(document.getElementById("data").textContent);
-const RUNS = DATA.runs;
+let DATA = JSON.parse(document.getElementById("data").textContent);
+let RUNS = DATA.runs;
 const $ = id => document.getElementById(id);
 
 // An element. Text always goes in as a text node: nothing of a run is ever read as HTML.

@@ -1,13 +1,13 @@
 // Several runs: a table, a plot over the setting that differs, and the same curve of every run in one chart.
 
 const COLUMNS = [
-  ["steps", each => count(each.steps)], ["wall time", each => duration(each.wall_s), "wall_s"],
+  ["steps", each => count(each.steps)],
   ["reward first", each => text(each.reward_first), "reward_first"], ["last", each => text(each.reward_last), "reward_last"],
   ["held-out first", each => text(each.eval_first), "eval_first"], ["last", each => text(each.eval_last), "eval_last"],
-  ["trainer waits", each => percent(each.trainer_wait_fraction), "trainer_wait_fraction"],
-  ["generators busy", each => percent(each.generator_busy_fraction), "generator_busy_fraction"],
+  ["trainer waits", each => percent(each.trainer_wait_fraction), "trainer_wait_fraction"], ["s/step", each => text(each.step_s, 2), "step_s"],
   ["groups/s", each => text(each.groups_per_s, 2), "groups_per_s"], ["tokens/s", each => count(each.tokens_per_s), "tokens_per_s"],
-  ["restarts", each => count(each.restarts), "restarts"],
+  ["generators busy", each => percent(each.generator_busy_fraction), "generator_busy_fraction"],
+  ["wall time", each => duration(each.wall_s), "wall_s"], ["restarts", each => count(each.restarts), "restarts"],
 ];
 
 function startComparing() {
@@ -43,8 +43,8 @@ function table() {
   const shown = value => value === null || value === undefined ? "–" : typeof value === "object" ? JSON.stringify(value) : String(value);
   const best = name => name && Math.max(...RUNS.map(run => run.figures[name] ?? -Infinity));
   const highlighted = name => ["reward_last", "eval_last", "groups_per_s", "tokens_per_s"].includes(name) && RUNS.length > 1;
-  const rows = RUNS.map((run, place) => h("tr", {}, h("td", {}, dot(colourOf(run)), run.name),
-    h("td", {}, run.figures.status.split(":")[0]), keys.map(key => h("td", {}, shown(DATA.differing[key][place]))),
+  const rows = RUNS.map((run, place) => h("tr", {}, h("td", {}, dot(colourOf(run)), Object.keys(DATA.differing).length <= 2 ? run.name.split(" · ")[0] : run.name),
+    h("td", {}, statusOf(run.figures)), keys.map(key => h("td", {}, shown(DATA.differing[key][place]))),
     COLUMNS.map(([, cell, name]) => h("td", {}, highlighted(name) && run.figures[name] === best(name) ? h("b", {}, cell(run.figures)) : cell(run.figures)))));
   $("runs-table").replaceChildren(h("table", {},
     h("thead", {}, h("tr", {}, ["run", "status", ...keys, ...COLUMNS.map(([title]) => title)].map(title => h("th", {scope: "col"}, title)))),
@@ -66,7 +66,7 @@ function sweep() {
   };
   const chart = (title, name, number) => {
     const spec = {title, ownAxis: true, get layout() {
-      return {hovermode: "closest", showlegend: false, xaxis: {title: {text: pick.value, font: {size: 11.5}, standoff: 6}, ...logarithmic(DATA.differing[pick.value])}, yaxis: {rangemode: "tozero"}};
+      return {hovermode: "closest", showlegend: false, xaxis: {title: {text: pick.value, font: {size: 11.5}, standoff: 6}, ...logarithmic(DATA.differing[pick.value].filter((_, place) => RUNS[place].figures.steps))}, yaxis: {rangemode: "tozero"}};
     }};
     return Charts.card(spec, () => [over(name, series(number))]);
   };

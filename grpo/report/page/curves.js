@@ -153,12 +153,30 @@ const CHARTS = [
   ]],
 ];
 
-// Failures and resumptions as vertical lines.
+// Where a moment of the run lies on the horizontal axis: between two steps, most often.
+function xOfTime(run, seconds) {
+  const steps = column(run, "step"), walls = column(run, "wall_s");
+  if (Axis.kind !== "step" || !walls) return seconds;
+  const place = walls.findIndex(wall => wall >= seconds);
+  if (place < 0) return steps.at(-1);
+  const [wall, step] = place ? [walls[place - 1], steps[place - 1]] : [walls[0] - (column(run, "time/step_s")?.[0] ?? 0), 0];
+  return step + (steps[place] - step) * Math.max(0, Math.min(1, (seconds - wall) / (walls[place] - wall)));
+}
+
+// Failures and resumptions as vertical lines; what follows a failure, until a new process serves, is shaded.
 function marks(run) {
-  const mark = (step, label, colour) => ({x: xOfStep(run, step), label, colour});
   return [
-    ...run.deaths.map(death => mark(death.step, `${death.actor} died`, css("bad"))),
-    ...run.resumed_at.map(step => mark(step, "resumed", css("s9"))),
+    ...run.deaths.map(({actor, at_s, back_s}) => ({x: xOfTime(run, at_s), until: isNumber(back_s) ? xOfTime(run, at_s + back_s) : null,
+      label: `${actor} died`, colour: css("bad")})),
+    ...run.resumed_at.map(step => ({x: xOfStep(run, step), until: null, label: "resumed", colour: css("s9")})),
+  ];
+}
+
+function shapesOf({x, until, colour}) {
+  const common = {yref: "paper", y0: 0, y1: 1, layer: "below"};
+  return [
+    {...common, type: "line", x0: x, x1: x, line: {color: colour, width: 1.2, dash: "dash"}},
+    ...(until === null ? [] : [{...common, type: "rect", x0: x, x1: until, fillcolor: faded(colour, 0.12), line: {width: 0}}]),
   ];
 }
 
@@ -167,13 +185,13 @@ function layoutOf(chart, found) {
   const own = chart.layout ?? {};
   const title = chart.ownAxis ? undefined : {text: Axis.kind === "step" ? "step" : "seconds since the start", font: {size: 11.5}, standoff: 6};
   return {
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: {l: 44, r: 8, t: own.showlegend === false ? 10 : 30, b: 38},
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: {l: 44, r: 16, t: own.showlegend === false ? 10 : 30, b: 38},
     font: {family: "system-ui, sans-serif", size: 12, color: css("soft")}, hovermode: "x unified", dragmode: "zoom",
     hoverlabel: {bgcolor: css("card"), bordercolor: css("line"), font: {color: css("ink"), size: 12}},
     showlegend: true, ...own,
     legend: {orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: {size: 12}, ...own.legend},
     xaxis: {...axis, showgrid: false, zeroline: false, title, ...own.xaxis}, yaxis: {...axis, ...own.yaxis},
-    shapes: found.map(mark => ({type: "line", x0: mark.x, x1: mark.x, yref: "paper", y0: 0, y1: 1, line: {color: mark.colour, width: 1.2, dash: "dash"}})),
+    shapes: found.flatMap(shapesOf), uirevision: chart.ownAxis ? "own" : Axis.kind,  // new data does not undo a zoom
     annotations: found.slice(0, 12).map((mark, place) => ({x: mark.x, yref: "paper", y: 1 - 0.08 * (place % 4), text: escaped(mark.label), showarrow: false,
       xanchor: "left", xshift: 4, font: {size: 11, color: mark.colour}, bgcolor: css("card"), opacity: 0.9})),
   };
@@ -191,13 +209,15 @@ const Charts = {
     const card = h("div", {class: chart.wide ? "card wide" : "card"},
       h("header", {}, h("h4", {}, chart.title), h("span", {}, chart.about ?? ""), chart.extra), plot);
     const entry = {plot, seen: false, draw() {
-      if (!entry.seen) return;
+      card.hidden = Boolean(chart.shown && !chart.shown(RUNS[0]));
+      if (!entry.seen || card.hidden) return;
       const traces = tracesOf(chart).filter(Boolean);
       const layout = layoutOf(chart, chart.marks && RUNS.length === 1 ? marks(RUNS[0]) : []);
       Plotly.react(plot, traces, layout, {displayModeBar: false, responsive: true});
     }};
     Charts.all.push(entry);
     Charts.watch(entry);
+    entry.draw();
     return card;
   },
   watch(entry) {
@@ -209,7 +229,10 @@ const Charts = {
     }), {rootMargin: "300px"});
     this.watcher.observe(entry.plot);
   },
-  draw() { this.all.forEach(entry => entry.draw()); },
+  draw() {
+    this.all.forEach(entry => entry.draw());
+    for (const block of document.querySelectorAll("#charts > div")) block.hidden = !block.querySelector(".card:not([hidden])");
+  },
 };
 
 function startCurves() {
@@ -217,9 +240,9 @@ function startCurves() {
   toggle($("axis"), axes, Axis.kind, kind => { Axis.kind = kind; Charts.draw(); });
   Theme.listeners.push(() => Charts.draw());
   if (RUNS.length > 1) return startComparing();
-  for (const [heading, charts] of CHARTS) {
-    const shown = charts.filter(chart => !chart.shown || chart.shown(RUNS[0]));
-    if (!shown.length) continue;
-    $("charts").append(h("h3", {}, heading), h("div", {class: "grid"}, shown.map(chart => Charts.card(chart, it => it.traces(RUNS[0])))));
-  }
+  const block = ([heading, charts]) => h("div", {}, h("h3", {}, heading),
+    h("div", {class: "grid"}, charts.map(chart => Charts.card(chart, it => it.traces(RUNS[0])))));
+  $("charts").append(...CHARTS.map(block));
+  Charts.draw();
+  Live.listeners.push(() => Charts.draw());
 }

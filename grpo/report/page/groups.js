@@ -1,6 +1,6 @@
 // The browser of sampled groups: a list to search, and one group with its completions, scores and, where known, tokens.
 
-const Groups = {all: DATA.rollouts ?? [], found: [], at: 0, colouring: "logprob", words: []};
+const Groups = {all: [], found: [], at: 0, colouring: "logprob", words: []};
 const ROWS = 300;  // of the list, around the one that is shown
 const mean = values => values.length ? values.reduce((a, b) => a + b, 0) / values.length : 0;
 
@@ -16,32 +16,51 @@ const ORDERS = [
   ["best", "highest reward", (a, b) => mean(b.rewards) - mean(a.rewards) || b.place - a.place],
   ["worst", "lowest reward", (a, b) => mean(a.rewards) - mean(b.rewards) || b.place - a.place],
 ];
-let best_;
-const bestReward = () => best_ ??= Math.max(...Groups.all.flatMap(group => group.rewards));
+const bestReward = () => Groups.best;
 
 function startGroups() {
+  options($("groups-order"), ORDERS);
+  for (const id of ["groups-search", "groups-kind", "groups-order"]) $(id).addEventListener("input", () => filterGroups());
+  document.addEventListener("keydown", groupKeys);
+  Theme.listeners.push(showGroup);
+  takeGroups();
+  Live.listeners.push(takeGroups);
+}
+
+// Also of a run that goes on: the group that is shown stays.
+function takeGroups() {
+  const shown = Groups.found[Groups.at], kind = $("groups-kind").value;
+  Groups.all = DATA.rollouts ?? [];
+  $("groups").hidden = !Groups.all.length;
   if (!Groups.all.length) return;
-  $("groups").hidden = false;
+  Groups.best = Groups.all.reduce((best, group) => Math.max(best, ...group.rewards), -Infinity);
   Groups.all.forEach((group, place) => {
     group.place = place;
     group.haystack = [group.prompt, group.answer, ...group.completions].join("\n").toLowerCase();
   });
-  options($("groups-kind"), KINDS.filter(kind => kind[0] === "all" || Groups.all.some(kind[2])));
-  options($("groups-order"), ORDERS);
-  for (const id of ["groups-search", "groups-kind", "groups-order"]) $(id).addEventListener("input", filterGroups);
-  document.addEventListener("keydown", groupKeys);
-  Theme.listeners.push(showGroup);
-  filterGroups();
+  options($("groups-kind"), KINDS.filter(each => ["all", kind].includes(each[0]) || Groups.all.some(each[2])));
+  $("groups-kind").value = kind || "all";
+  filterGroups(shown);
 }
 
-function filterGroups() {
+function filterGroups(shown) {
   const kind = KINDS.find(each => each[0] === $("groups-kind").value)[2];
   const order = ORDERS.find(each => each[0] === $("groups-order").value)[2];
   Groups.words = $("groups-search").value.toLowerCase().split(/\s+/).filter(Boolean);
   Groups.found = Groups.all.filter(group => kind(group) && Groups.words.every(word => group.haystack.includes(word))).sort(order);
   $("groups-count").textContent = `${count(Groups.found.length)} of ${count(Groups.all.length)}`;
-  goToGroup(0);
+  const again = shown ? Groups.found.findIndex(group => group.prompt_serial === shown.prompt_serial && group.step === shown.step) : -1;
+  if (again < 0) return goToGroup(0);
+  const below = offsetInList();
+  Groups.at = again;  // its text stays as it is, with what may be selected in it
+  listGroups();
+  $("groups-list").scrollTop += offsetInList() - below;
+  $("group-place").textContent = placeOfGroup();
 }
+
+// How far the row of the group that is shown lies below the top of what is seen of the list.
+const offsetInList = () => ($(`row-${Groups.at}`)?.offsetTop ?? 0) - $("groups-list").scrollTop;
+const placeOfGroup = () => `${Groups.at + 1} of ${count(Groups.found.length)}`;
 
 function groupKeys(event) {
   if (typing(event) || sectionOfKeys() !== "groups") return;
@@ -86,7 +105,7 @@ function showGroup() {
     kind => { Groups.colouring = kind; showGroup(); });
   const versions = group.tokens ? [...new Set(group.tokens.flatMap(tokens => tokens.map(token => token[2])))].sort((a, b) => a - b) : [];
   $("group").replaceChildren(
-    h("div", {class: "group-top"}, h("span", {}, `${Groups.at + 1} of ${count(Groups.found.length)}`),
+    h("div", {class: "group-top"}, h("span", {id: "group-place"}, placeOfGroup()),
       h("span", {class: "pill"}, `step ${group.step}`), h("span", {class: "pill"}, `policy version ${group.policy_version}`),
       group.prompt_serial === undefined ? null : h("span", {class: "pill"}, `prompt ${group.prompt_serial}`),
       group.dropped ? h("span", {class: "pill bad"}, `dropped: ${group.dropped}`) : null,

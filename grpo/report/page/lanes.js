@@ -1,7 +1,7 @@
 // The lanes of the timeline on a canvas: one for each coroutine and each actor, for a window of time.
 
 const WAIT_COLOURS = {
-  ticket: 9, "generator.generate": 0, "reward.score": 1, "replay_buffer.add": 3, "dataloader.sample": 8, "reference.score": 5,
+  ticket: 9, prompts: 6, "generator.generate": 0, "reward.score": 1, "replay_buffer.add": 3, "dataloader.sample": 8, "reference.score": 5,
   "replay_buffer.sample": 6, "trainer.train_step": 2, "trainer.push_weights": 4, "generator.update_weights": 4, "trainer.snapshot": 7,
   evaluation: 5, prefill: 7, decode: 0, score: 1, train_step: 9, forward: 2, backward: 5, optimizer: 6, publish: 4, load: 4, snapshot: 7, save: 8,
 };
@@ -14,8 +14,9 @@ function waitColour(name) {
 const ROW = 16, TOP = 26, GAP = 26, TRACK = 0, BEGIN = 1, LENGTH = 2, NAME = 3, KIND = 4, DEPTH = 5, ARGS = 6;
 
 class Lanes {
-  constructor(canvas, timeline) {
+  constructor(canvas, timeline, deaths) {
     this.canvas = canvas;
+    this.deaths = deaths;
     this.timeline = timeline;
     this.spans = timeline.spans;
     this.layers = timeline.tracks.map(() => []);  // by track and depth, each in order and without overlap
@@ -31,7 +32,7 @@ class Lanes {
 
   repaint() {
     this.colours = Object.fromEntries(this.timeline.names.map((name, number) => [number, waitColour(name)]));
-    Object.assign(this, {ink: css("ink"), soft: css("soft"), line: css("line"), run: css("run"), card: css("card")});
+    Object.assign(this, {ink: css("ink"), soft: css("soft"), line: css("line"), run: css("run"), bad: css("bad")});
   }
 
   get left() { return this.canvas.clientWidth < 600 ? 86 : 118; }
@@ -53,6 +54,7 @@ class Lanes {
     pen.rect(this.left, TOP - 4, width - this.left, this.height);
     pen.clip();
     this.layers.forEach((layers, track) => this.track(track, layers, current?.[2] === track));
+    this.deaths.forEach(death => this.death(death));
     if (ticket !== null) this.flow(ticket);
     pen.restore();
     this.labels(current);
@@ -64,7 +66,7 @@ class Lanes {
   track(track, layers, running) {
     const {pen} = this, y = this.y[track];
     if (running) { pen.fillStyle = faded(this.run, 0.13); pen.fillRect(this.left, y, this.width, ROW); }
-    layers.forEach((numbers, depth) => this.layer(numbers, depth, y));
+    layers.forEach((numbers, depth) => this.layer(numbers, depth, y, layers[depth + 1] ?? []));
     pen.fillStyle = this.run;
     for (let place = this.firstTick(track); place < this.ticks[track].length; place++) {
       const [begin, end, , , , whole] = this.timeline.switches[this.ticks[track][place]];
@@ -73,7 +75,7 @@ class Lanes {
     }
   }
 
-  layer(numbers, depth, y) {
+  layer(numbers, depth, y, inner) {
     const {pen} = this;
     for (let place = this.first(numbers); place < numbers.length; place++) {
       const span = this.spans[numbers[place]];
@@ -83,8 +85,14 @@ class Lanes {
       const mine = this.ticket !== null && ticketsOf(span).includes(this.ticket);
       pen.fillStyle = around ? (mine ? this.run : faded(this.soft, 0.3)) : this.colour(span, depth);
       pen.fillRect(x, y + inset, Math.max(0.7, width), around ? 2 : ROW - 3 - 2 * (inset - 2));
-      if (!around && width > 62) this.caption(this.timeline.names[span[NAME]], x, y, width);
+      if (!around && width > 62 && !this.holds(span, inner)) this.caption(this.timeline.names[span[NAME]], x, y, width);
     }
+  }
+
+  // Whether one of the spans of the next layer lies in it: they would cover its name.
+  holds(span, inner) {
+    const next = this.spans[inner[this.first(inner, span[BEGIN])]];
+    return span[KIND] === "busy" && next !== undefined && next[BEGIN] < span[BEGIN] + span[LENGTH];
   }
 
   colour(span) { return faded(this.colours[span[NAME]], span[KIND] === "busy" ? 0.85 : 0.5); }
@@ -110,6 +118,21 @@ class Lanes {
     pen.bezierCurveTo((x0 + x1) / 2, y0, (x0 + x1) / 2, y1, x1, y1);
     pen.stroke();
     for (const [x, y] of [[x0, y0], [x1, y1]]) { pen.beginPath(); pen.arc(x, y, 3.5, 0, 7); pen.fill(); }
+  }
+
+  // A line through all lanes; those of the process itself are shaded until a new one serves.
+  death({actor, at_s, back_s}) {
+    const {pen} = this, x = this.x(at_s * 1e6), until = Math.min(this.width, this.x((at_s + (back_s ?? Infinity)) * 1e6));
+    if (x > this.width || until < this.left) return;
+    pen.fillStyle = faded(this.bad, 0.28);
+    this.timeline.tracks.forEach(({process}, track) => { if (process === actor) pen.fillRect(x, this.y[track], until - x, ROW); });
+    pen.strokeStyle = pen.fillStyle = this.bad;
+    pen.lineWidth = 1.4;
+    pen.setLineDash([5, 4]);
+    pen.beginPath(); pen.moveTo(x, TOP - 4); pen.lineTo(x, this.height); pen.stroke();
+    pen.setLineDash([]);
+    pen.font = "600 11px system-ui, sans-serif";
+    if (this.actorsAt !== null) pen.fillText(`${actor} died`, x + 5, this.actorsAt + GAP - 9);
   }
 
   labels(current) {

@@ -5,25 +5,39 @@ const SPEEDS = [0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 20];
 const HEAD = 0.6;  // where in the window the moment stands
 
 function startLoop() {
-  const timeline = DATA.timeline;
-  if (!timeline) return;
-  $("loop").hidden = false;
-  Loop.timeline = timeline;
-  Loop.window = Math.min(Loop.window, Math.max(200, timeline.end - timeline.begin));
-  [timeline.group, timeline.trained] = [{}, {}];
-  timeline.spans.forEach(span => ticketsOf(span).forEach(ticket => { timeline[span[KIND] === "group" ? "group" : "trained"][ticket] ??= span; }));
-  Loop.lanes = new Lanes($("canvas"), timeline);
   options($("loop-speed"), SPEEDS.map(speed => [speed, speed === 1 ? "real time" : `× ${speed}`]));
   $("loop-speed").value = Loop.speed;
+  controls();
+  showTimeline();
+  Live.listeners.push(showTimeline);
+  Theme.listeners.push(repaintLoop);
+  new ResizeObserver(drawLoop).observe($("lanes"));
+}
+
+// Also of a run that goes on: the moment that is shown stays.
+function showTimeline() {
+  const timeline = DATA.timeline, first = !Loop.timeline;
+  $("loop").hidden = !timeline;
+  if (!timeline) return;
+  Loop.timeline = timeline;
+  [timeline.group, timeline.trained] = [{}, {}];
+  timeline.spans.forEach(span => ticketsOf(span).forEach(ticket => { timeline[span[KIND] === "group" ? "group" : "trained"][ticket] ??= span; }));
+  Loop.lanes = new Lanes($("canvas"), timeline, RUNS[0].deaths);
   const shown = timeline.spans.length < timeline.spans_in_all
     ? `The page holds ${count(timeline.spans.length)} of ${count(timeline.spans_in_all)} spans, ${clock(timeline.begin)} to ${clock(timeline.end)}; scripts/report.py --from SECONDS begins later, and timeline.json holds all of them. ` : "";
   $("loop-note").textContent = `${shown}Times count from the start of the run. A gap without a tick is a wait that was not recorded. Click a span to follow its group.`;
-  controls();
-  Theme.listeners.push(() => { Loop.lanes.repaint(); legend(); drawLoop(); });
-  new ResizeObserver(drawLoop).observe($("lanes"));
   Loop.lanes.repaint();
   legend();
+  if (!first) return goTo(Loop.at);
+  Loop.window = Math.min(Loop.window, Math.max(200, timeline.end - timeline.begin));
   goToSwitch(lowest(timeline.switches.length, place => timeline.switches[place][0] >= firstTraining(timeline)));
+}
+
+function repaintLoop() {
+  if (!Loop.lanes) return;
+  Loop.lanes.repaint();
+  legend();
+  drawLoop();
 }
 
 // A moment at which there is something to see: the first train step.

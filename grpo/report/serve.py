@@ -1,0 +1,121 @@
+"""A run that goes on, in a browser: a page that is made of what its folder holds whenever it is asked for."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import zlib
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from grpo.observe.run_dir import to_json
+from grpo.report.data import Record, check_folder, read_run, read_summary
+from grpo.report.page import name_of, one, page, timeline_of
+from grpo.report.timeline import MOST_SPANS
+from grpo.types import NothingTrained, ReportError
+
+_FILES = ("config.yaml", "metrics.jsonl", "rollouts.jsonl", "events.jsonl", "timeline.json", "summary.json")
+
+
+class LiveRun:
+    """What the page shows of a run's folder now, read again when one of its files has changed."""
+
+    def __init__(self, folder: Path, from_s: float = 0.0) -> None:
+        """Raises ReportError when this is no run's folder; one of a run that has yet to begin is fine."""
+        check_folder(folder)
+        self._folder, self._from_s = folder, from_s
+        self._lock = threading.Lock()  # browsers ask side by side, and reading is work for one core
+        self._stamp = ""
+        self._data: Record = {}
+        self._timeline: Record | None = None
+
+    def data(self) -> Record:
+        """As for a page, with `live`: a `stamp` of the files while the run goes on, nothing once it has ended.
+
+        A run without a step is only a name, and what is waited for.
+        """
+        with self._lock:
+            stamp = self._stamp_now()
+            if stamp != self._stamp:
+                self._data = self._read() | {"live": None if self._has_ended() else {"stamp": stamp}}
+                self._stamp = stamp
+            return self._data
+
+    def _read(self) -> Record:
+        try:
+            run = read_run(self._folder)
+        except NothingTrained:
+            return {"runs": [], "name": name_of(self._folder), "waiting": self._waiting()}
+        return one(run, self._read_timeline())
+
+    def _read_timeline(self) -> Record | None:
+        """One that the page has no more room for is not read over and over."""
+        is_full = self._timeline is not None and len(self._timeline["spans"]) >= MOST_SPANS
+        if not is_full or self._has_ended():
+            self._timeline = timeline_of(self._folder, self._from_s)
+        return self._timeline
+
+    def _waiting(self) -> str:
+        if not self._has_ended():
+            return "waits for the first train step: the run is starting"
+        return f"no step was trained: {read_summary(self._folder, []).get('error') or 'the run has ended'}"
+
+    def _has_ended(self) -> bool:
+        return (self._folder / "summary.json").exists()
+
+    def _stamp_now(self) -> str:
+        found = [file.stat() for name in _FILES if (file := self._folder / name).exists()]
+        return f"{zlib.crc32(repr([(each.st_size, each.st_mtime_ns) for each in found]).encode()):08x}"
+
+
+class ReportServer(ThreadingHTTPServer):
+    """The page at `/`, its data at `/data?stamp=...`: nothing when the stamp is still that of the files."""
+
+    daemon_threads = True
+
+    def __init__(self, run: LiveRun, host: str, port: int) -> None:
+        """Raises ReportError when it can't listen there."""
+        self.run = run
+        try:
+            super().__init__((host, port), _Handler)
+        except OSError as error:
+            wrong = f"can't listen on {host}, port {port}: {error.strerror}; see --host and --port"
+            if error.errno == errno.EADDRINUSE:
+                wrong = f"port {port} is in use; name another with --port, or 0 for any that is free"
+            raise ReportError(wrong) from error
+
+    @property
+    def url(self) -> str:
+        host, port = str(self.server_address[0]), self.server_address[1]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: ReportServer
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        if url.path == "/":
+            self._answer(200, page(self.server.run.data()), "text/html")
+        elif url.path == "/data":
+            data = self.server.run.data()
+            is_known = data["live"] and [data["live"]["stamp"]] == parse_qs(url.query).get("stamp")
+            self._answer(204) if is_known else self._answer(200, to_json(data), "application/json")
+        else:
+            self.send_error(404)
+
+    def _answer(self, status: int, text: str = "", kind: str = "text/plain") -> None:
+        body = text.encode()
+        with suppress(ConnectionError):  # the browser was closed meanwhile
+            self.send_response(status)
+            self.send_header("Content-Type", f"{kind}; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Cache-Control", "no-store")
+            self.end_headers()
+            self.wfile.write(body)
+
+    def log_message(self, *about: Any) -> None:
+        """The terminal is not told of every request."""
