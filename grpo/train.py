@@ -9,6 +9,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,7 @@ async def _run(
 ) -> None:
     async with AsyncExitStack() as stack:
         services = await unless(shutdown, stack.enter_async_context(launch(config, recorder.failures)))
+        recorder.replicas = services.replicas
         gc.freeze()  # what is loaded by now stays; walking it in a full collection would block the loop for 0.2 s
         try:
             async with open_to_operators(recorder.run_dir.path, services):
@@ -122,7 +124,7 @@ async def _run(
                     async with collecting(services, recorder.failures.progress, recorder.measured, timeline):
                         await run(services, config, recorder, shutdown, resume)
         finally:
-            recorder.services = services.figures()
+            recorder.replicas = partial(dict, services.replicas())  # those of the end
             if (this := asyncio.current_task()) and not this.cancelling():  # else somebody pressed Ctrl-C twice
                 recorder.prompts |= await _prompt_counts(services)
 
