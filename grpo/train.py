@@ -29,11 +29,11 @@ from grpo.observe.display import Display, make_display
 from grpo.observe.output import Screen, chatter_to
 from grpo.observe.recorder import Recorder
 from grpo.observe.run_dir import RunDirectory
-from grpo.observe.sinks.making import make_sinks
 from grpo.pacing import Pacer
 from grpo.report.page import write_report
 from grpo.resume import ResumePoint, find_resume_point
 from grpo.services import Services
+from grpo.sinks import make_sinks
 from grpo.structured import unless
 from grpo.types import InfrastructureError
 from grpo.validation import warnings
@@ -104,6 +104,7 @@ def _train(config: RunConfig, run_dir: RunDirectory, resume: ResumePoint | None)
                 config.cluster,
                 lambda shutdown: _run(config, recorder, display, shutdown, resume),
                 lambda: display.warn("stopping after this step; press Ctrl-C again to stop at once"),
+                partial(console.print, markup=False, highlight=False, soft_wrap=True),
             )
             return recorder.write_summary(status, error)
         finally:

@@ -54,6 +54,7 @@ MAY_IMPORT = {
     "export": {"types", "config", "learner", "models"},
     "command_line": {"types", "config", "composition"},
     "report": {"types", "observe"},
+    "sinks": {"types", "imports", "observe", "cluster"},
 }  # fmt: skip
 
 # Outside libraries that only some places may touch.

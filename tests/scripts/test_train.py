@@ -51,7 +51,7 @@ def check_histograms(folder, lines):
     """Those of the batch agree with the numbers of their step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder))
+    events = EventAccumulator(str(folder), {"histograms": 0})
     events.Reload()
     assert set(events.Tags()["histograms"]) == {"batch/rewards", "batch/completion_tokens", "batch/policy_age"}
     ages = [event.histogram_value for event in events.Histograms("batch/policy_age")]
