@@ -13,6 +13,7 @@ from grpo.imports import check_arguments, named_function
 from grpo.observe.sinks.base import Sink
 from grpo.observe.sinks.fanout import Sinks, Tell
 from grpo.observe.sinks.tensorboard_sink import TensorBoardSink
+from grpo.observe.sinks.trackio_sink import TrackioSink
 from grpo.observe.sinks.wandb_sink import WandbSink
 from grpo.types import ConfigError
 
@@ -28,6 +29,7 @@ class Known(NamedTuple):
 SINKS = {
     "tensorboard": Known(TensorBoardSink, "tensorboard", "tensorboard"),
     "wandb": Known(WandbSink, "wandb", "wandb"),
+    "trackio": Known(TrackioSink, "trackio", "trackio"),
     "ray": Known(RaySink, "prometheus_client", "dashboard"),
 }
 

@@ -74,6 +74,7 @@ ONLY_IN = {
     "math_verify": {"rewards"},
     "tensorboard": {"observe"},
     "wandb": {"observe"},
+    "trackio": {"observe"},
 }
 
 

@@ -32,7 +32,7 @@ def test_one_of_your_own(tmp_path):
     [
         (
             {"tensorbored": {}},
-            "observe.sinks: 'tensorbored' is not one of tensorboard, wandb, ray",
+            "observe.sinks: 'tensorbored' is not one of tensorboard, wandb, trackio, ray",
         ),
         ({"no_such_module:Sink": {}}, "observe.sinks: can't import 'no_such_module:Sink'"),
         ({"wandb": {"projekt": "x"}}, "observe.sinks.wandb: 'projekt' is not one of project, name, mode"),

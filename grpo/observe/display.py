@@ -41,7 +41,7 @@ class Display(Protocol):
 
 
 def make_display(console: Console, max_steps: int, log_every: int) -> Display:
-    if console.is_terminal:
+    if console.is_terminal and not console.is_dumb_terminal:
         return LiveDisplay(console, max_steps, terminal_behind(console.file, sys.stdin))
     return PlainDisplay(console, max_steps, log_every)
 

@@ -36,6 +36,8 @@ def console(**kwargs):
 
 def test_a_pipe_gets_plain_lines_and_a_terminal_the_live_view():
     assert isinstance(make_display(console(force_terminal=False), 10, 1), PlainDisplay)
+    dumb = console(force_terminal=True, _environ={"TERM": "dumb"})  # it can't move its cursor
+    assert isinstance(make_display(dumb, 10, 1), PlainDisplay)
     assert isinstance(make_display(console(force_terminal=True), 10, 1), LiveDisplay)
 
 
