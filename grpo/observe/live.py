@@ -9,7 +9,9 @@ from contextlib import ExitStack, contextmanager
 from typing import NoReturn, Self
 
 from rich.console import Console
+from rich.control import Control
 from rich.live import Live
+from rich.segment import ControlType
 
 from grpo.observe.terminal import Terminal, attended
 from grpo.observe.view import Glance, Sample, View, Warned, held_out, sparkline
@@ -44,6 +46,8 @@ class LiveDisplay:
         self._attention.close()
 
     def show(self) -> None:
+        # What was typed before was echoed: the first line would begin behind it, and be too long.
+        self._console.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)))
         # A new one every time: it would take the lines that others have written meanwhile for its own.
         # Rich would take over sys.stdout and sys.stderr too, and bring the chatter back onto the screen.
         self._live = Live(

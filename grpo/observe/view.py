@@ -162,14 +162,17 @@ def visible(text: str) -> str:
 
 
 def who_waits_in_short(waiting: Waiting) -> str:
-    """`rollouts: 14 generator.generate, 9.8 ticket; training: 0.7 trainer.train_step`, the most first."""
+    """`training: 0.7 trainer.train_step; rollouts: 14 generator.generate, 9.8 ticket`: the smallest group first.
+
+    Of each group the two that most wait for.
+    """
     groups: dict[str, list[tuple[float, str]]] = {}
     for (group, what), count in waiting.items():
         if count >= 0.05:
             groups.setdefault(group, []).append((count, what))
     return "; ".join(
-        f"{group}: {', '.join(f'{_count(count)} {what}' for count, what in sorted(waits, reverse=True))}"
-        for group, waits in groups.items()
+        f"{group}: {', '.join(f'{_count(count)} {what}' for count, what in sorted(waits, reverse=True)[:2])}"
+        for group, waits in sorted(groups.items(), key=lambda item: sum(count for count, _ in item[1]))
     )
 
 

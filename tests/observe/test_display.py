@@ -94,6 +94,14 @@ def test_evaluations_are_shown():
     assert "after step 0" in live.file.getvalue()
 
 
+def test_what_was_typed_before_is_wiped_off_the_first_line():
+    screen = console(force_terminal=True)
+    screen.file.write("echoed")
+    with LiveDisplay(screen, max_steps=10):
+        pass
+    assert screen.file.getvalue().startswith("echoed\r\x1b[2K")
+
+
 def test_a_warning_is_printed_and_stays_in_view():
     screen = console(force_terminal=True, height=20)
     with LiveDisplay(screen, max_steps=10) as display:

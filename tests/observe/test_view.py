@@ -77,7 +77,7 @@ def test_the_numbers_the_waits_and_the_last_warning_are_in_view(view):
     assert "60/150" in text
     assert "loss          +0.0170  age 1.00 (max 1)  trainer wait  25%" in text
     assert "held-out      0.500 ± 0.020  after step 50" in text
-    assert "waiting       rollouts: 14 generator.generate, 9.8 ticket; training: 0.7 trainer.train_step" in text
+    assert "waiting       training: 0.7 trainer.train_step; rollouts: 14 generator.generate, 9.8 ticket" in text
     assert "warning       step 50, 12 s ago: no checkpoint of step 50" in text
     assert "s: the last samples" in text
 
@@ -137,8 +137,8 @@ def test_before_the_first_step_there_is_the_progress_and_whoever_is_up():
     assert "trainer         1/1      0   20 ms" in drawn(view)
 
 
-def test_waits_that_hardly_happen_are_not_told():
-    waiting = {("a", "x"): 0.04, ("a", "y"): 0.06, ("b", "x"): 1.0, ("b", "z"): 120.4}
+def test_the_two_waits_of_each_group_that_matter_most_are_told():
+    waiting = {("a", "x"): 0.04, ("a", "y"): 0.06, ("b", "x"): 1.0, ("b", "z"): 120.4, ("b", "w"): 0.5}
     assert who_waits_in_short(waiting) == "a: 0.1 y; b: 120 z, 1.0 x"
 
 
