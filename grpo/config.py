@@ -198,6 +198,7 @@ class ClusterConfig:
     """The Ray cluster."""
 
     address: str | None = None  # null: a cluster of our own on this machine; auto or host:port: join one
+    dashboard: bool = False  # Ray's, on localhost, for a cluster of our own
     start_timeout_s: float = 600.0
 
 

@@ -20,14 +20,19 @@ Status = Literal["completed", "interrupted", "failed"]
 EXIT_CODES: dict[Status, int] = {"completed": 0, "failed": 1, "interrupted": 130}
 
 
-def drive(cluster: ClusterConfig, work: Work, on_interrupt: Callable[[], None]) -> tuple[Status, Exception | None]:
+def drive(
+    cluster: ClusterConfig, work: Work, on_interrupt: Callable[[], None], tell: Callable[[str], None]
+) -> tuple[Status, Exception | None]:
     """Run `work(shutdown)` to its end and say how it ended; the error of a failure is in the log too.
 
-    The first Ctrl-C or SIGTERM calls `on_interrupt` and sets `shutdown`, the second cancels the work.
+    The first Ctrl-C or SIGTERM calls `on_interrupt` and sets `shutdown`, the second cancels the work. `tell` gets a
+    line about the dashboard, where there is one.
     """
     shutdown = asyncio.Event()
     try:
-        with ray_cluster(cluster):
+        with ray_cluster(cluster) as dashboard:
+            if dashboard is not None:
+                tell(f"Ray's dashboard: {dashboard} (`ray get-auth-token` prints the token that it asks for)")
             asyncio.run(_until_signalled(work, shutdown, on_interrupt))
     except (KeyboardInterrupt, asyncio.CancelledError, Interrupted):
         return "interrupted", None

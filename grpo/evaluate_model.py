@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 
 from grpo import preflight
@@ -52,6 +53,7 @@ def _evaluate_model(config: RunConfig, run_dir: RunDirectory) -> int:
             config.cluster,
             lambda shutdown: _run(config, run_dir, console, shutdown),
             lambda: console.print("stopping; press Ctrl-C again to stop at once", style="yellow"),
+            partial(console.print, markup=False, highlight=False, soft_wrap=True),
         )
     if error is not None:
         message = f"error: {type(error).__name__}: {error}"

@@ -52,7 +52,7 @@ async def run(
     try:
         async with asyncio.TaskGroup() as tasks:
             watching = [tasks.create_task(watch) for watch in (watchdog.watch(), recorder.failures.until_fatal())]
-            background = [tasks.create_task(recorder.watch_loop(config.driver.slow_callback_ms), name="loop-lag")]
+            background = [tasks.create_task(recorder.watch(config.driver.slow_callback_ms), name="recorder")]
             evaluation, checkpoints = Evaluation(shared, tasks), Checkpoints(shared, recovery, tasks)
             if resume is not None:
                 await checkpoints.restore(resume.path, resume.progress)

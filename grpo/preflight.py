@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from grpo.actors.scoring import reward_function
+from grpo.cluster.launch import check_dashboard
 from grpo.cluster.plan import ActorSpec, check_capacity
 from grpo.composition import to_yaml
 from grpo.config import ModelConfig, RunConfig
@@ -22,9 +23,9 @@ from grpo.learner.objective import Objective
 from grpo.models.loading import check_architecture, check_weights, context_length, load_settings, load_skeleton
 from grpo.models.tokenizer import load_tokenizer
 from grpo.observe.run_dir import RunDirectory
-from grpo.observe.sinks.making import check_sinks
 from grpo.resume import ResumePoint, check_compatible, is_completed, leave_newer_behind
 from grpo.rollout import advantage_function
+from grpo.sinks import check_sinks
 from grpo.tasks.base import Task, make_task
 from grpo.tasks.encoding import PromptEncoder
 from grpo.types import ConfigError
@@ -88,6 +89,7 @@ def check_names(config: RunConfig) -> Task:
     Objective(config.loss, config.correction)
     advantage_function(config.loss)
     check_sinks(config.observe.sinks)
+    check_dashboard(config.cluster)
     if config.generator.engine == "simulated":
         check_arguments(SimulatedEngine, config.generator.args, key="generator.args")
     elif config.generator.engine == "vllm":

@@ -88,15 +88,19 @@ class Services:
 
     def figures(self) -> dict[str, dict[str, Any]]:
         """Those of every replica of every actor."""
-        return {name: figures for handle in self._handles() for name, figures in handle.figures().items()}
+        return {name: figures for replicas in self.replicas().values() for name, figures in replicas.items()}
+
+    def replicas(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """The same, by actor."""
+        return {name: handle.figures() for name, handle in self._handles().items()}
 
     def sources(self) -> Iterable[Any]:
         """The processes of all actors that answer at the moment."""
-        return [source for handle in self._handles() for source in handle.sources()]
+        return [source for handle in self._handles().values() for source in handle.sources()]
 
-    def _handles(self) -> Iterable[Handle]:
-        handles = (getattr(self, field.name) for field in fields(self))
-        return [handle for handle in handles if handle is not None]
+    def _handles(self) -> dict[str, Handle]:
+        handles = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: handle for name, handle in handles.items() if handle is not None}
 
 
 @dataclass(frozen=True)

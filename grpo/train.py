@@ -9,6 +9,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,11 @@ from grpo.observe.display import Display, make_display
 from grpo.observe.output import Screen, chatter_to
 from grpo.observe.recorder import Recorder
 from grpo.observe.run_dir import RunDirectory
-from grpo.observe.sinks.making import make_sinks
 from grpo.report.page import write_report
 from grpo.resume import ResumePoint, find_resume_point
 from grpo.run import make_pacer
 from grpo.services import Services
+from grpo.sinks import make_sinks
 from grpo.structured import unless
 from grpo.types import InfrastructureError
 from grpo.validation import warnings
@@ -105,6 +106,7 @@ def _train(config: RunConfig, run_dir: RunDirectory, resume: ResumePoint | None)
                 config.cluster,
                 lambda shutdown: _run(config, recorder, display, shutdown, resume),
                 lambda: display.warn("stopping after this step; press Ctrl-C again to stop at once"),
+                partial(console.print, markup=False, highlight=False, soft_wrap=True),
             )
             return recorder.write_summary(status, error)
         finally:
@@ -116,6 +118,7 @@ async def _run(
 ) -> None:
     async with AsyncExitStack() as stack:
         services = await unless(shutdown, stack.enter_async_context(launch(config, recorder.failures)))
+        recorder.replicas = services.replicas
         gc.freeze()  # what is loaded by now stays; walking it in a full collection would block the loop for 0.2 s
         try:
             async with open_to_operators(recorder.run_dir.path, services):
@@ -124,7 +127,7 @@ async def _run(
                     async with collecting(services, recorder.failures.progress, recorder.measured, timeline):
                         await run(services, config, recorder, shutdown, resume)
         finally:
-            recorder.services = services.figures()
+            recorder.replicas = partial(dict, services.replicas())  # those of the end
             if (this := asyncio.current_task()) and not this.cancelling():  # else somebody pressed Ctrl-C twice
                 recorder.prompts |= await _prompt_counts(services)
 

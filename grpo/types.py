@@ -188,11 +188,14 @@ class Batch:
 class BatchReport:
     """What the driver needs to know of a batch whose groups travel from the buffer to the trainer.
 
+    By group: its ticket, the rewards and the lengths in tokens of its completions, and its oldest policy version.
     `groups_waiting` counts the finished groups that stay behind.
     """
 
     tickets: tuple[Ticket, ...]
     rewards: tuple[tuple[float, ...], ...]
+    lengths: tuple[tuple[int, ...], ...]
+    oldest_versions: tuple[int, ...]
     groups_waiting: int
 
 

@@ -137,6 +137,11 @@ def validate(config: RunConfig) -> None:
             raise ConfigError(f"the weight of {name} is {weight}, must be finite", key="reward.functions")
     if (config.model.path is None) == (config.model.prepare is None):
         raise ConfigError("set either model.path (with model=hf) or model.prepare", key="model.path")
+    if config.cluster.dashboard and config.cluster.address is not None:
+        raise ConfigError(
+            "is for a cluster of the run's own; the one at cluster.address has its own or none: leave it out",
+            key="cluster.dashboard",
+        )
     if not config.reward.functions:
         raise ConfigError("is empty; name at least one, for example {task: 1.0}", key="reward.functions")
     _validate_algorithm(config)

@@ -27,8 +27,6 @@ class Among:
     def __init__(self) -> None:
         self.activities: WeakValueDictionary[object, Activity] = WeakValueDictionary()
         self.waited_s: Waited = defaultdict(float)  # of waits that have ended
-        self.reported_s: Waited = {}
-        self.reported_at = time.perf_counter()
 
     def waited_until(self, now: float) -> Waited:
         """Seconds by group and what was waited for, the waits that go on included."""
@@ -76,18 +74,21 @@ def waiting_for(what: str) -> Iterator[None]:
             activity.among.waited_s[activity.group, what] += time.perf_counter() - since
 
 
-def mean_waiting(now: float) -> dict[str, float]:
-    """How many of each group waited for what, on average since the last call. `now` is of time.perf_counter."""
-    present = _present.get()
-    if present is None:
-        return {}
-    among = present.among
-    total_s, before_s, elapsed_s = among.waited_until(now), among.reported_s, now - among.reported_at
-    among.reported_at, among.reported_s = now, total_s
-    return {
-        f"driver/waiting/{group}/{what}": (seconds - before_s.get((group, what), 0.0)) / elapsed_s
-        for (group, what), seconds in sorted(total_s.items())
-    }
+class MeanWaiting:
+    """How many of each group waited for what, on average since the last look. One for everybody who looks."""
+
+    def __init__(self) -> None:
+        self._before_s: Waited = {}
+        self._looked_at = time.perf_counter()
+
+    def take(self, now: float) -> Waited:
+        """By group and what is waited for; of the activity at hand. `now` is of time.perf_counter."""
+        present = _present.get()
+        if present is None:
+            return {}
+        total_s, before_s = present.among.waited_until(now), self._before_s
+        elapsed_s, self._looked_at, self._before_s = now - self._looked_at, now, total_s
+        return {key: (seconds - before_s.get(key, 0.0)) / elapsed_s for key, seconds in sorted(total_s.items())}
 
 
 def who_waits() -> str:

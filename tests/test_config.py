@@ -1,3 +1,4 @@
+import importlib.util
 import inspect
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from grpo.composition import explain, from_hydra, register, to_yaml
 from grpo.config import LOSS_PARAMETERS, CorrectionConfig, LossConfig, RunConfig
 from grpo.learner.collate import MicroBatch
 from grpo.learner.objective import Objective
-from grpo.observe.sinks.making import SINKS, check_sinks
+from grpo.sinks import SINKS, check_sinks
 from grpo.types import ConfigError
 from grpo.validation import validate, warnings
 
@@ -104,9 +105,10 @@ def test_sinks_are_named_in_a_group_or_by_their_options(overrides, sinks):
 
 
 @pytest.mark.parametrize("name", SINKS)
-def test_the_choice_of_a_sink_says_what_the_class_does_by_itself(name):
+def test_the_choice_of_a_sink_says_what_the_class_does_by_itself(name, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)  # the class is there without its package
     options = composed(f"sinks={name}").observe.sinks[name]
-    parameters = inspect.signature(SINKS[name]).parameters.values()
+    parameters = inspect.signature(SINKS[name].sink).parameters.values()
     assert options == {p.name: p.default if p.default != () else [] for p in parameters if p.kind is p.KEYWORD_ONLY}
     check_sinks({name: options})
 
@@ -235,6 +237,7 @@ def test_the_choice_of_a_loss_says_what_the_function_does_by_itself(name):
         ("filter.max_batches=0", r"filter\.max_batches: is 0, must be at least 1"),
         ("eval.samples=0", r"eval\.samples: is 0, must be at least 1"),
         ("eval.samples=512", r"eval\.samples: is 512, but .* generator\.max_sequences=256"),
+        ("cluster.dashboard=true cluster.address=auto", r"cluster\.dashboard: is for a cluster of the run's own"),
         ("trainer.betas=[0.9]", r"trainer\.betas: is \[0\.9\], must be two numbers in"),
         (
             "task.args.letters=4",

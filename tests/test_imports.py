@@ -55,6 +55,7 @@ MAY_IMPORT = {
     "export": {"types", "config", "learner", "models"},
     "command_line": {"types", "config", "composition"},
     "report": {"types", "observe"},
+    "sinks": {"types", "imports", "observe", "cluster"},
     "tuning": {
         "types", "services", "config", "composition", "structured", "failures", "pacing", "observe", "weights",
         "actors", "cluster", "run", "loop", "report",
@@ -78,6 +79,7 @@ ONLY_IN = {
     "math_verify": {"rewards"},
     "tensorboard": {"observe"},
     "wandb": {"observe"},
+    "trackio": {"observe"},
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import logging
 import os
 import signal
@@ -23,34 +24,44 @@ from grpo.config import ClusterConfig, RunConfig
 from grpo.failures import Failures
 from grpo.services import Services
 from grpo.structured import together, within
-from grpo.types import LaunchError
+from grpo.types import ConfigError, LaunchError
 
 _CLOSE_TIMEOUT_S = 5.0
+_DASHBOARD_PACKAGES = ("aiohttp", "aiohttp_cors", "opencensus", "prometheus_client")  # some of ray[default]
 _CALLS_PER_ACTOR = 10_000  # concurrent calls: more than tickets, so none queues inside Ray
 
 
 @contextmanager
-def ray_cluster(config: ClusterConfig) -> Iterator[None]:
+def ray_cluster(config: ClusterConfig) -> Iterator[str | None]:
     """Join the cluster at `cluster.address`, or start one on this machine that ends with the run, however that ends.
 
-    Raises LaunchError when there is no cluster at that address.
+    Gives the address of the dashboard where `cluster.dashboard` started one. Raises LaunchError when there is no
+    cluster at that address.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the behaviour that Ray announces
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # those of cancelled calls
     with session_reaper():
         try:
             with _signals_held_back():
-                _connect(config.address)
-            yield
+                dashboard = _connect(config)
+            yield dashboard
         finally:
             ray.shutdown()
 
 
-def _connect(address: str | None) -> None:
+def check_dashboard(config: ClusterConfig) -> None:
+    """Raise ConfigError when it is wanted and Ray came without it."""
+    if config.dashboard and not all(map(importlib.util.find_spec, _DASHBOARD_PACKAGES)):
+        raise ConfigError("is not installed: pip install -e '.[dashboard]'", key="cluster.dashboard")
+
+
+def _connect(config: ClusterConfig) -> str | None:
+    address = config.address
     try:
-        ray.init(
+        there = ray.init(
             address=address or "local",
-            include_dashboard=None if address else False,
+            include_dashboard=None if address else config.dashboard,
+            dashboard_host="127.0.0.1",
             log_to_driver=True,  # into the run's log: the driver's own stdout leads there
             logging_level=logging.WARNING,
         )
@@ -60,6 +71,7 @@ def _connect(address: str | None) -> None:
         raise LaunchError(f"cluster.address: can't reach Ray at {address or 'local'}: {first_line}{hint}") from error
     except SystemExit as ended:  # by Ray's handler of SIGTERM, which it puts in the place of ours
         raise KeyboardInterrupt from ended
+    return f"http://{there.dashboard_url}" if config.dashboard else None
 
 
 @contextmanager

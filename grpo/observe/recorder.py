@@ -17,7 +17,9 @@ from grpo.observe.loop_lag import LoopLag
 from grpo.observe.run_dir import RunDirectory
 from grpo.observe.sinks.fanout import Sinks
 from grpo.observe.timeline import Timeline
+from grpo.observe.view import Glance, Sample
 from grpo.pacing import Pacer
+from grpo.structured import together
 from grpo.telemetry.accumulators import MetricSet
 from grpo.telemetry.recording import span
 from grpo.types import (
@@ -31,11 +33,12 @@ from grpo.types import (
     ZeroAdvantage,
     evaluation_report,
 )
-from grpo.waiting import mean_waiting
+from grpo.waiting import MeanWaiting
 
 log = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
+Replicas = Mapping[str, Mapping[str, Mapping[str, Any]]]  # service -> replica -> its figures
 
 _IN_SUMMARY = (
     "reward/mean", "policy_age/max", "time/step_s", "time/trainer_wait_s", "time/weight_sync_s",
@@ -74,7 +77,7 @@ class Recorder:
     def __init__(self, run_dir: RunDirectory, display: Display, pacer: Pacer, failures: Failures) -> None:
         self.loop_lag = LoopLag()
         self.failures = failures
-        self.services: Mapping[str, Any] = {}  # figures of every replica, at the end
+        self.replicas: Callable[[], Replicas] = dict  # as they are at the moment, once they are there
         self.evaluations: list[EvaluationReport] = []
         self.prompts: dict[str, int] = {}
         self.run_dir = run_dir
@@ -94,11 +97,15 @@ class Recorder:
         self._evaluating: int | None = None  # the step of an evaluation that runs beside the training
         self._events = Events(run_dir, self._run_s)
         failures.tell, failures.on_death, failures.on_return = self.warn, self._events.died, self._events.is_back
+        self._waiting, self._waiting_seen = MeanWaiting(), MeanWaiting()  # for lines, and for the view
         self._started = self._step_began = self._generators_seen = time.perf_counter()
 
-    async def watch_loop(self, slow_callback_ms: float) -> None:
-        """Measure the event loop until cancelled; whatever blocks it for longer than that is told, with its stack."""
-        await self.loop_lag.watch(slow_callback_ms, self.warn)
+    async def watch(self, slow_callback_ms: float) -> None:
+        """Measure the event loop and keep the view fresh, until cancelled.
+
+        Whatever blocks the loop for longer than that is told, with its stack.
+        """
+        await together(self.loop_lag.watch(slow_callback_ms, self.warn), self._display.watch(self._look))
 
     def stopwatch(self) -> Stopwatch:
         return Stopwatch()
@@ -123,6 +130,7 @@ class Recorder:
         """Rates count from here; `wall_s` counts from the construction, the launch included."""
         self._generators = {stats.process: stats for stats in generators}
         self._step_began = self._generators_seen = time.perf_counter()
+        self._waiting.take(self._step_began)
 
     def group_finished(self, rollout: Rollout, dropped: str | None = None) -> None:
         """Also of one that is dropped, for the reason given."""
@@ -130,6 +138,7 @@ class Recorder:
         self._finished.append(_Finished(rollout.report, scores.rewards, rollout.shaped_rewards))
         if scores.texts:
             self.sinks.text(self.step, "rollouts", _samples(rollout))
+            self._display.sampled(Sample(self.step, group.prompt.problem.question, scores.texts, scores.rewards))
             self.run_dir.append(
                 "rollouts.jsonl",
                 {
@@ -250,7 +259,7 @@ class Recorder:
             "rollout/outstanding": self.pacer.outstanding,
             "rollout/concurrency": self.pacer.concurrency.limit,
             **self.loop_lag.take(),
-            **mean_waiting(now),
+            **{f"driver/waiting/{group}/{what}": n for (group, what), n in self._waiting.take(now).items()},
         }
         self.step = step
         self._steps.append(_kept(metrics))
@@ -262,6 +271,7 @@ class Recorder:
             self.run_dir.append("metrics.jsonl", metrics)
             self._display.step(metrics)
             self.sinks.scalars(step, metrics)
+            self._send_histograms(step, batch)
 
     def write_summary(self, status: str, error: BaseException | None = None) -> dict[str, Any]:
         """Leave `summary.json`; also after a failure."""
@@ -292,7 +302,7 @@ class Recorder:
             "recovery": self._recovery(),
             "checkpoints": self._checkpoints,
             "resumed_at": self._resumed_at,
-            "services": self.services,
+            "services": {name: each for replicas in self.replicas().values() for name, each in replicas.items()},
             "write_errors": self.run_dir.write_errors,
             "sinks": self.sinks.counts(),
             "error": None if error is None else f"{type(error).__name__}: {error}",
@@ -323,6 +333,20 @@ class Recorder:
         self._resumed_at = [*state["resumed_at"], step]
         self.go_on_after(state["wall_s"])
         self._events.resumed(step, state["wall_s"])
+
+    def _look(self) -> Glance:
+        return Glance(self.replicas(), self.failures.restarts, self._waiting_seen.take(time.perf_counter()))
+
+    def _send_histograms(self, step: int, batch: BatchReport) -> None:
+        """How the batch lies, to the sinks alone: metrics.jsonl holds numbers."""
+        trained_at = step - 1  # the version behind the step
+        values: dict[str, list[float]] = {
+            "rewards": [reward for group in batch.rewards for reward in group],
+            "completion_tokens": [length for group in batch.lengths for length in group],
+            "policy_age": [trained_at - version for version in batch.oldest_versions],
+        }
+        for name, each in values.items():
+            self.sinks.histogram(step, f"batch/{name}", each)
 
     def _recovery(self) -> dict[str, Any]:
         """Seconds from the death of an actor until its replacement served, and until the next trained step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +74,21 @@ class World:
         return 1 / (1 + self.profile.train_slowed * busy)
 
 
+@dataclass(frozen=True)
+class _Tokens:
+    token_ids: range
+
+
+@dataclass(frozen=True)
+class _Completions:
+    """Of which only the number of tokens can be read."""
+
+    shape: GroupShape
+
+    def __iter__(self) -> Iterator[_Tokens]:
+        return (_Tokens(range(length)) for length in self.shape.lengths)
+
+
 class _Dataloader:
     def __init__(self, world: World) -> None:
         self._calls = world.calls
@@ -89,12 +105,12 @@ class _Reward:
         self._world, config = world, world.config.reward
         self._line = Line(config.workers * config.replicas)
 
-    async def score(self, prompt: Prompt, completions: GroupShape, detail: str) -> Scores:
+    async def score(self, prompt: Prompt, completions: _Completions, detail: str) -> Scores:
         await self._world.calls.begin()
         seconds = self._world.profile.score
         await self._line.served(seconds[prompt.serial % len(seconds)])
         await self._world.calls.end()
-        rewards = (float(completions.signal), *(0.0 for _ in completions.lengths[1:]))
+        rewards = (float(completions.shape.signal), *(0.0 for _ in completions.shape.lengths[1:]))
         return Scores(rewards, {"task": rewards}, ())
 
 
@@ -103,7 +119,7 @@ class _Reference:
         self._world, self._line = world, Line(world.config.reference.replicas)
 
     @returns_payload
-    async def logprobs(self, prompt: Prompt, completions: GroupShape) -> tuple[None, int]:
+    async def logprobs(self, prompt: Prompt, completions: _Completions) -> tuple[None, int]:
         await self._world.calls.begin()
         seconds = self._world.profile.reference
         await self._line.served(seconds[prompt.serial % len(seconds)])
@@ -138,7 +154,7 @@ class _Trainer:
         self._one_at_a_time = asyncio.Lock()
 
     async def train_step(self, batch: Batch) -> dict[str, float]:
-        tokens = sum(group.completions.tokens_trained for group in batch.groups)  # type: ignore[attr-defined]
+        tokens = sum(group.completions.shape.tokens_trained for group in batch.groups)  # type: ignore[attr-defined]
         await self._work(self._world.profile.train(tokens))
         ages = [self._version - group.oldest_version for group in batch.groups]
         self._version += 1
@@ -186,7 +202,7 @@ class _Generator:
         self._task = asyncio.create_task(self._run())
 
     @returns_payload
-    async def generate(self, prompt: Prompt, params: SamplingParams) -> tuple[GroupShape, GenerationReport]:
+    async def generate(self, prompt: Prompt, params: SamplingParams) -> tuple[_Completions, GenerationReport]:
         await self._world.calls.begin()
         shape = self._world.shape(prompt.serial)
         request = _Request(prompt.serial, list(shape.lengths))
@@ -197,7 +213,7 @@ class _Generator:
         report = GenerationReport(
             request.oldest_version, self._version, shape.lengths, tuple(False for _ in shape.lengths)
         )
-        return shape, report
+        return _Completions(shape), report
 
     @brings_up_to_date
     async def update_weights(self, weights: Weights) -> GeneratorStats:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from statistics import fmean
@@ -19,6 +19,7 @@ from grpo.config import RunConfig
 from grpo.failures import Failures
 from grpo.loop import run
 from grpo.observe.recorder import Recorder
+from grpo.observe.view import Glance, Sample
 from grpo.run import make_pacer
 from grpo.types import EvaluationReport
 
@@ -49,6 +50,12 @@ class Watch:
         self.evaluations.append((report.step, report.reward_mean))
         if report.reward_mean >= self._target:
             self.shutdown.set()
+
+    def sampled(self, sample: Sample) -> None:
+        """Nobody looks."""
+
+    async def watch(self, look: Callable[[], Glance]) -> None:
+        """Nobody looks."""
 
     def warn(self, message: str) -> None:
         """It stands in the log, which goes to stderr here."""

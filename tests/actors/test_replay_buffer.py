@@ -74,6 +74,15 @@ async def test_groups_leave_in_the_order_of_admission_however_they_came(add):
     assert await taken(buffer, 4) == [2, 3, 4, 5]
 
 
+async def test_the_report_tells_lengths_and_versions(add):
+    buffer = ReplayBuffer(window=1)
+    await add(buffer, 0, version=3)
+    await add(buffer, 1, version=4)
+    _, report = await sample(buffer, 2)
+    assert report.lengths == ((4, 4), (4, 4))  # three letters and the end
+    assert report.oldest_versions == (3, 4)
+
+
 async def test_the_report_counts_what_is_left(add):
     buffer = ReplayBuffer(window=1)
     await add(buffer, 0, 1, 2, 4)

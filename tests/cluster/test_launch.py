@@ -6,10 +6,11 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from grpo.cluster.launch import launch, ray_cluster
+from grpo.cluster.launch import check_dashboard, launch, ray_cluster
 from grpo.cluster.local import launch_local
 from grpo.cluster.replicas import Call
 from grpo.config import ClusterConfig
@@ -141,6 +142,28 @@ def test_signals_are_held_back_while_ray_starts(monkeypatch):
     monkeypatch.setattr("ray.shutdown", lambda: None)
     with pytest.raises(KeyboardInterrupt), ray_cluster(ClusterConfig()):
         raise AssertionError("the run must not begin")
+
+
+@pytest.mark.parametrize("dashboard", [False, True])
+def test_a_cluster_of_our_own_has_a_dashboard_where_it_is_asked_for(monkeypatch, dashboard):
+    asked = {}
+
+    def init(**options):
+        asked.update(options)
+        return SimpleNamespace(dashboard_url="127.0.0.1:8265")
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    with ray_cluster(ClusterConfig(dashboard=dashboard)) as address:
+        assert address == ("http://127.0.0.1:8265" if dashboard else None)
+    assert (asked["include_dashboard"], asked["dashboard_host"]) == (dashboard, "127.0.0.1")
+
+
+def test_a_dashboard_that_is_not_installed_is_one_line_with_the_fix(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    check_dashboard(ClusterConfig())
+    with pytest.raises(ConfigError, match=r"cluster.dashboard: is not installed: pip install -e '.\[dashboard\]'"):
+        check_dashboard(ClusterConfig(dashboard=True))
 
 
 def test_no_cluster_at_the_address_is_a_clear_error(monkeypatch):

@@ -1,9 +1,12 @@
+import asyncio
 import io
 import math
 
 from rich.console import Console
 
-from grpo.observe.display import LiveDisplay, PlainDisplay, make_display, sparkline
+from grpo.observe.display import PlainDisplay, make_display
+from grpo.observe.live import LiveDisplay
+from grpo.observe.view import Glance, Sample
 from grpo.types import EvaluationReport
 
 
@@ -15,7 +18,10 @@ def metrics(step, reward=0.5):
         "policy_age/mean": 0.5,
         "policy_age/max": 1.0,
         "time/trainer_wait_s": 0.1,
+        "time/train_step_s": 0.2,
         "time/step_s": 0.4,
+        "buffer/groups_waiting": 0,
+        "generator/busy_fraction": 0.5,
         "generator/tokens_per_s": 1234.0,
     }
 
@@ -30,6 +36,8 @@ def console(**kwargs):
 
 def test_a_pipe_gets_plain_lines_and_a_terminal_the_live_view():
     assert isinstance(make_display(console(force_terminal=False), 10, 1), PlainDisplay)
+    dumb = console(force_terminal=True, _environ={"TERM": "dumb"})  # it can't move its cursor
+    assert isinstance(make_display(dumb, 10, 1), PlainDisplay)
     assert isinstance(make_display(console(force_terminal=True), 10, 1), LiveDisplay)
 
 
@@ -83,12 +91,55 @@ def test_evaluations_are_shown():
     with LiveDisplay(live, max_steps=10) as display:
         display.evaluated(evaluation(0))
         display.step(metrics(1))
-    text = live.file.getvalue()
-    assert "after step 0" in text
-    assert text.rindex("held-out") > text.rindex("tokens/s")
+    assert "after step 0" in live.file.getvalue()
 
 
-def test_sparkline_spans_its_own_range_and_survives_a_flat_line():
-    assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
-    assert sparkline([0.3, 0.3]) == "▁▁"
-    assert len(sparkline([0.1] * 500)) < 60
+def test_what_was_typed_before_is_wiped_off_the_first_line():
+    screen = console(force_terminal=True)
+    screen.file.write("echoed")
+    with LiveDisplay(screen, max_steps=10):
+        pass
+    assert screen.file.getvalue().startswith("echoed\r\x1b[2K")
+
+
+def test_a_warning_is_printed_and_stays_in_view():
+    screen = console(force_terminal=True, height=20)
+    with LiveDisplay(screen, max_steps=10) as display:
+        display.step(metrics(7))
+        display.warn("look [here]")
+    text = screen.file.getvalue()
+    assert "warning: look [here]" in text
+    assert "step 7, 0 s ago: look [here]" in text
+
+
+def test_a_key_shows_the_last_sample_and_hides_it_again():
+    screen = console(force_terminal=True)
+    with LiveDisplay(screen, max_steps=10) as display:
+        display.sampled(Sample(3, "dbca>", ("abcd", "dbca"), (1.0, 0.0)))
+        display.press("x")
+        display.hide()
+        assert "dbca>" not in screen.file.getvalue()
+        display.press("s")
+        display.show()
+        display.hide()
+        assert "dbca>" in screen.file.getvalue()
+        screen.file.truncate(0)
+        display.press("s")
+        display.show()
+    assert "dbca>" not in screen.file.getvalue()
+
+
+async def test_the_live_view_looks_at_the_services_and_a_pipe_does_not():
+    looks = []
+
+    def look():
+        looks.append(1)
+        return Glance()
+
+    await PlainDisplay(console(), 10, 1).watch(look)
+    assert not looks
+    watching = asyncio.create_task(LiveDisplay(console(force_terminal=True), 10).watch(look))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert looks
+    watching.cancel()

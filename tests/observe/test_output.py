@@ -50,14 +50,17 @@ def test_a_reader_that_goes_away_does_not_end_the_work(tmp_path: Path):
 
 
 LIVE = """
+import asyncio
 import sys
 from pathlib import Path
 from grpo.observe.display import make_display
 from grpo.observe.output import chatter_to
-with chatter_to(Path(sys.argv[1])) as console, make_display(console, 10, 1) as display:
-    print("chatter to stdout")
-    print("chatter to stderr", file=sys.stderr)
-    display.warn("look here")
+async def main():
+    with chatter_to(Path(sys.argv[1])) as console, make_display(console, 10, 1) as display:
+        print("chatter to stdout")
+        print("chatter to stderr", file=sys.stderr)
+        display.warn("look here")
+asyncio.run(main())
 """
 
 

@@ -44,10 +44,14 @@ def record_steps(recorder, rewards):
         for name in ("time/trainer_wait_s", "time/train_step_s", "time/weight_sync_s"):
             with times(name):
                 pass
-        batch = BatchReport((Ticket(step),), ((reward, reward),), groups_waiting=0)
+        batch = batch_of(Ticket(step), reward)
         trained = {"loss": 0.1, "policy_age/max": step % 2, "policy_age/mean": 0.5}
         with recorder.metrics_line(step, trained, batch, [GeneratorStats(step * 0.001, step * 10)], times):
             pass
+
+
+def batch_of(ticket, reward):
+    return BatchReport((ticket,), ((reward, reward),), ((2, 4),), (0,), groups_waiting=0)
 
 
 def finished_group(serial, reward, completions=()):
@@ -167,7 +171,7 @@ def test_waiting_for_an_evaluation_is_no_part_of_a_step(tiny_config, make_record
 def test_the_line_is_written_when_the_evaluation_after_the_step_fails(tiny_config, make_recorder):
     recorder = make_recorder(tiny_config)
     hand_out_tickets(recorder)
-    batch = BatchReport((Ticket(0),), ((0.1, 0.1),), groups_waiting=0)
+    batch = batch_of(Ticket(0), 0.1)
     trained = {"loss": 0.1, "policy_age/max": 0, "policy_age/mean": 0.0}
     times = recorder.stopwatch()
     for name in ("time/trainer_wait_s", "time/train_step_s", "time/weight_sync_s"):
@@ -209,7 +213,7 @@ def test_a_generator_that_replaces_another_counts_from_zero(tiny_config, make_re
     for name in ("time/trainer_wait_s", "time/train_step_s", "time/weight_sync_s"):
         with times(name):
             pass
-    batch = BatchReport((Ticket(1),), ((0.5, 0.5),), groups_waiting=0)
+    batch = batch_of(Ticket(1), 0.5)
     trained = {"loss": 0.1, "policy_age/max": 0, "policy_age/mean": 0.0}
     after = [GeneratorStats(0.001, 70, "new"), GeneratorStats(10.001, 9_030, "other")]
     with recorder.metrics_line(1, trained, batch, after, times):
@@ -313,6 +317,11 @@ def test_sinks_get_every_step_the_samples_and_what_came_out(tiny_config, make_re
     recorder.sinks.close()
     assert summary["sinks"] == {"mine": {"errors": 0, "left_out": 0}}
     assert [(call[1], call[2]["reward/mean"]) for call in Sink.calls if call[0] == "scalars"] == [(1, 0.25), (2, 0.5)]
+    assert [call[1:] for call in Sink.calls if call[0] == "histogram"][3:] == [
+        (2, "batch/rewards", [0.5, 0.5]),
+        (2, "batch/completion_tokens", [2, 4]),
+        (2, "batch/policy_age", [1]),
+    ]
     (text,) = [call for call in Sink.calls if call[0] == "text"]
     assert text[1:] == (
         1,

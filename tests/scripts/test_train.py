@@ -39,12 +39,29 @@ def test_a_run_leaves_what_the_design_pins(train, tmp_path):
     assert (folder / "rollouts.jsonl").stat().st_size > 0
     check_names(lines)
     check_timeline(json.loads((folder / "timeline.json").read_text()), lines, summary["groups_trained"])
-    assert list((folder / "tensorboard").iterdir())
+    check_histograms(folder / "tensorboard", lines)
     assert summary["sinks"] == {"tensorboard": {"errors": 0, "left_out": 0}}
     assert f"report: {folder / 'report.html'}" in stdout
     assert "</html>" in (folder / "report.html").read_text()
     assert "max_policy_age: 1" in (folder / "config.yaml").read_text()
     assert "rror" not in (folder / "run.log").read_text()  # the rollouts that the end cancels are no errors
+
+
+def check_histograms(folder, lines):
+    """Those of the batch agree with the numbers of their step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), {"histograms": 0})
+    events.Reload()
+    assert set(events.Tags()["histograms"]) == {"batch/rewards", "batch/completion_tokens", "batch/policy_age"}
+    ages = [event.histogram_value for event in events.Histograms("batch/policy_age")]
+    assert [age.max for age in ages] == [line["policy_age/max"] for line in lines]
+    assert [age.sum / age.num for age in ages] == pytest.approx([line["policy_age/mean"] for line in lines])
+    rewards = [event.histogram_value for event in events.Histograms("batch/rewards")]
+    assert [each.sum / each.num for each in rewards] == pytest.approx([line["reward/mean"] for line in lines])
+    lengths = [event.histogram_value for event in events.Histograms("batch/completion_tokens")]
+    assert {each.num for each in lengths} == {16 * 8}
+    assert all(1 <= each.min <= each.max <= 12 for each in lengths)
 
 
 def check_names(lines):

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from grpo.observe.sinks.making import SINKS, check_sinks, make_sinks
+from grpo.sinks import SINKS, check_sinks, make_sinks
 from grpo.types import ConfigError
 
 made = []
@@ -30,7 +30,10 @@ def test_one_of_your_own(tmp_path):
 @pytest.mark.parametrize(
     ("sinks", "message"),
     [
-        ({"tensorbored": {}}, "observe.sinks: 'tensorbored' is not one of tensorboard, wandb, nor of the form module:"),
+        (
+            {"tensorbored": {}},
+            "observe.sinks: 'tensorbored' is not one of tensorboard, wandb, trackio, ray",
+        ),
         ({"no_such_module:Sink": {}}, "observe.sinks: can't import 'no_such_module:Sink'"),
         ({"wandb": {"projekt": "x"}}, "observe.sinks.wandb: 'projekt' is not one of project, name, mode"),
         ({"wandb": {"folder": "x"}}, "observe.sinks.wandb: 'folder' is not one of"),
@@ -48,12 +51,14 @@ def test_a_package_that_is_missing_is_named_with_the_line_to_type(monkeypatch, n
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigError) as refused:
         check_sinks({name: {}})
-    assert str(refused.value) == f"observe.sinks: {name} is not installed: pip install -e '.[{name}]'"
+    assert str(refused.value) == (
+        f"observe.sinks.{name}: {SINKS[name].package} is not installed: pip install -e '.[{SINKS[name].extra}]'"
+    )
 
 
 def test_to_check_imports_nothing_heavy():
     code = (
-        "import sys; from grpo.observe.sinks.making import check_sinks\n"
+        "import sys; from grpo.sinks import check_sinks\n"
         "check_sinks({'tensorboard': {}, 'wandb': {'mode': 'offline'}})\n"
         "assert not {'torch', 'ray', 'tensorboard', 'wandb'} & sys.modules.keys()"
     )

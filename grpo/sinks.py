@@ -6,17 +6,32 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from grpo.cluster.ray_sink import RaySink
 from grpo.imports import check_arguments, named_function
 from grpo.observe.sinks.base import Sink
 from grpo.observe.sinks.fanout import Sinks, Tell
 from grpo.observe.sinks.tensorboard_sink import TensorBoardSink
+from grpo.observe.sinks.trackio_sink import TrackioSink
 from grpo.observe.sinks.wandb_sink import WandbSink
 from grpo.types import ConfigError
 
-# Their packages and extras have the same names.
-SINKS: dict[str, Callable[..., Sink]] = {"tensorboard": TensorBoardSink, "wandb": WandbSink}
+
+class Known(NamedTuple):
+    """A sink that comes with the project: the package that it needs, and the extra that installs it."""
+
+    sink: Callable[..., Sink]
+    package: str
+    extra: str
+
+
+SINKS = {
+    "tensorboard": Known(TensorBoardSink, "tensorboard", "tensorboard"),
+    "wandb": Known(WandbSink, "wandb", "wandb"),
+    "trackio": Known(TrackioSink, "trackio", "trackio"),
+    "ray": Known(RaySink, "prometheus_client", "dashboard"),
+}
 
 _KEY = "observe.sinks"
 
@@ -28,9 +43,12 @@ def check_sinks(config_sinks: Mapping[str, Any]) -> dict[str, Callable[..., Sink
     """
     classes = {}
     for name, options in config_sinks.items():
-        found = named_function(str(name), SINKS, key=_KEY)
-        if name in SINKS and importlib.util.find_spec(name) is None:
-            raise ConfigError(f"{name} is not installed: pip install -e '.[{name}]'", key=_KEY)
+        found = named_function(str(name), {name: known.sink for name, known in SINKS.items()}, key=_KEY)
+        if name in SINKS and importlib.util.find_spec(SINKS[name].package) is None:
+            known = SINKS[name]
+            raise ConfigError(
+                f"{known.package} is not installed: pip install -e '.[{known.extra}]'", key=f"{_KEY}.{name}"
+            )
         if not isinstance(options, Mapping):
             raise ConfigError(f"is {options!r}, must be its options, {{}} for none", key=f"{_KEY}.{name}")
         check_arguments(found, options, key=f"{_KEY}.{name}")
