@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -29,6 +30,9 @@ from grpo.tuning.profile import Lengths, Profile, load_profile, parse_lengths, p
 from grpo.tuning.search import Found, Setting, search
 from grpo.tuning.short_runs import ShortRuns
 from grpo.types import ConfigError, GRPOError
+
+MOST_STEPS = 150  # a policy that has learned much makes other groups than one that has not
+Measure = Callable[[Setting], Outcome]
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -50,9 +54,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as for train.py")
     parser.add_argument("--target", type=_share, default=0.1, help="share of its time that the trainer may wait (0.1)")
     parser.add_argument("--ages", type=_ages, default=(0, 1, 2, 4), help="policy ages to try, in order (0,1,2,4)")
-    parser.add_argument(
-        "--steps", type=_steps, default=40, help=f"of each run; the first {WARM_UP_STEPS} don't count (40)"
-    )
+    parser.add_argument("--steps", type=_steps, help=f"of each run (trainer.max_steps, at most {MOST_STEPS})")
     parser.add_argument("--out", type=Path, help="folder of the short runs (default: outputs/tune/DATE/TIME)")
     simulated = parser.add_argument_group("simulated")
     simulated.add_argument(
@@ -76,24 +78,36 @@ def _arguments() -> argparse.Namespace:
 
 def _tune(args: argparse.Namespace, console: Console) -> bool:
     """Whether a setting was found that is enough."""
-    runs = None
-    if args.simulate:
-        profile, config = _profile(args)
-        console.print(f"simulating {args.steps} steps for each setting, from {', '.join(map(str, args.simulate))}")
-    else:
-        config = _composed(args.overrides)
-        folder = args.out or Path("outputs") / "tune" / f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
-        runs = ShortRuns(args.overrides, args.steps, folder.absolute())
-        console.print(f"a run of {args.steps} steps for each setting, in {folder}; target: {args.target:.0%} wait")
+    config, measure = _simulating(args, console) if args.simulate else _running(args, console)
 
-    def measure(setting: Setting) -> Outcome:
-        outcome = _simulated(profile, _with(config, setting), args.steps) if runs is None else runs.measure(setting)
+    def measure_and_tell(setting: Setting) -> Outcome:
+        outcome = measure(setting)
         console.print(f"  age {setting.max_policy_age}, {setting.concurrency:>4} rollouts: {_words(outcome)}")
         return outcome
 
-    found = search(measure, config.trainer.groups_per_step, args.ages, args.target)
+    found = search(measure_and_tell, config.trainer.groups_per_step, args.ages, args.target)
     _print_found(found, args.target, console)
     return found.enough
+
+
+def _simulating(args: argparse.Namespace, console: Console) -> tuple[RunConfig, Measure]:
+    profile, config = _profile(args)
+    steps = _steps_of(config, args)
+    console.print(f"simulating {steps} steps for each setting, from {', '.join(map(str, args.simulate))}")
+    return config, lambda setting: _simulated(profile, _with(config, setting), steps)
+
+
+def _running(args: argparse.Namespace, console: Console) -> tuple[RunConfig, Measure]:
+    config = _composed(args.overrides)
+    folder = args.out or Path("outputs") / "tune" / f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
+    steps = _steps_of(config, args)
+    console.print(f"a run of {steps} steps for each setting, in {folder}; target: {args.target:.0%} wait")
+    return config, ShortRuns(args.overrides, steps, folder.absolute()).measure
+
+
+def _steps_of(config: RunConfig, args: argparse.Namespace) -> int:
+    steps: int = args.steps or min(config.trainer.max_steps, MOST_STEPS)
+    return steps
 
 
 def _compare(args: argparse.Namespace, console: Console) -> bool:
