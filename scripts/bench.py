@@ -1,0 +1,43 @@
+"""Measure the framework against physical limits and against what one would use instead.
+
+    python scripts/bench.py orchestration            one benchmark, or several
+    python scripts/bench.py all --quick              each within about a minute
+
+Prints a table of figures with their targets, and writes it as JSON. Nothing else should run on the machine meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import time
+from pathlib import Path
+
+from benchmarks.figures import Figure, machine, print_figures, save_figures
+from rich.console import Console
+
+BENCHES = ("orchestration", "startup")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benches", nargs="+", choices=(*BENCHES, "all"), metavar="BENCH", help=", ".join(BENCHES))
+    parser.add_argument("--quick", action="store_true", help="shorter and rougher")
+    parser.add_argument("--out", type=Path, default=Path("bench.json"), help="the figures (bench.json)")
+    args = parser.parse_args()
+    names = BENCHES if "all" in args.benches else args.benches
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(", ".join(f"{name} {value}" for name, value in machine().items()), style="dim")
+    figures: list[Figure] = []
+    for name in names:
+        bench = importlib.import_module(f"benchmarks.{name}")
+        console.print(f"{name}: {str(bench.__doc__).partition(chr(10))[0]}", style="dim")
+        began = time.perf_counter()
+        figures += bench.run(args.quick)
+        console.print(f"{name} took {time.perf_counter() - began:.0f} s", style="dim")
+        save_figures(figures, {"quick": args.quick, "benches": list(names)}, args.out)
+    print_figures(figures, console)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""Groups per second of the real loop on Ray with actors that only sleep: against the ideal, and a bare Ray program."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from benchmarks.figures import Figure
+from benchmarks.simulated_actors import IdleDataloader, IdleGenerator, IdleReward, IdleTrainer, idle_specs
+from grpo.actors.replay_buffer import ReplayBuffer
+from grpo.cluster.launch import launch_actors, ray_cluster
+from grpo.config import (
+    BufferConfig,
+    CheckpointConfig,
+    ClusterConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainerConfig,
+)
+from grpo.failures import Failures
+from grpo.loop import run as run_loop
+from grpo.observe.display import Silent
+from grpo.observe.recorder import Recorder
+from grpo.observe.run_dir import RunDirectory
+from grpo.run import make_pacer
+from grpo.services import Services
+from grpo.types import Group, Prompt, SamplingParams, Ticket
+
+GROUPS_PER_STEP = 16
+_RAY_SHARE = 0.8  # of its own call rate, that a fair comparison with the ideal may need
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Of the driver, once the loop has warmed up. `cpu_s` is of the whole process and per group."""
+
+    groups_per_s: float
+    cpu_s: float
+    lag_p99_ms: float
+    calls_per_group: float
+
+
+def run(quick: bool) -> list[Figure]:
+    latency_s = 4.0 if quick else 10.0
+    concurrencies = (1, 32, 1024) if quick else (1, 8, 32, 128, 512, 1024)
+    with ray_cluster(ClusterConfig()):
+        calls_per_s = asyncio.run(_rate_of_empty_calls(seconds=2.0 if quick else 5.0))
+        bare = asyncio.run(_bare(seconds=4.0 if quick else 10.0))
+        saturated = asyncio.run(_framework(0.0, 32, steps=60 if quick else 200))
+        paces = {c: asyncio.run(_framework(latency_s, c, _steps(c, quick))) for c in concurrencies}
+    ideal = {c: paces[c].groups_per_s * latency_s / c for c in concurrencies}
+    needed = 1024 / latency_s * saturated.calls_per_group / calls_per_s
+    figure = _named("orchestration")
+    return [
+        figure("Ray's own call rate", calls_per_s, "calls/s"),
+        figure("groups/s at saturation", saturated.groups_per_s, "groups/s"),
+        figure("groups/s over a bare Ray program", saturated.groups_per_s / bare, at_least=0.85),
+        *(figure(f"groups/s over ideal, {c} rollouts", ideal[c]) for c in concurrencies if c not in (32, 1024)),
+        figure("groups/s over ideal, 32 rollouts", ideal[32]),
+        figure("time of 32 rollouts over that of one", ideal[1] / ideal[32], at_most=1.03),
+        figure("share of Ray's call rate that 1024 rollouts need", needed),
+        figure("groups/s over ideal, 1024 rollouts", ideal[1024], at_least=0.9 if needed < _RAY_SHARE else None),
+        figure("driver's CPU per group, 32 rollouts", 1000 * paces[32].cpu_s, "ms"),
+        figure("driver's CPU per group, saturated", 1000 * saturated.cpu_s, "ms"),
+        figure("CPU per group, 1024 rollouts over 32", paces[1024].cpu_s / paces[32].cpu_s, at_most=1.2),
+        figure("loop lag p99, 32 rollouts", paces[32].lag_p99_ms, "ms", at_most=10.0),
+        figure("actor calls per group", saturated.calls_per_group, at_most=4.0),
+    ]
+
+
+def _named(bench: str) -> Callable[..., Figure]:
+    return lambda name, value, unit="", **target: Figure(bench, name, value, unit, **target)
+
+
+def _steps(concurrency: int, quick: bool) -> int:
+    """Enough for each rollout to make a few groups."""
+    rounds = 3 if quick else 5
+    return max(rounds, rounds * concurrency // GROUPS_PER_STEP)
+
+
+async def _framework(latency_s: float, concurrency: int, steps: int) -> Pace:
+    """The real loop, its recorder included; `max_policy_age` lets every rollout run at once."""
+    groups = min(GROUPS_PER_STEP, concurrency)
+    config = RunConfig(
+        rollout=RolloutConfig(concurrency=concurrency),
+        buffer=BufferConfig(max_policy_age=2 * concurrency // groups),
+        trainer=TrainerConfig(groups_per_step=groups, max_steps=steps),
+        checkpoint=CheckpointConfig(every=0),
+    )
+    watch = _Watch()
+    with tempfile.TemporaryDirectory() as folder:
+        recorder = Recorder(RunDirectory(Path(folder)), watch, make_pacer(config), Failures(config.recovery))
+        async with launch_actors(idle_specs(latency_s), config, recorder.failures) as handles:
+            services = Services(**handles)
+            await run_loop(services, config, recorder, asyncio.Event())
+            requests = sum(replica["requests"] for replica in services.figures().values())
+        recorder.run_dir.close()
+    return watch.pace(groups, requests / recorder.pacer.admitted)
+
+
+class _Watch(Silent):
+    """Notes the time, and the process's CPU time, of every step."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[float, float]] = []
+        self._lags_ms: list[float] = []
+
+    def step(self, metrics: Mapping[str, float]) -> None:
+        self._seen.append((time.perf_counter(), time.process_time()))
+        self._lags_ms.append(metrics["driver/loop_lag_p99_ms"])
+
+    def pace(self, groups_per_step: int, calls_per_group: float) -> Pace:
+        """Of the second half: the first groups all come at once."""
+        half = len(self._seen) // 2
+        (began, cpu_began), (ended, cpu_ended) = self._seen[half - 1], self._seen[-1]
+        groups = (len(self._seen) - half) * groups_per_step
+        lag_ms = float(np.median(self._lags_ms[half:]))
+        return Pace(groups / (ended - began), (cpu_ended - cpu_began) / groups, lag_ms, calls_per_group)
+
+
+class _BareBuffer(ReplayBuffer):
+    """Gets the completions beside the group: only there does Ray bring the value of a reference."""
+
+    async def add(self, ticket: Ticket, group: Group, completions: Any = ()) -> None:
+        await super().add(ticket, dataclasses.replace(group, completions=completions))
+
+
+async def _rate_of_empty_calls(seconds: float) -> float:
+    """Calls a second that Ray makes from one driver to four actors that return at once, 32 under way."""
+    actor = ray.remote(IdleReward)
+    actors = [actor.options(num_cpus=0, max_concurrency=1000).remote() for _ in range(4)]
+    await asyncio.gather(*(each.setup.remote() for each in actors))
+    count, until = 0, time.perf_counter() + seconds
+
+    async def call(target: Any) -> None:
+        nonlocal count
+        while time.perf_counter() < until:
+            await target.setup.remote()
+            count += 1
+
+    await asyncio.gather(*(call(actors[i % 4]) for i in range(32)))
+    _end(actors)
+    return count / seconds
+
+
+async def _bare(seconds: float) -> float:
+    """Groups a second of a program that makes the same calls of the same actors, and nothing else."""
+    classes = (IdleDataloader, IdleGenerator, IdleReward, _BareBuffer, IdleTrainer)
+    arguments: tuple[dict[str, Any], ...] = ({}, {"latency_s": 0.0}, {}, {"window": 1}, {})
+    dataloader, generator, reward, replay_buffer, trainer = actors = [
+        ray.remote(cls).options(num_cpus=0, max_concurrency=1000).remote(**kwargs)
+        for cls, kwargs in zip(classes, arguments, strict=True)
+    ]
+    await asyncio.gather(*(actor.setup.remote() for actor in actors))
+    prompts: deque[Prompt] = deque()
+    fetching, tickets, places = asyncio.Lock(), itertools.count(), asyncio.Semaphore(3 * GROUPS_PER_STEP)
+    params, trained, until = SamplingParams(n=8), 0, time.perf_counter() + seconds
+
+    async def rollouts() -> None:
+        while True:
+            await places.acquire()
+            ticket = Ticket(next(tickets))
+            async with fetching:
+                if not prompts:
+                    batch = await dataloader.sample.remote(ticket.serial, GROUPS_PER_STEP)
+                    prompts.extend(batch.prompts)
+                prompt = prompts.popleft()
+            completions, report_ref = generator.generate.options(num_returns=2).remote(prompt, params)
+            report = await report_ref
+            scores = await reward.score.remote(prompt, completions)
+            group = Group(prompt, (), None, scores.rewards, scores.rewards, report.oldest_version)
+            await replay_buffer.add.remote(ticket, group, completions)
+
+    async def training() -> None:
+        nonlocal trained
+        while time.perf_counter() < until:
+            batch, report_ref = replay_buffer.sample.options(num_returns=2).remote(GROUPS_PER_STEP)
+            await report_ref
+            await trainer.train_step.remote(batch)
+            weights, version_ref = trainer.push_weights.options(num_returns=2).remote()
+            await version_ref
+            _, snapshot_version_ref = trainer.snapshot.options(num_returns=2).remote()
+            await asyncio.gather(generator.update_weights.remote(weights), snapshot_version_ref)
+            trained += GROUPS_PER_STEP
+            for _ in range(GROUPS_PER_STEP):
+                places.release()
+
+    began = time.perf_counter()
+    working = [asyncio.create_task(rollouts()) for _ in range(32)]
+    await training()
+    for task in working:
+        task.cancel()
+    await asyncio.gather(*working, return_exceptions=True)
+    _end(actors)
+    return trained / (time.perf_counter() - began)
+
+
+def _end(actors: Sequence[Any]) -> None:
+    for actor in actors:
+        ray.kill(actor)

@@ -1,0 +1,108 @@
+"""Actors that do nothing, but as processes of their own: what is left is what the framework and Ray take."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+
+from grpo.actors.replay_buffer import ReplayBuffer
+from grpo.cluster.plan import ActorSpec
+from grpo.services import brings_up_to_date, returns_payload
+from grpo.types import (
+    Batch,
+    Completion,
+    GenerationReport,
+    GeneratorStats,
+    Problem,
+    Prompt,
+    PromptBatch,
+    SamplingParams,
+    Scores,
+)
+from grpo.weights import Weights
+
+_TOKENS = 32
+
+
+class IdleDataloader:
+    async def setup(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def stats(self) -> dict[str, int]:
+        return {}
+
+    async def sample(self, first: int, count: int, without: frozenset[int] = frozenset()) -> PromptBatch:
+        ids = np.arange(_TOKENS)
+        prompts = tuple(Prompt(serial, Problem("question", "answer"), ids) for serial in range(first, first + count))
+        return PromptBatch(prompts, first + count)
+
+
+class IdleGenerator:
+    """Every group takes `latency_s`."""
+
+    def __init__(self, latency_s: float) -> None:
+        self._latency_s, self._version = latency_s, 0
+
+    async def setup(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    @returns_payload
+    async def generate(self, prompt: Prompt, params: SamplingParams) -> tuple[list[Completion], GenerationReport]:
+        version = self._version
+        if self._latency_s:
+            await asyncio.sleep(self._latency_s)
+        ids, logprobs = np.arange(_TOKENS), np.zeros(_TOKENS, dtype=np.float32)
+        completion = Completion(ids, logprobs, ((version, _TOKENS),), "stop")
+        report = GenerationReport(version, version, (_TOKENS,) * params.n, (False,) * params.n)
+        return [completion] * params.n, report
+
+    @brings_up_to_date
+    async def update_weights(self, weights: Weights) -> GeneratorStats:
+        self._version = weights.version
+        return GeneratorStats(0.0, 0)
+
+
+class IdleReward:
+    async def setup(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def score(self, prompt: Prompt, completions: list[Completion], detail: str = "rewards") -> Scores:
+        rewards = tuple(float(i % 2) for i in range(len(completions)))
+        return Scores(rewards, {"task": rewards}, ())
+
+
+class IdleTrainer:
+    def __init__(self) -> None:
+        self._version = 0
+
+    async def setup(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def train_step(self, batch: Batch) -> dict[str, float]:
+        ages = [self._version - group.oldest_version for group in batch.groups]
+        self._version += 1
+        return {"loss": 0.0, "policy_age/mean": float(np.mean(ages)), "policy_age/max": float(max(ages))}
+
+    @returns_payload
+    async def push_weights(self) -> tuple[Weights, int]:
+        return Weights(self._version, (), np.zeros(1, dtype=np.uint8)), self._version
+
+    @returns_payload
+    async def snapshot(self) -> tuple[int, int]:
+        return self._version, self._version
+
+
+def idle_specs(latency_s: float) -> list[ActorSpec]:
+    """The actors of a run without a model; none of them reserves a CPU."""
+    return [
+        ActorSpec("dataloader", IdleDataloader),
+        ActorSpec("generator", IdleGenerator, {"latency_s": latency_s}),
+        ActorSpec("reward", IdleReward),
+        ActorSpec("replay_buffer", ReplayBuffer, {"window": 1}),
+        ActorSpec("trainer", IdleTrainer),
+    ]
