@@ -29,6 +29,7 @@ from grpo.observe.display import Display, make_display
 from grpo.observe.output import Screen, chatter_to
 from grpo.observe.recorder import Recorder
 from grpo.observe.run_dir import RunDirectory
+from grpo.observe.startup import Startup
 from grpo.report.page import write_report
 from grpo.resume import ResumePoint, find_resume_point
 from grpo.run import make_pacer
@@ -49,6 +50,8 @@ def train(config: RunConfig, folder: Path) -> int:
     Raises GRPOError for what is wrong before the cluster is started; what goes wrong later is shown, stands in
     `summary.json`, and gives exit code 1. An interrupted run gives 130.
     """
+    startup = Startup()
+    startup.ended("imports")
     console = Screen(soft_wrap=True)
     for warning in warnings(config):
         console.print(f"warning: {warning}", style="yellow", markup=False)
@@ -67,8 +70,9 @@ def train(config: RunConfig, folder: Path) -> int:
         if resume.folder != folder:
             _leave(folder, resume.folder)
     config, run_dir = preflight.open_run(config, task, resume.folder if resume else folder, resume)
+    startup.ended("checks")
     try:
-        summary = _train(config, run_dir, resume)
+        summary = _train(config, run_dir, resume, startup)
     finally:
         run_dir.close()
     report = _report(run_dir.path) if config.observe.report and summary["steps"] else None
@@ -92,12 +96,13 @@ def _leave(unused: Path, folder: Path) -> None:
             unused.parent.rmdir()
 
 
-def _train(config: RunConfig, run_dir: RunDirectory, resume: ResumePoint | None) -> dict[str, Any]:
+def _train(config: RunConfig, run_dir: RunDirectory, resume: ResumePoint | None, startup: Startup) -> dict[str, Any]:
     """Run on the cluster; whatever ends it, the summary says so."""
     with chatter_to(run_dir.path / "run.log") as console:
         console.print("starting Ray and the actors ...", style="dim")
         display = make_display(console, config.trainer.max_steps, config.observe.log_every)
         recorder = Recorder(run_dir, display, make_pacer(config), Failures(config.recovery))
+        recorder.startup = startup
         if resume is not None:
             recorder.go_on_after(resume.progress["records"]["wall_s"])
         recorder.sinks = make_sinks(config.observe.sinks, run_dir.path, dataclasses.asdict(config), recorder.warn)
@@ -116,8 +121,10 @@ def _train(config: RunConfig, run_dir: RunDirectory, resume: ResumePoint | None)
 async def _run(
     config: RunConfig, recorder: Recorder, display: Display, shutdown: asyncio.Event, resume: ResumePoint | None
 ) -> None:
+    recorder.startup.ended("ray")
     async with AsyncExitStack() as stack:
         services = await unless(shutdown, stack.enter_async_context(launch(config, recorder.failures)))
+        recorder.startup.ended("actors")
         recorder.replicas = services.replicas
         gc.freeze()  # what is loaded by now stays; walking it in a full collection would block the loop for 0.2 s
         try:

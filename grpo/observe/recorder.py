@@ -16,6 +16,7 @@ from grpo.observe.events import Events
 from grpo.observe.loop_lag import LoopLag
 from grpo.observe.run_dir import RunDirectory
 from grpo.observe.sinks.fanout import Sinks
+from grpo.observe.startup import Startup
 from grpo.observe.timeline import Timeline
 from grpo.observe.view import Glance, Sample
 from grpo.pacing import Pacer
@@ -82,6 +83,7 @@ class Recorder:
         self.prompts: dict[str, int] = {}
         self.run_dir = run_dir
         self.pacer, self._display = pacer, display
+        self.startup = Startup()
         self.sinks = Sinks({}, self.warn)
         self.measured = MetricSet()  # by all actors, since the last line
         self.step = 0  # the last one that was trained
@@ -128,6 +130,7 @@ class Recorder:
 
     def training_begins(self, generators: Sequence[GeneratorStats]) -> None:
         """Rates count from here; `wall_s` counts from the construction, the launch included."""
+        self.startup.ended("weights")
         self._generators = {stats.process: stats for stats in generators}
         self._step_began = self._generators_seen = time.perf_counter()
         self._waiting.take(self._step_began)
@@ -262,6 +265,7 @@ class Recorder:
             **{f"driver/waiting/{group}/{what}": n for (group, what), n in self._waiting.take(now).items()},
         }
         self.step = step
+        self.startup.ended("first_step")
         self._steps.append(_kept(metrics))
         try:
             yield
@@ -282,6 +286,7 @@ class Recorder:
             "status": status,
             "steps": self.step,
             "wall_s": self.wall_s,
+            "startup_s": self.startup.seconds,
             "reward_first": _mean(steps[:tenth], "reward/mean"),
             "reward_last": _mean(steps[-tenth:], "reward/mean"),
             "eval_first": self.evaluations[0].reward_mean if self.evaluations else None,
