@@ -1,9 +1,11 @@
 """A tiny random model on disk, a config to go with it, and a recorder without a screen."""
 
 import io
+import os
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from grpo.cluster.launch import ray_cluster
@@ -15,10 +17,21 @@ from grpo.observe.recorder import Recorder
 from grpo.observe.run_dir import RunDirectory
 from grpo.run import make_pacer
 
+TESTS = Path(__file__).parent
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # there is another worker for the other core
+
 
 def pytest_addoption(parser):
     parser.addoption("--engine", choices=("torch", "vllm"), default="torch", help="the engine of the contract tests")
     parser.addoption("--kills", type=int, default=6, help="processes that each chaos test kills")
+
+
+def pytest_collection_modifyitems(items):
+    """With two workers, one takes all tests that start processes: two Rays on two cores would wait for each other."""
+    for item in items:
+        if item.path.relative_to(TESTS).parts[0] in ("chaos", "cluster", "learning", "scripts"):
+            item.add_marker(pytest.mark.xdist_group("processes"))
 
 
 @pytest.fixture
