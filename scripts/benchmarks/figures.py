@@ -57,11 +57,15 @@ def machine() -> dict[str, Any]:
 
 
 def print_figures(figures: Iterable[Figure], console: Console) -> None:
-    table = Table("bench", "figure", "value", "target", "", box=None)
-    table.columns[2].justify = "right"
+    table = Table("", "", "target", "", box=None)
+    table.columns[1].justify = "right"
+    bench = ""
     for figure in figures:
+        if figure.bench != bench:
+            bench = figure.bench
+            table.add_row(f"[bold]{bench}")
         mark = {True: "[green]reached", False: "[red]missed", None: ""}[figure.reached]
-        table.add_row(figure.bench, figure.name, f"{figure.value:.4g} {figure.unit}".strip(), figure.target, mark)
+        table.add_row(f"  {figure.name}", f"{figure.value:.4g} {figure.unit}".strip(), figure.target, mark)
     console.print(table)
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 
 from benchmarks.figures import Figure
@@ -84,9 +83,9 @@ def _named(bench: str) -> Callable[..., Figure]:
 
 
 def _steps(concurrency: int, quick: bool) -> int:
-    """Enough for each rollout to make a few groups."""
-    rounds = 3 if quick else 5
-    return max(rounds, rounds * concurrency // GROUPS_PER_STEP)
+    """So many that each rollout makes a few groups."""
+    waves = 3 if quick else 5
+    return waves * max(1, concurrency // GROUPS_PER_STEP)
 
 
 async def _framework(latency_s: float, concurrency: int, steps: int) -> Pace:
@@ -106,7 +105,7 @@ async def _framework(latency_s: float, concurrency: int, steps: int) -> Pace:
             await run_loop(services, config, recorder, asyncio.Event())
             requests = sum(replica["requests"] for replica in services.figures().values())
         recorder.run_dir.close()
-    return watch.pace(groups, requests / recorder.pacer.admitted)
+    return watch.pace(groups, concurrency // groups, requests / recorder.pacer.admitted)
 
 
 class _Watch(Silent):
@@ -120,12 +119,11 @@ class _Watch(Silent):
         self._seen.append((time.perf_counter(), time.process_time()))
         self._lags_ms.append(metrics["driver/loop_lag_p99_ms"])
 
-    def pace(self, groups_per_step: int, calls_per_group: float) -> Pace:
-        """Of the second half: the first groups all come at once."""
-        half = len(self._seen) // 2
-        (began, cpu_began), (ended, cpu_ended) = self._seen[half - 1], self._seen[-1]
-        groups = (len(self._seen) - half) * groups_per_step
-        lag_ms = float(np.median(self._lags_ms[half:]))
+    def pace(self, groups_per_step: int, steps_per_wave: int, calls_per_group: float) -> Pace:
+        """From the end of the first wave on: rollouts that take the same time all end at once, again and again."""
+        (began, cpu_began), (ended, cpu_ended) = self._seen[steps_per_wave - 1], self._seen[-1]
+        groups = (len(self._seen) - steps_per_wave) * groups_per_step
+        lag_ms = max(self._lags_ms[steps_per_wave:])
         return Pace(groups / (ended - began), (cpu_ended - cpu_began) / groups, lag_ms, calls_per_group)
 
 

@@ -1,0 +1,138 @@
+"""Weights from one process into others: publishing and loading against a plain copy of the same bytes in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.figures import Figure
+from grpo.cluster.launch import launch_actors, ray_cluster
+from grpo.cluster.plan import ActorSpec
+from grpo.config import ClusterConfig, RunConfig
+from grpo.failures import Failures
+from grpo.services import brings_up_to_date, returns_payload
+from grpo.weights import Weights, WeightsWriter, load_weights
+
+_WIDTH = 1024
+_GIB = 2**30
+_MAY_GROW = 0.1  # of the weights' bytes: what else goes on on the machine is part of it
+
+
+class Layers(nn.Module):
+    """Square matrices of so many bytes in all."""
+
+    def __init__(self, nbytes: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        count = nbytes // (_WIDTH * _WIDTH * dtype.itemsize)
+        self.layers = nn.ParameterList(torch.zeros(_WIDTH, _WIDTH, dtype=dtype) for _ in range(count))
+
+
+class Publisher:
+    """Holds a model in float32, as the trainer does, and publishes it in `dtype`."""
+
+    def __init__(self, nbytes: int, dtype: str) -> None:
+        torch.set_num_threads(1)
+        self._dtype = getattr(torch, dtype)
+        self._model = Layers(nbytes * 4 // self._dtype.itemsize, torch.float32)
+        self._writer, self._version = WeightsWriter(self._model, self._dtype), 0
+
+    async def setup(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def memcpy_s(self, nbytes: int) -> float:
+        """A copy of as many bytes, between pages that are there."""
+        source, target = np.zeros(nbytes, dtype=np.uint8), np.ones(nbytes, dtype=np.uint8)
+        source[:] = 1
+        return median(_timed(lambda: np.copyto(target, source)) for _ in range(7))
+
+    @returns_payload
+    async def push_weights(self) -> tuple[Weights, float]:
+        self._version += 1
+        began = time.perf_counter()
+        weights = self._writer.write(self._version)
+        return weights, time.perf_counter() - began
+
+
+class Receiver:
+    """Holds a model in `dtype`, as a generator does."""
+
+    def __init__(self, nbytes: int, dtype: str) -> None:
+        torch.set_num_threads(1)
+        self._model = Layers(nbytes, getattr(torch, dtype))
+
+    async def setup(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    @brings_up_to_date
+    async def update_weights(self, weights: Weights) -> float:
+        """Seconds in which nothing could be generated."""
+        return _timed(lambda: load_weights(self._model, weights))
+
+
+def run(quick: bool) -> list[Figure]:
+    cases = [(_GIB // 2, "float32"), (_GIB // 2, "bfloat16")] + ([] if quick else [(2 * _GIB, "bfloat16")])
+    updates = 6 if quick else 50
+    figures = []
+    with ray_cluster(ClusterConfig()):
+        for nbytes, dtype in cases:
+            measured = {n: asyncio.run(_measure(nbytes, dtype, n, updates)) for n in (1, 4)}
+            figures += _figures(f"{nbytes / _GIB:g} GiB, {dtype}", measured, nbytes)
+    return figures
+
+
+def _figures(what: str, measured: dict[int, dict[str, float]], nbytes: int) -> list[Figure]:
+    one, four = measured[1], measured[4]
+    four_over_one = four["total_s"] / one["total_s"]
+    rounds = 4 / min(4, len(os.sched_getaffinity(0)))  # replicas that a core loads one after another
+    return [
+        Figure("weights", f"{what}: a copy in memory", nbytes / one["memcpy_s"] / 1e9, "GB/s"),
+        Figure("weights", f"{what}: publish and load, in copies", one["total_s"] / one["memcpy_s"], at_most=3.0),
+        Figure("weights", f"{what}: pause, in copies", one["pause_s"] / one["memcpy_s"], at_most=1.3),
+        Figure("weights", f"{what}: four replicas over one, per core", four_over_one / rounds, at_most=1.5),
+        Figure("weights", f"{what}: growth of memory, four replicas", four["growth"], at_most=_MAY_GROW),
+    ]
+
+
+async def _measure(nbytes: int, dtype: str, replicas: int, updates: int) -> dict[str, float]:
+    config, kwargs = RunConfig(), {"nbytes": nbytes, "dtype": dtype}
+    specs = [ActorSpec("publisher", Publisher, kwargs), ActorSpec("receiver", Receiver, kwargs, replicas)]
+    async with launch_actors(specs, config, Failures(config.recovery)) as handles:
+        publisher, receiver = handles["publisher"], handles["receiver"]
+        memcpy_s = await publisher.memcpy_s.call_one(nbytes)
+        totals_s, pauses_s, used = [], [], []
+        for _ in range(updates + 2):
+            began = time.perf_counter()
+            (weights, _), *_ = await publisher.push_weights.call()
+            pauses_s.append(max(await receiver.update_weights.fanout(weights)))
+            totals_s.append(time.perf_counter() - began)
+            del weights
+            used.append(_used_bytes())
+    return {
+        "memcpy_s": memcpy_s,
+        "total_s": median(totals_s[2:]),  # pages are touched for the first time in the first ones
+        "pause_s": median(pauses_s[2:]),
+        "growth": (median(used[-3:]) - median(used[2:5])) / nbytes,
+    }
+
+
+def _timed(work: Any) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _used_bytes() -> int:
+    """Of the whole machine, caches left out."""
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    kilobytes = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in lines)}
+    return (kilobytes["MemTotal"] - kilobytes["MemAvailable"]) * 1024
