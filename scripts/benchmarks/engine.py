@@ -106,7 +106,8 @@ async def _engine_tokens_per_s(model: PreTrainedModel, case: Case) -> float:
         while groups:
             seed = groups.popleft()
             params = SamplingParams(n=GROUP, max_tokens=case.most_tokens, seed=seed)
-            tokens += sum(len(c.token_ids) for c in await engine.generate(_prompt(seed), params))
+            completions = await engine.generate(_prompt(seed), params)
+            tokens += sum(len(completion.token_ids) for completion in completions)
 
     try:
         began = time.perf_counter()
