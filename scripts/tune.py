@@ -25,8 +25,9 @@ from rich.table import Table
 
 from grpo.composition import explain, from_hydra, from_run, register
 from grpo.config import RunConfig
+from grpo.tuning.fitting import profile_of
 from grpo.tuning.outcome import WARM_UP_STEPS, Outcome, outcome_of, read_metrics
-from grpo.tuning.profile import Lengths, Profile, load_profile, parse_lengths, profile_of
+from grpo.tuning.profile import Lengths, Profile, load_profile, parse_lengths
 from grpo.tuning.search import Found, Setting, search
 from grpo.tuning.short_runs import ShortRuns
 from grpo.types import ConfigError, GRPOError

@@ -3,90 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from grpo.actors.replay_buffer import ReplayBuffer
-from grpo.config import RunConfig
-from grpo.services import brings_up_to_date, returns_payload
-from grpo.structured import Signal
-from grpo.tuning.machine import Calls, Line, Worker
-from grpo.tuning.profile import GroupShape, Profile
-from grpo.types import (
-    Batch,
-    BatchReport,
-    GenerationReport,
-    GeneratorStats,
-    Group,
-    Problem,
-    Prompt,
-    PromptBatch,
-    SamplingParams,
-    Scores,
-    Ticket,
-)
+from grpo.services import returns_payload
+from grpo.tuning.generator import SimulatedGenerator
+from grpo.tuning.machine import Line
+from grpo.tuning.world import ShapedCompletions, World
+from grpo.types import Batch, BatchReport, Group, Problem, Prompt, PromptBatch, Scores, Ticket
 from grpo.weights import Weights
 
 _NO_TOKENS = np.zeros(1, dtype=np.int64)
 _NO_WEIGHTS = np.zeros(1, dtype=np.uint8)
 
 
-class World:
-    """What the actors of one simulation share."""
-
-    def __init__(self, profile: Profile, config: RunConfig) -> None:
-        self.profile, self.config = profile, config
-        self.calls = Calls(profile.call, profile.call_driver)
-        self.trainer = Worker(self._speed_of_trainer)
-        self.generators: list[Worker] = []
-
-    def generator(self) -> Worker:
-        worker = Worker(lambda: 1 / (1 + self.profile.decode_slowed * self.trainer.busy))
-        self.generators.append(worker)
-        if self.profile.train_slowed:
-            worker.felt_by.append(self.trainer)
-        if self.profile.decode_slowed:
-            self.trainer.felt_by.append(worker)
-        return worker
-
-    def shape(self, serial: int) -> GroupShape:
-        """That of the group of a prompt."""
-        groups = self.profile.groups
-        return groups[serial % len(groups)].of_size(self.config.rollout.group_size)
-
-    def actors(self) -> dict[str, Any]:
-        """By name, as `launch_local` takes them: every replica of the generator is one of its own."""
-        return {
-            "generator": lambda: _Generator(self),
-            "dataloader": _Dataloader(self),
-            "reward": _Reward(self),
-            "reference": _Reference(self),
-            "replay_buffer": _ReplayBuffer(self),
-            "trainer": _Trainer(self),
-        }
-
-    def _speed_of_trainer(self) -> float:
-        busy = sum(worker.busy for worker in self.generators) / max(1, len(self.generators))
-        return 1 / (1 + self.profile.train_slowed * busy)
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    token_ids: range
-
-
-@dataclass(frozen=True)
-class _Completions:
-    """Of which only the number of tokens can be read."""
-
-    shape: GroupShape
-
-    def __iter__(self) -> Iterator[_Tokens]:
-        return (_Tokens(range(length)) for length in self.shape.lengths)
+def simulated_actors(world: World) -> dict[str, Any]:
+    """By name, as `launch_local` takes them: every replica of the generator is one of its own."""
+    return {
+        "generator": lambda: SimulatedGenerator(world),
+        "dataloader": _Dataloader(world),
+        "reward": _Reward(world),
+        "reference": _Reference(world),
+        "replay_buffer": _ReplayBuffer(world),
+        "trainer": _Trainer(world),
+    }
 
 
 class _Dataloader:
@@ -105,7 +47,7 @@ class _Reward:
         self._world, config = world, world.config.reward
         self._line = Line(config.workers * config.replicas)
 
-    async def score(self, prompt: Prompt, completions: _Completions, detail: str) -> Scores:
+    async def score(self, prompt: Prompt, completions: ShapedCompletions, detail: str) -> Scores:
         await self._world.calls.begin()
         seconds = self._world.profile.score
         await self._line.served(seconds[prompt.serial % len(seconds)])
@@ -119,7 +61,7 @@ class _Reference:
         self._world, self._line = world, Line(world.config.reference.replicas)
 
     @returns_payload
-    async def logprobs(self, prompt: Prompt, completions: _Completions) -> tuple[None, int]:
+    async def logprobs(self, prompt: Prompt, completions: ShapedCompletions) -> tuple[None, int]:
         await self._world.calls.begin()
         seconds = self._world.profile.reference
         await self._line.served(seconds[prompt.serial % len(seconds)])
@@ -176,134 +118,3 @@ class _Trainer:
             await self._world.trainer.work(seconds)
         await asyncio.sleep(self._world.profile.step_call)
         await self._world.calls.end()
-
-
-@dataclass(eq=False)
-class _Request:
-    serial: int
-    left: list[int]  # tokens of its completions, those that have not ended
-    done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    oldest_version: int = -1
-
-
-class _Generator:
-    """Continuous batching as the embedded engine does it, many tokens at a time while nobody comes or leaves."""
-
-    def __init__(self, world: World) -> None:
-        self._world, self._worker, self._version = world, world.generator(), 0
-        self._settings = world.config.generator
-        self._waiting: deque[_Request] = deque()
-        self._running: list[_Request] = []
-        self._updates: deque[tuple[int, asyncio.Future[None]]] = deque()
-        self._arrived = Signal()
-        self.busy_s, self.tokens = 0.0, 0
-
-    async def setup(self) -> None:
-        self._task = asyncio.create_task(self._run())
-
-    @returns_payload
-    async def generate(self, prompt: Prompt, params: SamplingParams) -> tuple[_Completions, GenerationReport]:
-        await self._world.calls.begin()
-        shape = self._world.shape(prompt.serial)
-        request = _Request(prompt.serial, list(shape.lengths))
-        self._waiting.append(request)
-        self._wake()
-        await request.done
-        await self._world.calls.end()
-        report = GenerationReport(
-            request.oldest_version, self._version, shape.lengths, tuple(False for _ in shape.lengths)
-        )
-        return _Completions(shape), report
-
-    @brings_up_to_date
-    async def update_weights(self, weights: Weights) -> GeneratorStats:
-        await self._world.calls.begin()
-        loaded = asyncio.get_running_loop().create_future()
-        self._updates.append((weights.version, loaded))
-        self._wake()
-        await loaded
-        await asyncio.sleep(self._world.profile.step_call)
-        await self._world.calls.end()
-        return GeneratorStats(self.busy_s, self.tokens, str(id(self)))
-
-    async def close(self) -> None:
-        self._task.cancel()
-
-    def _wake(self) -> None:
-        self._arrived.notify()
-        self._worker.changed.notify()
-
-    async def _run(self) -> None:
-        while True:
-            await self._arrived.wait_for(lambda: self._waiting or self._running or self._updates)
-            while self._waiting or self._running or self._updates:
-                await self._load()
-                joining = self._admit()
-                await self._decode(once=bool(joining))
-                await self._prefill(joining)
-
-    async def _load(self) -> None:
-        if self._can_load():
-            version, loaded = self._updates.popleft()
-            await self._work(self._world.profile.load)
-            self._version = version
-            loaded.set_result(None)
-
-    def _admit(self) -> list[_Request]:
-        joining: list[_Request] = []
-        while self._can_admit(sum(len(request.left) for request in joining)):
-            joining.append(self._waiting.popleft())
-        return joining
-
-    def _can_load(self) -> bool:
-        return bool(self._updates) and not (self._settings.weight_update == "drain" and self._running)
-
-    def _can_admit(self, joining: int = 0) -> bool:
-        rows = self._rows + joining
-        fits = bool(self._waiting) and rows + len(self._waiting[0].left) <= self._settings.max_sequences
-        return fits and not self._updates
-
-    async def _decode(self, *, once: bool) -> None:
-        """A token for every running completion, or as many as all of them have left if nobody comes before."""
-        if not self._running:
-            return
-        least = min(min(request.left) for request in self._running)
-        cost_s = self._world.profile.decode(self._rows)
-        tokens = 1 if once else least
-        if tokens > 1:  # the last of them, with which somebody leaves, is done below
-            done_s = await self._work((tokens - 1) * cost_s, lambda: self._can_load() or self._can_admit())
-            tokens = int(np.ceil(done_s / cost_s - 1e-6))
-            await self._work(tokens * cost_s - done_s)
-            self._count(tokens)
-            if tokens < least - 1:
-                return  # somebody came
-        finished = sum(left == 1 for request in self._running for left in request.left)
-        await self._work(self._world.profile.decode(self._rows, finished))
-        self._count(1)
-
-    async def _prefill(self, joining: list[_Request]) -> None:
-        if joining:
-            await self._work(self._world.profile.prefill(sum(len(request.left) for request in joining)))
-            for request in joining:
-                request.oldest_version = self._version
-            running, self._running = self._running, joining
-            self._count(1)
-            self._running = running + self._running
-
-    def _count(self, tokens: int) -> None:
-        """Every running completion is so many tokens longer; those that have all of theirs leave."""
-        self.tokens += tokens * self._rows
-        for request in self._running:
-            request.left = [left - tokens for left in request.left if left > tokens]
-            if not request.left:
-                request.done.set_result(None)
-        self._running = [request for request in self._running if request.left]
-
-    @property
-    def _rows(self) -> int:
-        return sum(len(request.left) for request in self._running)
-
-    async def _work(self, seconds: float, *interrupted: Any) -> float:
-        done_s = await self._worker.work(seconds, *interrupted)
-        self.busy_s += done_s
-        return done_s

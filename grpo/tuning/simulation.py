@@ -20,8 +20,9 @@ from grpo.pacing import Pacer
 from grpo.run import make_pacer
 from grpo.tuning.outcome import Outcome, outcome_of
 from grpo.tuning.profile import Profile
-from grpo.tuning.simulated import World
+from grpo.tuning.simulated import simulated_actors
 from grpo.tuning.virtual_time import run_in_virtual_time
+from grpo.tuning.world import World
 from grpo.types import BatchReport, GeneratorStats, Rollout
 
 Metrics = dict[str, float]
@@ -40,7 +41,7 @@ def simulate(profile: Profile, config: RunConfig, steps: int) -> Outcome:
 
 
 async def _run(world: World, config: RunConfig, recorder: _Recorder) -> None:
-    async with launch_local(config, recorder.failures, world.actors()) as services:
+    async with launch_local(config, recorder.failures, simulated_actors(world)) as services:
         await run(services, config, recorder, asyncio.Event())
 
 

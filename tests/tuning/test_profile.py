@@ -7,7 +7,8 @@ import pytest
 
 from grpo.composition import to_yaml
 from grpo.config import ModelConfig, RunConfig, TaskConfig
-from grpo.tuning.profile import Cost, GroupShape, Profile, load_profile, parse_lengths, profile_of
+from grpo.tuning.fitting import profile_of
+from grpo.tuning.profile import Cost, GroupShape, Profile, load_profile, parse_lengths
 from grpo.types import TuningError
 
 DECODE = Cost(0.004, 0.0001, 0.0005)

@@ -102,8 +102,8 @@ def test_tokens_without_a_signal_cost_the_trainer_nothing(profile, config):
     assert simulate(profile, config, STEPS).steps_per_s == pytest.approx(1 / (ALL_S + 0.01 * 4 * 4 * TOKENS))
 
 
-def test_the_controller_finds_about_what_the_search_finds(profile, config):
-    """Generation that takes longer the fewer rollouts there are: with S = 1, all but the last few are needed."""
+def test_the_controller_keeps_the_wait_about_where_the_search_does(profile, config):
+    """Where fewer rollouts than the eight of a batch are enough."""
     config.buffer.max_policy_age, config.rollout.target_wait = 1, 0.1
     profile = dataclasses.replace(profile, prefill=Cost(0.01), decode=Cost(0.01), train=Cost(0.4))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 
@@ -28,3 +29,8 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Leave everything where it belongs."""
+
+
+def run_name(folder: Path) -> str:
+    """What a run in this folder is called where nobody gave it a name: its date and time, by default."""
+    return "/".join(folder.absolute().parts[-2:])

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from grpo.observe.sinks.base import run_name
+
 _BINS = 30
 
 
@@ -34,7 +36,7 @@ class TrackioSink:
         self._trackio = trackio
         self._run = trackio.init(
             project=project,
-            name=name or "/".join(folder.absolute().parts[-2:]),
+            name=name or run_name(folder),
             group=group,
             space_id=space_id,
             config=dict(config),

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from grpo.observe.sinks.base import run_name
+
 _ID_FILE = "wandb_id"
 _FINISH_S = 8.0  # for uploads at the end; what is not sent by then stays in the folder for `wandb sync`
 _RETRIES = 3  # W&B's own are days: without a network, the process would not end
@@ -46,7 +48,7 @@ class WandbSink:
             resume="allow",
             config=dict(config),
             project=project,
-            name=name or "/".join(folder.absolute().parts[-2:]),
+            name=name or run_name(folder),
             mode=mode,  # type: ignore[arg-type]
             entity=entity,
             group=group,
