@@ -195,11 +195,11 @@ async def _bare(seconds: float) -> float:
                 places.release()
 
     began = time.perf_counter()
-    working = [asyncio.create_task(rollouts()) for _ in range(32)]
-    await training()
-    for task in working:
-        task.cancel()
-    await asyncio.gather(*working, return_exceptions=True)
+    async with asyncio.TaskGroup() as tasks:  # what fails in a rollout ends it all
+        working = [tasks.create_task(rollouts()) for _ in range(32)]
+        await training()
+        for task in working:
+            task.cancel()
     _end(actors)
     return trained / (time.perf_counter() - began)
 
