@@ -9,13 +9,14 @@ from typing import Any
 
 from grpo.run import Run
 from grpo.services import Newcomer
-from grpo.types import RecoveryError
+from grpo.types import PayloadLost, RecoveryError
 
 
 class Recovery:
     """Keeps what a new trainer needs: a snapshot of its state, and the batches it was given since.
 
-    Both lie in the object store under the driver's name, so they outlive the trainer's process. The trainer takes the
+    Both lie in the object store under the driver's name, so they outlive the trainer's process, and on the driver's
+    node, so they outlive the trainer's. The trainer takes the
     same steps again, and nothing is lost but time. Where the arithmetic is not reproducible (on most GPUs) generators
     hold weights of the present version that differ from its own by rounding, until the next ones are published.
     """
@@ -57,7 +58,13 @@ class Recovery:
                 "the last checkpoint"
             )
         if self._snapshot is not None:
-            await newcomer.restore.call_one(self._snapshot)
+            try:
+                await newcomer.restore.call_one(self._snapshot)
+            except PayloadLost as error:
+                raise RecoveryError(
+                    "the trainer's state was lost with its node before a copy of it had left that; resume=auto goes on "
+                    "from the last checkpoint"
+                ) from error
         for batch in self._batches:
             await newcomer.train_step.call_one(batch)
 

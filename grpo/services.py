@@ -126,3 +126,12 @@ def returns_payload(method: F) -> F:
     """
     method.returns_payload = True  # type: ignore[attr-defined]
     return method
+
+
+def outlives_its_node(method: F) -> F:
+    """Mark an actor method whose last payload is still needed when the node that made it is lost.
+
+    On a cluster of several nodes it is copied to the driver's, beside whatever goes on.
+    """
+    method.outlives_its_node = True  # type: ignore[attr-defined]
+    return method

@@ -12,7 +12,7 @@ from grpo.learner.learner import Learner
 from grpo.learner.objective import Objective
 from grpo.learner.state import TrainerState
 from grpo.models.loading import load_model
-from grpo.services import returns_payload
+from grpo.services import outlives_its_node, returns_payload
 from grpo.telemetry.recording import span
 from grpo.types import Batch
 from grpo.weights import Weights
@@ -40,12 +40,14 @@ class Trainer:
         """One optimizer step; metrics by name."""
         return await self._thread.run(self._train_step, batch)
 
+    @outlives_its_node
     @returns_payload
     async def push_weights(self) -> tuple[Weights, int]:
         """The present weights, and their version."""
         with span("publish"):
             return await self._thread.run(self._learner.weights), self._learner.version
 
+    @outlives_its_node
     @returns_payload
     async def snapshot(self) -> tuple[TrainerState, int]:
         """All that another trainer needs to go on from here, and the version. See Learner.state."""

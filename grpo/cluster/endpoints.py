@@ -19,6 +19,10 @@ class Endpoint(Protocol):
 
     async def invoke(self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any: ...
 
+    async def placed(self) -> None:
+        """Returns when the process runs somewhere: a cluster may have no room for it yet."""
+        ...
+
     async def ping(self) -> None:
         """Returns when the process answers."""
         ...
@@ -71,6 +75,9 @@ class LocalEndpoint:
             payload, report = result
             return pickle.loads(pickle.dumps(payload)), report
         return result
+
+    async def placed(self) -> None:
+        self._raise_if_dead()
 
     async def ping(self) -> None:
         self._raise_if_dead()

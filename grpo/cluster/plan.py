@@ -22,7 +22,7 @@ class ActorSpec:
     """One noun: its class, how it is built, how many of it, and what each one needs.
 
     Optional replicas are started beyond the others as soon as the cluster has room for them. One that is `beside` the
-    driver runs on its node.
+    driver runs on its node: what only has little to do is not lost with another one.
     """
 
     name: str
@@ -52,7 +52,7 @@ def actor_specs(config: RunConfig) -> list[ActorSpec]:
         specs.append(ActorSpec("checkpointer", Checkpointer, kwargs, beside=True))
     return [
         *specs,
-        ActorSpec("replay_buffer", ReplayBuffer, {"window": config.buffer.window}),
+        ActorSpec("replay_buffer", ReplayBuffer, {"window": config.buffer.window}, beside=True),
         _compute("trainer", Trainer, config, config.trainer, 1),
     ]
 
@@ -63,7 +63,7 @@ def evaluation_specs(config: RunConfig) -> list[ActorSpec]:
     generator = _compute("generator", Generator, config, config.generator, config.generator.replicas)
     most = config.generator.max_replicas or config.generator.replicas
     return [
-        ActorSpec("dataloader", Dataloader, common),
+        ActorSpec("dataloader", Dataloader, common, beside=True),
         replace(generator, optional_replicas=most - config.generator.replicas),
         ActorSpec("reward", Reward, common, config.reward.replicas, config.reward.num_cpus),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import os
 import signal
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskErro
 
 from grpo.telemetry.recording import Harvest, Recording, record_in
 from grpo.types import ActorDied, PayloadLost
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,18 +78,28 @@ class RayEndpoint:
         self.pid: int | None = None  # where it runs on the driver's node
         self._process: int | None = None  # a descriptor of it, which no later process of the same number can take over
         self._cls = cls
+        self._copies: dict[str, asyncio.Future[Any]] = {}  # of payloads, by the method that made them
+
+    async def placed(self) -> None:
+        node, pid = await self._result(self.actor.where.remote())
+        if node == ray.get_runtime_context().get_node_id():
+            with suppress(AttributeError, ProcessLookupError):  # not every system has it; or it just died
+                self._process = os.pidfd_open(pid)
+            self.pid = pid
 
     async def invoke(self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if method == "setup":
-            await self._find_process()
         payloads: list[ray.ObjectRef] = []
         args = tuple(_hoist(arg, payloads) for arg in args)
         kwargs = {name: _hoist(arg, payloads) for name, arg in (kwargs or {}).items()}
-        returns_payload = getattr(getattr(self._cls, method, None), "returns_payload", False)
+        implementation = getattr(self._cls, method, None)
+        returns_payload = getattr(implementation, "returns_payload", False)
         remote = self.actor.invoke.options(num_returns=2 if returns_payload else 1, name=f"{self.name}.{method}")
         if returns_payload:
             payload, report = remote.remote(method, args, kwargs, *payloads)
-            return payload, await self._result(report)
+            result = payload, await self._result(report)
+            if hasattr(implementation, "outlives_its_node"):
+                self._copy(method, payload)
+            return result
         return await self._result(remote.remote(method, args, kwargs, *payloads))
 
     async def ping(self) -> None:
@@ -109,12 +122,19 @@ class RayEndpoint:
             os.close(self._process)
             self._process = None
 
-    async def _find_process(self) -> None:
-        node, pid = await self._result(self.actor.where.remote())
-        if node == ray.get_runtime_context().get_node_id():
-            with suppress(AttributeError, ProcessLookupError):  # not every system has it; or it just died
-                self._process = os.pidfd_open(pid)
-            self.pid = pid
+    def _copy(self, method: str, payload: ray.ObjectRef) -> None:
+        """Bring a payload to this node and hold on to it until the next one is here.
+
+        Arrays in it are mapped, not read. The copy makes the reference good for as long, whatever becomes of the node.
+        """
+
+        def arrived(copying: asyncio.Future[Any]) -> None:
+            if copying.exception() is None:
+                self._copies[method] = copying
+            else:
+                log.warning("%s.%s has no copy here: %s", self.name, method, copying.exception())
+
+        asyncio.ensure_future(payload).add_done_callback(arrived)
 
     async def _result(self, reference: ray.ObjectRef) -> Any:
         try:

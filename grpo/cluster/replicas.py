@@ -19,7 +19,7 @@ from grpo.cluster.endpoints import Endpoint, Spawn
 from grpo.failures import Death, Failures
 from grpo.structured import Signal, cancelled, within
 from grpo.telemetry.recording import Harvest
-from grpo.types import ActorDied, LaunchError
+from grpo.types import ActorDied, LaunchError, PayloadLost
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +53,15 @@ class Timeouts:
 class Claims:
     """Who has no place in the cluster yet. Optional replicas step back while a required one is among them.
 
-    One for all services of a run. `changed` is notified of every change that anybody may wait for, there and here.
+    Those that serve go on at first: there may be room beside them. They leave, one after another, while a required
+    one has been without a place for so many seconds again. One for all services of a run. `changed` is notified of
+    every change that anybody may wait for, there and here.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patience_s: float = 10.0) -> None:
         self.changed = Signal()
-        self._required = 0
+        self.asked_for_place = False
+        self._required, self._patience_s = 0, patience_s
 
     @property
     def urgent(self) -> bool:
@@ -73,6 +76,23 @@ class Claims:
         finally:
             self._required -= 1
             self.changed.notify()
+
+    async def until_placed(self, endpoint: Endpoint) -> None:
+        """Wait for a required process to have a place, and ask for one where it finds none."""
+        placed = asyncio.ensure_future(endpoint.placed())
+        try:
+            while not (await asyncio.wait({placed}, timeout=self._patience_s))[0]:
+                self.asked_for_place = True
+                self.changed.notify()
+            placed.result()
+        finally:
+            self.asked_for_place = False
+            await cancelled([placed])
+
+    def give_place(self) -> bool:
+        """Whether an optional replica has to leave; true for one of those that ask."""
+        asked, self.asked_for_place = self.asked_for_place, False
+        return asked
 
 
 @dataclass
@@ -157,6 +177,7 @@ class Replica:
             try:
                 if await self._start(again=death is not None):
                     await self._serve(death)
+                    death = None
             except LaunchError as error:  # other replicas may serve meanwhile
                 self._common.failures.tell(f"{error}; trying again")
                 self.kill(hung=True)
@@ -203,7 +224,7 @@ class Replica:
         self.endpoint = self._common.spawn(self.name)
         start_s = self._common.timeouts.start_s if again and not self.optional else None
         late = LaunchError(f"{self.name} not up after {start_s} s (cluster.start_timeout_s)")
-        setup = asyncio.ensure_future(self.endpoint.invoke("setup"))
+        setup = asyncio.ensure_future(self._set_up(self.endpoint))
         taken_back = asyncio.ensure_future(
             changed.wait_for(lambda: self.state is State.STOPPED or (self.optional and claims.urgent))
         )
@@ -220,8 +241,13 @@ class Replica:
         finally:
             await cancelled((setup, taken_back))
 
+    async def _set_up(self, endpoint: Endpoint) -> None:
+        if not self.optional:
+            await self._common.claims.until_placed(endpoint)
+        await endpoint.invoke("setup")
+
     async def _serve(self, death: Death | None) -> None:
-        """Bring the process up to date and watch over it; returns when it was stopped and has finished.
+        """Bring the process up to date and watch over it; returns when it was stopped and has finished, or has left.
 
         Raises ActorDied as soon as it is gone or does not answer, and what the restoring raises.
         """
@@ -230,20 +256,34 @@ class Replica:
         stopped = asyncio.ensure_future(
             self._common.changed.wait_for(lambda: self.state is State.STOPPED and not self.in_flight)
         )
+        claims = self._common.claims
+        leaving = asyncio.ensure_future(
+            self._common.changed.wait_for(lambda: self.optional and claims.asked_for_place and claims.give_place())
+        )
         works = (
             self._bring_up_to_date(endpoint, death),
             endpoint.until_death(),
             _raised(self._death),
             self._ask(endpoint),
         )
-        tasks = pending = {stopped, *map(asyncio.ensure_future, works)}
+        tasks = pending = {stopped, leaving, *map(asyncio.ensure_future, works)}
         try:
-            while not stopped.done():
+            while not (stopped.done() or leaving.done()):
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 for work in done:
                     work.result()
         finally:
             await cancelled(tasks)  # also those that failed at the same moment: one error is told, the others are heard
+        if not leaving.cancelled() and self.state is not State.STOPPED:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Make room; its calls are made again by others, and it comes back when there is room for it."""
+        log.info("%s leaves its place to one that is needed", self.name)
+        self._become(State.STARTING)
+        endpoint, self.endpoint = self.endpoint, None
+        assert endpoint is not None
+        endpoint.kill(hung=True)
 
     async def _bring_up_to_date(self, endpoint: Endpoint, death: Death | None) -> None:
         self._become(State.STALE)
@@ -253,7 +293,11 @@ class Replica:
         while loaded is not self._common.latest:  # another may be published meanwhile
             loaded = self._common.latest
             assert loaded is not None
-            await endpoint.invoke(loaded.method, loaded.args, loaded.kwargs)
+            try:
+                await endpoint.invoke(loaded.method, loaded.args, loaded.kwargs)
+            except PayloadLost as error:  # with its node, before there was a copy
+                self._common.failures.tell(f"{self.name} waits for the next weights: {error}")
+                await self._common.changed.wait_for(lambda: self._common.latest is not loaded)  # noqa: B023
         self._become(State.HEALTHY)
         if death is not None:
             self._common.failures.actor_is_back(death)

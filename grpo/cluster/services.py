@@ -73,6 +73,7 @@ class Service:
         """The answers of all that are healthy and stay so; at least one."""
         if call.method in self._updates:
             self.common.latest = call
+            self.common.changed.notify()
         while True:
             await self._until(self.healthy)
             answers = await together(*(_unless_it_dies(replica, call) for replica in self.healthy()))

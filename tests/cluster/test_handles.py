@@ -9,7 +9,7 @@ from grpo.cluster.services import Service
 from grpo.config import RecoveryConfig
 from grpo.failures import Failures
 from grpo.services import brings_up_to_date
-from grpo.types import ActorDied, ConfigError
+from grpo.types import ActorDied, ConfigError, PayloadLost
 
 
 class Echo:
@@ -48,11 +48,11 @@ class Echo:
 class Fleet:
     """A service of Echoes, with every process that was ever started by name."""
 
-    def __init__(self, replicas=1, *, setup=None, max_restarts=20, timeouts=None, claims=None, **options):
+    def __init__(self, replicas=1, *, setup=None, placed=None, max_restarts=20, timeouts=None, claims=None, **options):
         self.processes: list[Echo] = []
         self.endpoints: list[LocalEndpoint] = []
         self.failures = Failures(RecoveryConfig(max_restarts=max_restarts))
-        self._setup = setup
+        self._setup, self._placed = setup, placed
         common = Common(self._spawn, self.failures, timeouts or Timeouts(), claims or Claims())
         self.service = Service("echo", common, replicas, updates=frozenset({"load"}), **options)
         self.handle = ActorHandle(self.service)
@@ -63,6 +63,8 @@ class Fleet:
             echo.setup = lambda: self._setup(echo)
         self.processes.append(echo)
         self.endpoints.append(LocalEndpoint(echo, name))
+        if self._placed is not None:
+            self.endpoints[-1].placed = self._placed
         return self.endpoints[-1]
 
     def states(self):
@@ -377,6 +379,62 @@ async def test_optional_replicas_step_back_while_a_required_one_has_no_place():
         required.endpoints[0].kill()
         assert await required.handle.say.call_one("hi") == "echo/1: hi"
         assert optional.states() == [State.STARTING] * 2
+
+
+async def test_an_optional_replica_leaves_for_a_required_one_that_finds_no_place_and_comes_back_later():
+    claims, place = Claims(patience_s=0.01), asyncio.Event()
+    place.set()
+    async with (
+        Fleet(claims=claims, placed=place.wait) as required,
+        Fleet(1, claims=claims, optional_replicas=1) as extended,
+    ):
+        await settle()
+        assert extended.states() == [State.HEALTHY] * 2
+        longest = asyncio.ensure_future(extended.handle.wait.route())
+        await extended.processes[0].asked.wait()
+        moved = asyncio.ensure_future(extended.handle.wait.route())  # to the optional one
+        await extended.processes[1].asked.wait()
+        place.clear()
+        required.endpoints[0].kill()
+        while extended.states() != [State.HEALTHY, State.STARTING]:
+            await claims.changed.wait()
+        with pytest.raises(ActorDied):
+            await extended.endpoints[1].ping()
+        place.set()
+        assert await required.handle.say.call_one("hi") == "echo/1: hi"
+        while extended.states() != [State.HEALTHY] * 2:
+            await claims.changed.wait()
+        assert extended.failures.restarts == {}
+        assert not longest.done()
+        assert not moved.done()
+        longest.cancel(), moved.cancel()
+
+
+async def test_a_newcomer_whose_weights_were_lost_with_their_node_waits_for_the_next_ones():
+    lost = asyncio.Event()
+
+    async def setup(echo):
+        load = echo.load
+
+        async def load_what_is_there(weights):
+            if weights == 1:
+                lost.set()
+                raise PayloadLost("the weights are gone")
+            return await load(weights)
+
+        if echo.name == "echo-1/2":
+            echo.load = load_what_is_there
+
+    async with Fleet(2, setup=setup) as fleet:
+        await fleet.handle.load.fanout(1)
+        fleet.endpoints[1].kill()
+        await lost.wait()
+        await settle()
+        assert fleet.states() == [State.HEALTHY, State.STALE]
+        await fleet.handle.load.fanout(2)
+        await settle()
+        assert fleet.states() == [State.HEALTHY] * 2
+        assert fleet.processes[2].loaded == 2
 
 
 async def test_an_error_that_nobody_can_mend_ends_the_run_though_nobody_calls():

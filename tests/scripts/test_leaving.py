@@ -1,17 +1,12 @@
 """Whatever ends a run of `scripts/train.py`: no process of it stays alive, and nobody else's is ended."""
 
-import os
 import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
 
 import pytest
 
-from tests.scripts.conftest import ROOT
+from tests.ray_nodes import ENVIRONMENT, RayNodes, members
 from tests.scripts.processes import finish, processes_of
 
 ENDLESS = ("trainer.max_steps=100000", "eval.prompts=0")
@@ -26,18 +21,6 @@ def once_it_runs(process, command):
     while not any(command in running for running in members(process.pid).values()):
         assert process.poll() is None
         time.sleep(0.02)
-
-
-def members(session):
-    """Process id and command line of the living processes of a session."""
-    found = {}
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            if os.getsid(int(entry)) == session:
-                found[int(entry)] = Path("/proc", entry, "cmdline").read_text().replace("\0", " ").strip()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return {process: command for process, command in found.items() if command}  # a zombie has none
 
 
 class JoinedCluster:
@@ -63,24 +46,14 @@ class JoinedCluster:
 @pytest.fixture(scope="module")
 def joined():
     """Asks for a token, as Ray likes."""
-    with socket.socket() as free, pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
-        patch.setenv("PYTHONPATH", str(ROOT))
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        options = ["--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={folder}"]
-        ports = [f"--port={port}", "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", *options, *ports]
-        head = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        nodes = RayNodes(folder)
         try:
-            assert head.wait(timeout=60) == 0
-            yield JoinedCluster(f"127.0.0.1:{port}", head.pid)
+            yield JoinedCluster(nodes.address, nodes.start(cpus=2))
         finally:
-            for process in members(head.pid):
-                os.kill(process, signal.SIGKILL)
-            assert processes_of(head.pid) == []
+            nodes.close()
 
 
 def test_a_driver_killed_while_ray_starts_leaves_no_process(train):

@@ -1,0 +1,80 @@
+"""The default experiment on several nodes: one joins and gets a generator, another is lost, and the reward rises."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+import pytest
+
+from tests.ray_nodes import ENVIRONMENT, ROOT, RayNodes, members
+
+
+@pytest.fixture
+def nodes():
+    with tempfile.TemporaryDirectory() as folder:  # a short path: Ray's sockets lie in it
+        nodes = RayNodes(folder)
+        try:
+            yield nodes
+        finally:
+            nodes.close()
+
+
+class JoinedRun:
+    """A run of the default experiment on a cluster, with a second generator as soon as there is room for it."""
+
+    def __init__(self, folder, address):
+        self._folder = folder
+        settings = (f"cluster.address={address}", "trainer.max_steps=80", "seed=11", f"hydra.run.dir={folder}")
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "scripts/train.py"), *settings, "generator.max_replicas=2"],
+            env=os.environ | ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+        )
+
+    def wait_for(self, condition):
+        deadline = time.monotonic() + 120
+        while not condition(self.steps()):
+            assert self.process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    def steps(self):
+        return self._lines("metrics.jsonl")
+
+    def deaths(self):
+        return {event["actor"] for event in self._lines("events.jsonl") if event["event"] == "died"}
+
+    def summary(self):
+        return json.loads((self._folder / "summary.json").read_text())
+
+    def _lines(self, name):
+        file = self._folder / name
+        text = file.read_text() if file.exists() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def actors(node):
+    """The names of those that a node runs."""
+    titles = [command.removeprefix("ray::") for command in members(node).values() if command.startswith("ray::")]
+    return {title.partition(".")[0].partition("-")[0].lower() for title in titles}
+
+
+def test_a_node_joins_and_another_is_lost_and_the_reward_rises(nodes, tmp_path):
+    head, second = nodes.start(cpus=1), nodes.start(cpus=1)  # one has room for the trainer, one for a generator
+    run = JoinedRun(tmp_path / "run", nodes.address)
+    run.wait_for(lambda steps: len(steps) >= 5)
+    assert len({"trainer", "generator"} & actors(head)) == len({"trainer", "generator"} & actors(second)) == 1
+    assert run.steps()[-1]["generator/replicas"] == 1
+    nodes.start(cpus=1)
+    run.wait_for(lambda steps: steps[-1]["generator/replicas"] == 2)
+    lost = actors(second)
+    nodes.kill(second)
+    assert run.process.wait(timeout=200) == 0
+    assert lost & {"trainer", "generator"} <= {name.partition("-")[0] for name in run.deaths()}
+    summary = run.summary()
+    assert summary["status"] == "completed"
+    assert summary["eval_last"] >= 0.85
+    assert summary["max_policy_age_seen"] <= 1

@@ -1,0 +1,69 @@
+"""Ray clusters of several nodes on this machine: each node has a raylet and an object store of its own."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
+
+
+class RayNodes:
+    """A head and what has joined it; a node is the session of its processes. The cluster asks for a token."""
+
+    def __init__(self, folder):
+        self._folder, self._sessions = folder, []
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+
+    def start(self, cpus):
+        """Start a node, the head at first; returns its session."""
+        place = [f"--address={self.address}"] if self._sessions else self._head()
+        ports = ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", *place, f"--num-cpus={cpus}", *ports]
+        starting = subprocess.Popen(
+            [*command, "--disable-usage-stats"],
+            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self._sessions.append(starting.pid)
+        assert starting.wait(timeout=60) == 0
+        return starting.pid
+
+    def kill(self, node):
+        """End all of its processes at once, as when the machine loses its power."""
+        for process in members(node):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+    def close(self):
+        for session in self._sessions:
+            self.kill(session)
+        deadline = time.monotonic() + 10
+        while left := [process for session in self._sessions for process in members(session)]:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.05)
+
+    def _head(self):
+        port = self.address.rpartition(":")[2]
+        return ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={self._folder}"]
+
+
+def members(session):
+    """Process id and command line of the living processes of a session."""
+    found = {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if os.getsid(int(entry)) == session:
+                found[int(entry)] = Path("/proc", entry, "cmdline").read_text().replace("\0", " ").strip()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return {process: command for process, command in found.items() if command}  # a zombie has none
