@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.figures import Figure, machine, print_figures, save_figures
 from rich.console import Console
 
-BENCHES = ("orchestration", "weights", "engine", "overlap", "startup")
+BENCHES = ("orchestration", "weights", "engine", "overlap", "startup", "peer")
 
 
 def main() -> None:

@@ -1,0 +1,102 @@
+"""Training against TRL's GRPOTrainer: the same model, prompts, reward, batch, loss and number of threads."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+from benchmarks.figures import Figure
+from benchmarks.peer_case import Case, Training
+from benchmarks.peer_evaluation import held_out_rewards
+from benchmarks.peer_runs import train_ours, train_trl, trl_python
+from benchmarks.peer_task import MOST_TOKENS, Ragged
+from grpo.models.tiny import prepare
+from grpo.tasks.sorting import Sorting
+
+_REWARD = 0.9
+_STILL = 1e-6  # a learning rate at which both go on sampling from the distribution that they began with
+_WARM_UP = 3  # steps
+
+Pair = tuple[Training, Training]  # ours, TRL's
+
+
+def run(quick: bool) -> list[Figure]:
+    trl_python()
+    sorting, ragged = _sorting(quick), _ragged(quick)
+    learning = dataclasses.replace(sorting, most_tokens=12, steps=120, lr=3e-4, lr_schedule="linear", save_every=10)
+    rounds = range(1 if quick else 2)
+    short_pairs = [_train(sorting) for _ in rounds]
+    ragged_pairs = [_train(ragged) for _ in rounds]
+    return [
+        *_throughput(f"up to {sorting.most_tokens} tokens", short_pairs, at_least=1.5),
+        *_throughput(f"ragged, up to {ragged.most_tokens} tokens", ragged_pairs, at_least=2.5),
+        *_costs(ragged_pairs),
+        *_times_to_reward([_learn(dataclasses.replace(learning, seed=seed)) for seed in rounds]),
+    ]
+
+
+def _sorting(quick: bool) -> Case:
+    """The task of the default experiment, from its model."""
+    model = str(prepare(Sorting()))
+    return Case(model, "grpo.tasks.sorting:Sorting", most_tokens=8, steps=25 if quick else 80, lr=_STILL)
+
+
+def _ragged(quick: bool) -> Case:
+    model = str(prepare(Ragged(), steps=60, batch_size=32))
+    return Case(model, "benchmarks.peer_task:Ragged", most_tokens=MOST_TOKENS, steps=8 if quick else 20, lr=_STILL)
+
+
+def _train(case: Case) -> Pair:
+    """One after the other, in folders that are gone afterwards."""
+    with tempfile.TemporaryDirectory() as ours, tempfile.TemporaryDirectory() as trl:
+        return train_ours(case, Path(ours)), train_trl(case, Path(trl))
+
+
+def _learn(case: Case) -> tuple[float, float]:
+    """Seconds until the held-out reward was reached, with ours and with TRL."""
+    with tempfile.TemporaryDirectory() as ours, tempfile.TemporaryDirectory() as trl:
+        trainings = train_ours(case, Path(ours)), train_trl(case, Path(trl))
+        rewards = [held_out_rewards(case, training.saved) for training in trainings]
+    ours_s, trl_s = (side.seconds_to(_REWARD, found) for side, found in zip(trainings, rewards, strict=True))
+    if ours_s is None or trl_s is None:
+        raise RuntimeError(f"{case.steps} steps with seed {case.seed} are too few; rewards of ours and TRL: {rewards}")
+    return ours_s, trl_s
+
+
+def _throughput(what: str, pairs: Sequence[Pair], at_least: float) -> list[Figure]:
+    """Of each the best round; the lengths have to agree, or the two did different work."""
+    ours, trl = (max(training.samples_per_s(_WARM_UP) for training in side) for side in zip(*pairs, strict=True))
+    tokens = [fmean(training.mean_tokens for training in side) for side in zip(*pairs, strict=True)]
+    truncated = [fmean(training.truncated for training in side) for side in zip(*pairs, strict=True)]
+    return [
+        Figure("peer", f"{what}: ours", ours, "samples/s"),
+        Figure("peer", f"{what}: TRL", trl, "samples/s"),
+        Figure("peer", f"{what}: ours over TRL", ours / trl, at_least=at_least),
+        Figure("peer", f"{what}: mean length, TRL", tokens[1], "tokens"),
+        Figure("peer", f"{what}: mean length, ours over TRL", tokens[0] / tokens[1], at_least=0.9, at_most=1.1),
+        Figure("peer", f"{what}: cut off, ours", 100 * truncated[0], "%"),
+        Figure("peer", f"{what}: cut off, TRL", 100 * truncated[1], "%"),
+    ]
+
+
+def _costs(pairs: Sequence[Pair]) -> list[Figure]:
+    figures = []
+    for name, side in zip(("ours", "TRL"), zip(*pairs, strict=True), strict=True):
+        startup_s, peak_gib = (min(t.startup_s for t in side), max(t.peak_gib for t in side))
+        figures += [
+            Figure("peer", f"start, to the end of the first step: {name}", startup_s, "s"),
+            Figure("peer", f"peak memory: {name}", peak_gib, "GiB"),
+        ]
+    return figures
+
+
+def _times_to_reward(times: Sequence[tuple[float, float]]) -> list[Figure]:
+    ours_s, trl_s = (fmean(side) for side in zip(*times, strict=True))
+    return [
+        Figure("peer", f"to a held-out reward of {_REWARD}: ours", ours_s, "s"),
+        Figure("peer", f"to a held-out reward of {_REWARD}: TRL", trl_s, "s"),
+        Figure("peer", f"to a held-out reward of {_REWARD}: ours over TRL", ours_s / trl_s, at_most=0.6),
+    ]
