@@ -22,11 +22,17 @@ from grpo.types import Problem, SamplingParams
 _SEQUENCES = 256
 
 
-def held_out_rewards(case: Case, saved: Mapping[int, Path]) -> dict[int, float]:
-    """By step, 0 for the model that the training began with; at the temperature of the training."""
+def held_out_rewards(case: Case, saved: Mapping[int, Path], until: float) -> dict[int, float]:
+    """By step, 0 for the model that the training began with, up to the first that reaches `until`; at the temperature
+    of the training."""
     task = make_task(TaskConfig(case.task))
     models = {0: Path(case.model), **saved}
-    return {step: asyncio.run(_reward(case, task, models[step])) for step in sorted(models)}
+    rewards: dict[int, float] = {}
+    for step in sorted(models):
+        rewards[step] = asyncio.run(_reward(case, task, models[step]))
+        if rewards[step] >= until:
+            break
+    return rewards
 
 
 async def _reward(case: Case, task: Task, model: Path) -> float:

@@ -66,9 +66,7 @@ def test_a_command_that_fails_or_hangs_is_told_with_what_it_said(bench, tmp_path
 
 def test_memory_is_that_of_all_descendants(bench):
     parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
-    with subprocess.Popen(
-        [sys.executable, "-c", parent], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL
-    ) as child:
+    with subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
         memory = bench("memory")
         while len(memory.family(child.pid)) < 2:
             os.sched_yield()
