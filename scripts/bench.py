@@ -1,7 +1,7 @@
 """Measure the framework against physical limits and against what one would use instead.
 
     python scripts/bench.py orchestration            one benchmark, or several
-    python scripts/bench.py all --quick              shorter and rougher: half a minute to two minutes each
+    python scripts/bench.py all --quick              shorter and rougher: half a minute to three minutes each
 
 Prints a table of figures with their targets, and writes it as JSON. Nothing else should run on the machine meanwhile.
 """
