@@ -12,7 +12,8 @@ import torch
 
 from grpo.actors.scoring import reward_function
 from grpo.cluster.launch import check_dashboard
-from grpo.cluster.plan import ActorSpec, check_capacity
+from grpo.cluster.placement import Node, check_placement
+from grpo.cluster.plan import ActorSpec
 from grpo.composition import to_yaml
 from grpo.config import ModelConfig, RunConfig
 from grpo.engines.simulated import SimulatedEngine
@@ -110,7 +111,7 @@ def check_resources(config: RunConfig, specs: Sequence[ActorSpec]) -> None:
     """On a cluster of our own, compare what the actors ask for with this machine. Raises LaunchError."""
     if config.cluster.address is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        check_capacity(specs, cores, torch.cuda.device_count(), "this machine")
+        check_placement(specs, [Node(cores, torch.cuda.device_count())], "this machine")
 
 
 def prepare_model(config: RunConfig, task: Task) -> RunConfig:

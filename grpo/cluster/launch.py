@@ -15,7 +15,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from grpo.cluster.handles import ActorHandle
-from grpo.cluster.plan import ActorSpec, actor_specs, check_capacity
+from grpo.cluster.placement import Node, check_placement
+from grpo.cluster.plan import ActorSpec, actor_specs
 from grpo.cluster.ray_actor import RayEndpoint, host_class
 from grpo.cluster.reaper import session_reaper
 from grpo.cluster.replicas import Claims, State
@@ -104,8 +105,7 @@ async def launch_actors(
 
     Raises LaunchError when the cluster can't hold them, or when they are not up within `cluster.start_timeout_s`.
     """
-    there = ray.cluster_resources()
-    check_capacity(specs, there.get("CPU", 0.0), there.get("GPU", 0.0), "the Ray cluster")
+    check_placement(specs, _nodes(), "the Ray cluster")
     claims = Claims()
     services = {spec.name: make_service(spec, partial(_spawn, spec), failures, config, claims) for spec in specs}
     patience_s = _CLOSE_TIMEOUT_S
@@ -117,6 +117,11 @@ async def launch_actors(
         raise
     finally:
         await asyncio.gather(*(service.close(patience_s) for service in services.values()))
+
+
+def _nodes() -> list[Node]:
+    there = (node["Resources"] for node in ray.nodes() if node["Alive"])
+    return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in there]
 
 
 def _spawn(spec: ActorSpec, name: str) -> RayEndpoint:

@@ -1,8 +1,8 @@
-"""Which actors a run needs and what they ask of the cluster. Pure arithmetic: shared by launch, checks and dry run."""
+"""Which actors a run needs and what each asks of the cluster: shared by launch, checks and dry run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,6 @@ from grpo.actors.replay_buffer import ReplayBuffer
 from grpo.actors.reward import Reward
 from grpo.actors.trainer import Trainer
 from grpo.config import EvalConfig, GeneratorConfig, ReferenceConfig, RunConfig, TrainerConfig
-from grpo.types import LaunchError
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,22 +82,3 @@ def _compute(
         "threads": resources.threads or max(1, int(resources.num_cpus)),
     }
     return ActorSpec(name, cls, kwargs, replicas, resources.num_cpus, resources.num_gpus)
-
-
-def check_capacity(specs: Sequence[ActorSpec], cpus: float, gpus: float, where: str) -> None:
-    """Raise LaunchError when the actors ask for more than there is: Ray would wait for it for ever."""
-    for resource, key, there in (("GPUs", "num_gpus", gpus), ("CPUs", "num_cpus", cpus)):
-        asking = {spec: spec.replicas * getattr(spec, key) for spec in specs}
-        wanted = sum(asking.values())
-        if wanted > there:
-            shares = ", ".join(f"{spec.name} {share:g}" for spec, share in asking.items() if share)
-            most = max(asking, key=lambda spec: asking[spec])
-            group = most.config_group
-            if resource == "GPUs" and there == 0:
-                zeros = " ".join(f"{spec.config_group}.num_gpus=0" for spec, share in asking.items() if share)
-                fix = f"to run without, take +experiment=gsm8k_cpu or set generator.engine=torch {zeros}"
-            else:
-                fix = f"lower {group}.{key}" + (f" or {group}.replicas" if most.replicas > 1 else "")
-            raise LaunchError(
-                f"{group}.{key}: the actors ask for {wanted:g} {resource} ({shares}) but {where} has {there:g}; {fix}"
-            )

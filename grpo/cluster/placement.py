@@ -1,0 +1,116 @@
+"""Whether the actors of a run have room on the nodes of a cluster: Ray would wait for it for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from grpo.cluster.plan import ActorSpec
+from grpo.types import LaunchError
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one machine has for actors."""
+
+    cpus: float
+    gpus: float
+
+    def __str__(self) -> str:
+        return f"{self.cpus:g} CPUs and {self.gpus:g} GPUs"
+
+
+def check_placement(specs: Sequence[ActorSpec], nodes: Sequence[Node], where: str) -> None:
+    """Raise LaunchError, naming key and fix, when the actors ask for more than there is, in all or on one node.
+
+    Room for all is looked for as Ray does it, greedily: a process that is too large for what is left of every node
+    counts as one without room.
+    """
+    _check_sum(specs, nodes, where)
+    _check_each(specs, nodes, where)
+    if homeless := _without_room(specs, nodes):
+        fewer = _fewer_replicas(homeless, specs, nodes)
+        raise LaunchError(
+            f"{homeless.config_group}.num_{_scarce(homeless)}: {where} has enough in all, but on its nodes "
+            f"({_listed(nodes)}) not every {homeless.name} finds {_needs(homeless)} together; "
+            + (f"set {homeless.config_group}.replicas={fewer}" if fewer else "ask for less in each process")
+        )
+
+
+def _check_sum(specs: Sequence[ActorSpec], nodes: Sequence[Node], where: str) -> None:
+    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    for resource, key, there in (("GPUs", "num_gpus", gpus), ("CPUs", "num_cpus", cpus)):
+        asking = {spec: spec.replicas * getattr(spec, key) for spec in specs}
+        wanted = sum(asking.values())
+        if wanted > there:
+            shares = ", ".join(f"{spec.name} {share:g}" for spec, share in asking.items() if share)
+            most = max(asking, key=lambda spec: asking[spec])
+            group = most.config_group
+            if resource == "GPUs" and there == 0:
+                zeros = " ".join(f"{spec.config_group}.num_gpus=0" for spec, share in asking.items() if share)
+                fix = f"to run without, take +experiment=gsm8k_cpu or set generator.engine=torch {zeros}"
+            else:
+                fix = f"lower {group}.{key}" + (f" or {group}.replicas" if most.replicas > 1 else "")
+            raise LaunchError(
+                f"{group}.{key}: the actors ask for {wanted:g} {resource} ({shares}) but {where} has {there:g}; {fix}"
+            )
+
+
+def _check_each(specs: Sequence[ActorSpec], nodes: Sequence[Node], where: str) -> None:
+    for spec in specs:
+        if not any(spec.num_cpus <= node.cpus and spec.num_gpus <= node.gpus for node in nodes):
+            group = spec.config_group
+            raise LaunchError(
+                f"{group}.num_{_scarce(spec)}: one process needs {_needs(spec)} on one node, and no node of {where} "
+                f"has them ({_listed(nodes)}); lower {group}.num_cpus or {group}.num_gpus"
+            )
+
+
+def _without_room(specs: Sequence[ActorSpec], nodes: Sequence[Node]) -> ActorSpec | None:
+    """The first actor that finds no room when the largest are placed first, each where the least is left over.
+
+    A fraction of a GPU has to be free on one of them.
+    """
+    cpus = [node.cpus for node in nodes]
+    gpus = [[1.0] * int(node.gpus) for node in nodes]
+    for spec in sorted(specs, key=lambda spec: (spec.num_gpus, spec.num_cpus), reverse=True):
+        for _ in range(spec.replicas):
+            having = [i for i in range(len(nodes)) if spec.num_cpus <= cpus[i] and _devices(spec, gpus[i]) is not None]
+            if not having:
+                return spec
+            chosen = min(having, key=lambda i: (sum(gpus[i]), cpus[i]))
+            cpus[chosen] -= spec.num_cpus
+            devices = _devices(spec, gpus[chosen])
+            for device in devices or ():
+                gpus[chosen][device] -= min(1.0, spec.num_gpus)
+    return None
+
+
+def _devices(spec: ActorSpec, free: Sequence[float]) -> list[int] | None:
+    """Which GPUs of a node a process would get; None when they are not free. Whole ones, or a share of a single one."""
+    count, share = max(1, int(spec.num_gpus)), min(1.0, spec.num_gpus)
+    if share == 0:
+        return []
+    fitting = sorted((i for i in range(len(free)) if free[i] >= share), key=lambda i: free[i])
+    return fitting[:count] if len(fitting) >= count else None
+
+
+def _fewer_replicas(homeless: ActorSpec, specs: Sequence[ActorSpec], nodes: Sequence[Node]) -> int:
+    """The most replicas of it with which all find room; 0 when that would not help."""
+    for replicas in range(homeless.replicas - 1, 0, -1):
+        if not _without_room([replace(s, replicas=replicas) if s is homeless else s for s in specs], nodes):
+            return replicas
+    return 0
+
+
+def _scarce(spec: ActorSpec) -> str:
+    return "gpus" if spec.num_gpus else "cpus"
+
+
+def _needs(spec: ActorSpec) -> str:
+    return str(Node(spec.num_cpus, spec.num_gpus)) if spec.num_gpus else f"{spec.num_cpus:g} CPUs"
+
+
+def _listed(nodes: Sequence[Node]) -> str:
+    kinds = {node: nodes.count(node) for node in nodes}
+    return ", ".join(f"{count} with {node}" for node, count in kinds.items())
