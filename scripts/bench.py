@@ -3,7 +3,10 @@
     python scripts/bench.py orchestration            one benchmark, or several
     python scripts/bench.py all --quick              shorter and rougher: half a minute to three minutes each
 
-Prints a table of figures with their targets, and writes it as JSON. Nothing else should run on the machine meanwhile.
+    python scripts/bench.py --markdown               the table of what was measured last
+
+Prints a table of figures with their targets, and keeps the last ones of every benchmark as JSON. Nothing else should run
+on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import importlib
 import time
 from pathlib import Path
 
-from benchmarks.figures import Figure, machine, print_figures, save_figures
+from benchmarks.figures import Figure, machine, markdown, print_figures, save_figures
 from rich.console import Console
 
 BENCHES = ("orchestration", "weights", "engine", "overlap", "startup", "peer")
@@ -21,9 +24,12 @@ BENCHES = ("orchestration", "weights", "engine", "overlap", "startup", "peer")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benches", nargs="+", choices=(*BENCHES, "all"), metavar="BENCH", help=", ".join(BENCHES))
+    parser.add_argument("benches", nargs="*", choices=(*BENCHES, "all"), metavar="BENCH", help=", ".join(BENCHES))
     parser.add_argument("--quick", action="store_true", help="shorter and rougher")
     parser.add_argument("--out", type=Path, default=Path("bench.json"), help="the figures (bench.json)")
+    parser.add_argument(
+        "--markdown", action="store_true", help="print the figures of that file as Markdown, in the end"
+    )
     args = parser.parse_args()
     names = BENCHES if "all" in args.benches else args.benches
     console = Console(soft_wrap=True, highlight=False)
@@ -33,10 +39,14 @@ def main() -> None:
         bench = importlib.import_module(f"benchmarks.{name}")
         console.print(f"{name}: {str(bench.__doc__).partition(chr(10))[0]}", style="dim")
         began = time.perf_counter()
-        figures += bench.run(args.quick)
-        console.print(f"{name} took {time.perf_counter() - began:.0f} s", style="dim")
-        save_figures(figures, {"quick": args.quick, "benches": list(names)}, args.out)
+        found = bench.run(args.quick)
+        took_s = round(time.perf_counter() - began)
+        console.print(f"{name} took {took_s} s", style="dim")
+        save_figures(name, found, {"quick": args.quick, "took_s": took_s}, args.out)
+        figures += found
     print_figures(figures, console)
+    if args.markdown:
+        print(markdown(args.out))
 
 
 if __name__ == "__main__":

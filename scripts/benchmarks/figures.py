@@ -38,6 +38,10 @@ class Figure:
         return (low is None or self.value >= low) and (high is None or self.value <= high)
 
     @property
+    def shown(self) -> str:
+        return f"{self.value:.4g} {self.unit}".strip()
+
+    @property
     def target(self) -> str:
         bounds = {"≥": self.at_least, "≤": self.at_most}
         return " and ".join(f"{sign} {bound:g}" for sign, bound in bounds.items() if bound is not None)
@@ -65,16 +69,36 @@ def print_figures(figures: Iterable[Figure], console: Console) -> None:
             bench = figure.bench
             table.add_row(f"[bold]{bench}")
         mark = {True: "[green]reached", False: "[red]missed", None: ""}[figure.reached]
-        table.add_row(f"  {figure.name}", f"{figure.value:.4g} {figure.unit}".strip(), figure.target, mark)
+        table.add_row(f"  {figure.name}", figure.shown, figure.target, mark)
     console.print(table)
 
 
-def save_figures(figures: Iterable[Figure], about: Mapping[str, Any], file: Path) -> None:
-    """As JSON, with the machine."""
-    record = {
-        "machine": machine(),
+def save_figures(bench: str, figures: Iterable[Figure], about: Mapping[str, Any], file: Path) -> None:
+    """As JSON, with the machine; the file keeps the last figures of other benchmarks."""
+    record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"machine": machine(), "benches": {}}
+    if record["machine"] != machine():
+        raise SystemExit(f"{file} has figures of another machine, or of other versions; name another file with --out")
+    record["benches"][bench] = {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         **about,
         "figures": [asdict(figure) | {"reached": figure.reached} for figure in figures],
     }
     file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def markdown(file: Path) -> str:
+    """The figures of a file as a table, those with a target in one column more than the others."""
+    record = json.loads(file.read_text(encoding="utf-8"))
+    lines = ["| | measured | target | |", "|---|---|---|---|"]
+    for bench, saved in record["benches"].items():
+        lines.append(f"| **{bench}** | | | |")
+        for fields in saved["figures"]:
+            figure = Figure(**{name: value for name, value in fields.items() if name != "reached"})
+            mark = {True: "reached", False: "**missed**", None: ""}[figure.reached]
+            lines.append(f"| {figure.name} | {figure.shown} | {figure.target} | {mark} |")
+    return "\n".join([_sentence(record["machine"]), "", *lines])
+
+
+def _sentence(about: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {about[name]}" for name in ("python", "ray", "torch", "transformers"))
+    return f"{about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB; {versions}."

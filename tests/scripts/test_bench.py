@@ -32,7 +32,29 @@ def test_they_are_shown_and_saved_with_the_machine(figures, tmp_path):
     shown = console.file.getvalue()
     assert "missed" in shown
     assert "9.5 GB/s" in shown
-    figures.save_figures(made, {"quick": True}, tmp_path / "bench.json")
+    figures.save_figures("weights", made, {"quick": True}, tmp_path / "bench.json")
     record = json.loads((tmp_path / "bench.json").read_text())
     assert record["machine"]["cores"] >= 1
-    assert [figure["reached"] for figure in record["figures"]] == [False, None]
+    assert [figure["reached"] for figure in record["benches"]["weights"]["figures"]] == [False, None]
+
+
+def test_a_file_keeps_the_last_figures_of_every_benchmark(figures, tmp_path):
+    file = tmp_path / "bench.json"
+    for bench, value in (("weights", 1.8), ("startup", 14.0), ("weights", 1.2)):
+        figures.save_figures(bench, [figures.Figure(bench, "a figure", value, at_most=1.3)], {}, file)
+    table = figures.markdown(file).splitlines()
+    assert table[2:] == [
+        "| | measured | target | |",
+        "|---|---|---|---|",
+        "| **weights** | | | |",
+        "| a figure | 1.2 | ≤ 1.3 | reached |",
+        "| **startup** | | | |",
+        "| a figure | 14 | ≤ 1.3 | **missed** |",
+    ]
+
+
+def test_figures_of_another_machine_are_not_mixed_in(figures, tmp_path):
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps({"machine": {"cores": 999}, "benches": {}}))
+    with pytest.raises(SystemExit, match="another machine"):
+        figures.save_figures("weights", [], {}, file)
