@@ -5,8 +5,8 @@
 
     python scripts/bench.py --markdown               the table of what was measured last
 
-Prints a table of figures with their targets, and keeps the last ones of every benchmark as JSON. Nothing else should run
-on the machine meanwhile.
+Prints a table of figures with their targets, and keeps the last ones of every benchmark as JSON. Nothing else should
+run on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="shorter and rougher")
     parser.add_argument("--out", type=Path, default=Path("bench.json"), help="the figures (bench.json)")
     parser.add_argument(
-        "--markdown", action="store_true", help="print the figures of that file as Markdown, in the end"
+        "--markdown", action="store_true", help="at the end, print that file as Markdown"
     )
     args = parser.parse_args()
     names = BENCHES if "all" in args.benches else args.benches
