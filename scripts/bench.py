@@ -31,6 +31,8 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.benches) - {*BENCHES, "all"}:
         parser.error(f"there is no {' and no '.join(sorted(unknown))}, but {', '.join(BENCHES)} and all")
+    if not args.benches and not (args.markdown and args.out.exists()):
+        parser.error(f"name a benchmark, or --markdown with figures in {args.out}")
     names = BENCHES if "all" in args.benches else args.benches
     console = Console(soft_wrap=True, highlight=False)
     console.print(", ".join(f"{name} {value}" for name, value in machine().items()), style="dim")
