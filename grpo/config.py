@@ -142,7 +142,8 @@ class TrainerConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     max_nonfinite_steps: int = 10  # updates skipped in a row, loss or gradient not finite; one more ends the run
-    micro_batch_tokens: int = 16384  # padded tokens of one forward and backward pass
+    packing: str = "auto"  # auto: rows without padding, prompts once for their group, where the model allows; never
+    micro_batch_tokens: int = 16384  # of one forward and backward pass; where rows are padded, with their padding
     gradient_checkpointing: bool = False
     snapshot_every: int = 1  # steps between copies of its state for a new trainer to go on from; 0: none
     num_cpus: float = 1.0

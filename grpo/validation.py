@@ -14,6 +14,7 @@ _CHOICES = {
     "dataloader.sampling": ("uniform", "difficulty"),
     "reward.on_error": ("fail", "drop"),
     "trainer.lr_schedule": ("constant", "linear", "cosine"),
+    "trainer.packing": ("auto", "never"),
     "generator.engine": ("torch", "vllm", "simulated"),
     "watchdog.action": ("fail", "warn"),
     "loss.aggregation": (None, "token_mean", "sequence_mean", "fixed_horizon"),

@@ -257,12 +257,8 @@ def micro_batch() -> tuple[torch.Tensor, MicroBatch]:
     policy_BK, behavior_BK = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64) / 4 - 1
     advantages_BK = torch.tensor([[1.0], [-1.0], [0.5]], dtype=torch.float64).expand(3, 5)
     mask_BK = torch.arange(5) < torch.tensor([[5], [3], [2]])
-    others = dict.fromkeys(
-        ("tokens_BT", "attention_BT", "versions_BK", "reference_logprobs_BK", "proximal_logprobs_BK")
-    )
-    micro = MicroBatch(
-        first=0, mask_BK=mask_BK, behavior_logprobs_BK=behavior_BK, advantages_BK=advantages_BK, **others
-    )
+    others = dict.fromkeys(("versions_BK", "reference_logprobs_BK", "proximal_logprobs_BK"))
+    micro = MicroBatch(mask_BK=mask_BK, behavior_logprobs_BK=behavior_BK, advantages_BK=advantages_BK, **others)
     return policy_BK, micro
 
 

@@ -10,7 +10,7 @@ import torch
 from grpo.compute import ComputeThread
 from grpo.config import RunConfig
 from grpo.learner.collate import Sample, make_sample
-from grpo.learner.logprobs import sample_logprobs
+from grpo.learner.logprobs import TokenLogprobs
 from grpo.models.loading import load_model
 from grpo.services import returns_payload
 from grpo.telemetry.recording import span
@@ -25,20 +25,19 @@ class Reference:
         self._thread = ComputeThread("reference", threads)
 
     async def setup(self) -> None:
-        self._model = await asyncio.to_thread(
-            load_model, self._config.model, getattr(torch, self._config.model.dtype), self._device
-        )
+        config = self._config
+        model = await asyncio.to_thread(load_model, config.model, getattr(torch, config.model.dtype), self._device)
+        self._logprobs = TokenLogprobs(model, config.rollout.temperature or 1.0, config.trainer.packing)
 
     @returns_payload
     async def logprobs(self, prompt: Prompt, completions: Sequence[Completion]) -> tuple[list[Floats], None]:
         """float32 [T] for each completion of a group."""
         samples = [make_sample(prompt.token_ids, completion) for completion in completions]
-        return await self._thread.run(self._logprobs, samples), None
+        return await self._thread.run(self._forward, samples), None
 
     async def close(self) -> None:
         self._thread.close()
 
-    def _logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
-        temperature = self._config.rollout.temperature or 1.0
+    def _forward(self, samples: Sequence[Sample]) -> list[Floats]:
         with span("forward", completions=len(samples)):
-            return sample_logprobs(self._model, samples, temperature, self._config.reference.micro_batch_tokens)
+            return self._logprobs.of_samples(samples, self._config.reference.micro_batch_tokens)

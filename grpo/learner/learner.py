@@ -13,9 +13,9 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel, get_scheduler
 
 from grpo.config import TrainerConfig
-from grpo.learner.collate import MicroBatch, Sample, collate, plan, samples_of
+from grpo.learner.collate import Sample, collate, samples_of
 from grpo.learner.diagnostics import Diagnostics
-from grpo.learner.logprobs import sample_logprobs, token_logprobs_and_entropy
+from grpo.learner.logprobs import TokenLogprobs
 from grpo.learner.objective import Objective
 from grpo.learner.state import StateWriter, TrainerState
 from grpo.telemetry.recording import span
@@ -47,12 +47,13 @@ class Learner:
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model = model.train()
+        self._logprobs = TokenLogprobs(model, temperature, config.packing)
         if config.gradient_checkpointing:
             renamed = hasattr(model, "activation_checkpointing_enable")  # in transformers, after 5.20
             (model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable)()
         self.version = 0
         self.nonfinite_steps, self._nonfinite_in_a_row = 0, 0
-        self._config, self._temperature, self._age_bound = config, temperature, age_bound
+        self._config, self._age_bound = config, age_bound
         self._compute_dtype = compute_dtype
         self._device = next(model.parameters()).device
         self._objective = objective
@@ -146,24 +147,27 @@ class Learner:
 
     def _with_proximal(self, samples: Sequence[Sample]) -> list[Sample]:
         with span("forward", sequences=len(samples)), self._autocast():
-            logprobs = sample_logprobs(self.model, samples, self._temperature, self._config.micro_batch_tokens)
+            logprobs = self._logprobs.of_samples(samples, self._config.micro_batch_tokens)
         return [replace(sample, proximal_logprobs=found_T) for sample, found_T in zip(samples, logprobs, strict=True)]
 
     def _update(self, number: int, share: Share, diagnostics: Diagnostics) -> tuple[float, float]:
         """One optimizer step; returns the loss and the norm of the gradient before it was clipped."""
         loss = 0.0
-        for part in plan([len(sample) for sample in share.samples], self._config.micro_batch_tokens):
-            micro = collate([share.samples[i] for i in part], self._device)
-            loss += self._backward(micro, share.denominator, diagnostics, first=number == 0)
+        for part in self._logprobs.plan(share.samples, self._config.micro_batch_tokens):
+            samples = [share.samples[i] for i in part]
+            loss += self._backward(samples, share.denominator, diagnostics, first=number == 0)
         with span("optimizer"):
             grad_norm = float(clip_grad_norm_(self.model.parameters(), self._config.max_grad_norm))
             self._step(loss, grad_norm)
         return loss, grad_norm
 
-    def _backward(self, micro: MicroBatch, denominator: float, diagnostics: Diagnostics, *, first: bool) -> float:
+    def _backward(
+        self, samples: Sequence[Sample], denominator: float, diagnostics: Diagnostics, *, first: bool
+    ) -> float:
         """Add a micro-batch's part of the gradient; returns its part of the loss."""
-        with span("forward", sequences=len(micro.mask_BK)), self._autocast():
-            logprobs_BK, entropy_BK = token_logprobs_and_entropy(self.model, micro, self._temperature)
+        micro = collate(samples, self._device)
+        with span("forward", sequences=len(samples)), self._autocast():
+            logprobs_BK, entropy_BK = map(micro.spread, self._logprobs(samples))
         output = self._objective(logprobs_BK, micro, denominator)
         with span("backward"):
             output.loss.backward()

@@ -1,7 +1,8 @@
-"""Log-probabilities of given tokens under a model, for the trainer and the reference. V is the vocabulary."""
+"""Log-probabilities of completions under a model, for the trainer and the reference. V is the vocabulary."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,66 +10,72 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo.learner.collate import MicroBatch, Sample, collate, plan
+from grpo.learner.choices import layout_for, plain_head
+from grpo.learner.collate import Sample
+from grpo.learner.head import linear_logprobs
 from grpo.types import Floats
 
 _CHUNK = 1 << 22  # logits of which the entropy is computed at a time, to bound the memory
+log = logging.getLogger(__name__)
 
 
-def token_logprobs(model: PreTrainedModel, micro: MicroBatch, temperature: float) -> Tensor:
-    """float32 [B, K]: the log-probability of each predicted token at the temperature it was sampled with.
+class TokenLogprobs:
+    """What a model says of completions, at the temperature that they were sampled with.
 
-    Only the columns that predict completion tokens go through the vocabulary. Masked places hold arbitrary numbers.
+    With `packing` "auto" the samples of a micro-batch share one row, where that comes out the same; a line in the log
+    says so where it does not. With "never" they are padded.
     """
-    logits_BKV = token_logits(model, micro, temperature)
-    return _picked(logits_BKV, logits_BKV.logsumexp(dim=-1), micro)
+
+    def __init__(self, model: PreTrainedModel, temperature: float, packing: str = "auto") -> None:
+        self._model, self._temperature = model, temperature
+        self._layout, why_padded = layout_for(model, packing)
+        self._head = plain_head(model)
+        if why_padded:
+            log.warning("%s is trained on padded rows: %s", type(model).__name__, why_padded)
+
+    def plan(self, samples: Sequence[Sample], max_tokens: int) -> list[list[int]]:
+        """Micro-batches, by index, of at most `max_tokens` tokens each as they are laid out; see Layout."""
+        return self._layout.plan(samples, max_tokens)
+
+    def __call__(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+        """float32 [N]: log-probabilities of all completion tokens, sample after sample, and entropies in nats.
+
+        An entropy is that of the whole distribution at its token, and has no gradient.
+        """
+        inputs = self._layout.lay_out(samples, self._model.device)
+        if self._head is None:
+            output = self._model(**inputs.arguments, use_cache=False, logits_to_keep=inputs.columns_K)
+            logits_NV = output.logits.flatten(0, 1)[inputs.places_N].float() / self._temperature
+            return logits_logprobs(logits_NV, inputs.targets_N)
+        hidden_RTD = self._model.base_model(**inputs.arguments, use_cache=False).last_hidden_state
+        hidden_ND = hidden_RTD[:, inputs.columns_K].flatten(0, 1)[inputs.places_N]
+        return linear_logprobs(hidden_ND, self._head, inputs.targets_N, self._temperature)
+
+    @torch.no_grad()
+    def of_samples(self, samples: Sequence[Sample], max_tokens: int) -> list[Floats]:
+        """float32 [T] for each completion, computed in micro-batches of at most `max_tokens`."""
+        results: list[Floats] = [np.empty(0, np.float32)] * len(samples)
+        for part in self.plan(samples, max_tokens):
+            logprobs_N, _ = self([samples[i] for i in part])
+            ends = np.cumsum([len(samples[i].token_ids) for i in part])
+            for i, logprobs_T in zip(part, np.split(logprobs_N.cpu().numpy(), ends[:-1]), strict=True):
+                results[i] = logprobs_T
+        return results
 
 
-def token_logprobs_and_entropy(model: PreTrainedModel, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
-    """As `token_logprobs`, and the entropy of each of those distributions in nats, float32 [B, K], without gradient."""
-    logits_BKV = token_logits(model, micro, temperature)
-    normalizer_BK = logits_BKV.logsumexp(dim=-1)
-    return _picked(logits_BKV, normalizer_BK, micro), _entropy(logits_BKV, normalizer_BK)
+def logits_logprobs(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """As head.linear_logprobs, from whole logits, any of which may be minus infinity."""
+    normalizer_N = logits_NV.logsumexp(dim=-1)
+    picked_N = logits_NV.gather(-1, targets_N[:, None])[:, 0]
+    return picked_N - normalizer_N, _entropy(logits_NV, normalizer_N)
 
 
 @torch.no_grad()
-def sample_logprobs(
-    model: PreTrainedModel, samples: Sequence[Sample], temperature: float, max_tokens: int
-) -> list[Floats]:
-    """float32 [T] for each completion, computed in micro-batches of at most `max_tokens` padded tokens."""
-    results: list[Floats] = [np.empty(0, np.float32)] * len(samples)
-    for part in plan([len(sample) for sample in samples], max_tokens):
-        micro = collate([samples[i] for i in part], model.device)
-        logprobs_BK, mask_BK = token_logprobs(model, micro, temperature).cpu(), micro.mask_BK.cpu()
-        for i, logprobs_K, mask_K in zip(part, logprobs_BK, mask_BK, strict=True):
-            results[i] = logprobs_K[mask_K].numpy()
-    return results
-
-
-def token_logits(model: PreTrainedModel, micro: MicroBatch, temperature: float) -> Tensor:
-    """float32 [B, K, V], divided by the temperature."""
-    columns_K = torch.arange(micro.first, micro.tokens_BT.shape[1] - 1, device=micro.tokens_BT.device)
-    logits_BKV = model(
-        input_ids=micro.tokens_BT,
-        attention_mask=micro.attention_BT,
-        use_cache=False,
-        logits_to_keep=columns_K,
-    ).logits
-    return logits_BKV.float() / temperature
-
-
-def _picked(logits_BKV: Tensor, normalizer_BK: Tensor, micro: MicroBatch) -> Tensor:
-    targets_BK = micro.tokens_BT[:, micro.first + 1 :]
-    return logits_BKV.gather(-1, targets_BK[..., None])[..., 0] - normalizer_BK
-
-
-@torch.no_grad()
-def _entropy(logits_BKV: Tensor, normalizer_BK: Tensor) -> Tensor:
+def _entropy(logits_NV: Tensor, normalizer_N: Tensor) -> Tensor:
     """The normalizer minus the mean logit; a logit of minus infinity has no part in it."""
-    flat_NV, normalizer_N1 = logits_BKV.flatten(0, 1), normalizer_BK.flatten()[:, None]
-    rows = max(1, _CHUNK // flat_NV.shape[1])
+    rows = max(1, _CHUNK // logits_NV.shape[1])
     means = []
-    for part_NV, normalizer_n1 in zip(flat_NV.split(rows), normalizer_N1.split(rows), strict=True):
-        p_NV = (part_NV - normalizer_n1).exp()
+    for part_NV, normalizer_n in zip(logits_NV.split(rows), normalizer_N.split(rows), strict=True):
+        p_NV = (part_NV - normalizer_n[:, None]).exp()
         means.append((p_NV * part_NV).masked_fill(p_NV == 0, 0.0).sum(dim=-1))
-    return normalizer_BK - torch.cat(means).view(normalizer_BK.shape)
+    return normalizer_N - torch.cat(means)

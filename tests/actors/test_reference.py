@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from grpo.actors.reference import Reference
-from grpo.learner.collate import collate, make_sample
-from grpo.learner.logprobs import token_logprobs
+from grpo.learner.collate import make_sample
+from grpo.learner.logprobs import TokenLogprobs
 from grpo.models.loading import load_model
 
 
@@ -45,12 +45,11 @@ async def test_equal_the_learners_on_the_same_weights(
     reference = await make_reference(temperature=temperature)
     found, _ = await reference.logprobs(prompt, completions)
     model = load_model(config.model, torch.float32, "cpu")
-    micro = collate([make_sample(prompt.token_ids, completion) for completion in completions], torch.device("cpu"))
+    samples = [make_sample(prompt.token_ids, completion) for completion in completions]
     with torch.no_grad():
-        learners_BK = token_logprobs(model.train(), micro, effective)
-    for actual, row_K, mask_K in zip(found, learners_BK, micro.mask_BK, strict=True):
-        assert actual.dtype == np.float32
-        np.testing.assert_allclose(actual, row_K[mask_K].numpy(), rtol=0, atol=1e-6)
+        learners_N, _ = TokenLogprobs(model.train(), effective)(samples)
+    assert {logprobs_T.dtype for logprobs_T in found} == {np.dtype(np.float32)}
+    np.testing.assert_allclose(np.concatenate(found), learners_N.numpy(), rtol=0, atol=1e-6)
 
 
 async def test_come_in_the_order_and_length_of_the_completions(make_reference, prompt, completions):

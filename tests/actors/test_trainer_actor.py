@@ -2,13 +2,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from grpo.actors.trainer import Trainer
 from grpo.config import ModelConfig
-from grpo.learner.collate import collate, samples_of
-from grpo.learner.logprobs import token_logprobs
+from grpo.learner.collate import samples_of
+from grpo.learner.logprobs import TokenLogprobs
 from grpo.models.loading import load_model
 from grpo.models.tiny import tiny_llama
 from grpo.types import Batch, StalenessError, WeightsError
@@ -57,10 +58,10 @@ async def test_the_temperature_is_that_of_the_rollouts(make_trainer, config, mak
     group = make_group()
     trainer = await make_trainer(rollout=replace(config.rollout, temperature=temperature))
     metrics = await trainer.train_step(Batch([group]))
-    micro = collate(samples_of(group), torch.device("cpu"))
     with torch.no_grad():
-        logprobs_BK = token_logprobs(load_model(config.model, torch.float32, "cpu"), micro, effective)
-    expected = (micro.behavior_logprobs_BK - logprobs_BK)[micro.mask_BK].mean()
+        logprobs_N, _ = TokenLogprobs(load_model(config.model, torch.float32, "cpu"), effective)(samples_of(group))
+    behavior_N = torch.tensor(np.concatenate([completion.logprobs for completion in group.completions]))
+    expected = (behavior_N - logprobs_N).mean()
     assert metrics["mismatch/behavior_k1"] == pytest.approx(float(expected), rel=1e-4)
 
 

@@ -14,8 +14,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo.engines.base import Limits
 from grpo.engines.torch_engine import TorchEngine
-from grpo.learner.collate import collate, make_sample
-from grpo.learner.logprobs import token_logprobs
+from grpo.learner.collate import make_sample
+from grpo.learner.logprobs import TokenLogprobs
 from grpo.models.tiny import tiny_llama
 from grpo.types import SamplingParams, WeightsError
 from grpo.weights import parameter_shapes
@@ -105,9 +105,8 @@ def prompt_of(length, seed=0):
 
 
 def trainer_logprobs(model, prompt, completion, temperature):
-    micro = collate([make_sample(prompt, completion)], torch.device("cpu"))
-    with torch.no_grad():
-        return token_logprobs(model, micro, temperature)[micro.mask_BK].numpy()
+    (found,) = TokenLogprobs(model, temperature).of_samples([make_sample(prompt, completion)], max_tokens=1)
+    return found
 
 
 # --- what comes out ---

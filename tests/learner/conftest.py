@@ -8,6 +8,8 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from grpo.config import CorrectionConfig, LossConfig, TrainerConfig
+from grpo.learner import learner as learner_module
+from grpo.learner.collate import collate
 from grpo.learner.learner import Learner
 from grpo.learner.objective import Objective
 from grpo.models.tiny import tiny_llama
@@ -107,3 +109,13 @@ def steps_taken():
     hook = register_optimizer_step_pre_hook(record)
     yield seen
     hook.remove()
+
+
+@pytest.fixture
+def rows_seen(monkeypatch):
+    """Completions in every forward pass."""
+    rows = []
+    monkeypatch.setattr(
+        learner_module, "collate", lambda samples, device: rows.append(len(samples)) or collate(samples, device)
+    )
+    return rows

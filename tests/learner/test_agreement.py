@@ -11,8 +11,8 @@ import torch
 
 from grpo.engines.base import Limits
 from grpo.engines.torch_engine import TorchEngine
-from grpo.learner.collate import collate, samples_of
-from grpo.learner.logprobs import token_logprobs
+from grpo.learner.collate import samples_of
+from grpo.learner.logprobs import TokenLogprobs
 from grpo.types import Batch, Group, Problem, Prompt, SamplingParams
 
 
@@ -37,10 +37,10 @@ async def sample_groups(model, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 async def test_trainer_and_generator_agree_token_by_token(model, make_learner, temperature):
     groups = await sample_groups(model, temperature)
-    micro = collate([sample for group in groups for sample in samples_of(group)], torch.device("cpu"))
+    samples = [sample for group in groups for sample in samples_of(group)]
     with torch.no_grad():
-        trainer_BK = token_logprobs(model, micro, temperature)
-    gap_N = (trainer_BK - micro.behavior_logprobs_BK)[micro.mask_BK].abs()
+        trainer_N, _ = TokenLogprobs(model, temperature)(samples)
+    gap_N = (trainer_N - torch.tensor(np.concatenate([sample.behavior_logprobs for sample in samples]))).abs()
     assert len(gap_N) > 50
     assert float(gap_N.max()) < 1e-4
 

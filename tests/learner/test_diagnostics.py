@@ -11,8 +11,7 @@ from grpo.learner.diagnostics import Diagnostics
 def micro_batch(seed, mask_BK, versions_BK):
     generator = torch.Generator().manual_seed(seed)
     behavior_BK = torch.randn(mask_BK.shape, generator=generator) - 2
-    nothing_BT = torch.zeros(0)
-    return MicroBatch(nothing_BT, nothing_BT, 0, mask_BK, behavior_BK, nothing_BT, versions_BK, None, None)
+    return MicroBatch(mask_BK, behavior_BK, torch.zeros(0), versions_BK, None, None)
 
 
 @pytest.fixture

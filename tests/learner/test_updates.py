@@ -9,7 +9,7 @@ import torch
 
 from grpo.config import CorrectionConfig, LossConfig
 from grpo.learner.collate import samples_of
-from grpo.learner.logprobs import sample_logprobs
+from grpo.learner.logprobs import TokenLogprobs
 from grpo.types import Batch, NonFiniteError
 
 DECOUPLED = CorrectionConfig(weights="mask", level="token", high=None)
@@ -55,7 +55,7 @@ def test_after_the_first_update_the_clip_has_work_to_do(make_learner, groups):
 def with_logprobs(group, learner):
     """The same completions as the learner's present policy would have drawn them."""
 
-    found = sample_logprobs(learner.model, samples_of(group), 1.0, 10_000)
+    found = TokenLogprobs(learner.model, 1.0).of_samples(samples_of(group), 10_000)
     completions = [replace(c, logprobs=logprobs) for c, logprobs in zip(group.completions, found, strict=True)]
     return replace(group, completions=completions)
 
@@ -120,17 +120,17 @@ def test_the_split_into_micro_batches_does_not_matter(make_learner, model, group
         assert metrics == pytest.approx(results[0], rel=1e-4)
 
 
-def test_masked_completions_cost_no_forward_pass_and_do_not_count(make_learner, model, make_group, steps_taken):
+def test_masked_completions_cost_no_forward_pass_and_do_not_count(
+    make_learner, model, make_group, rows_seen, steps_taken
+):
 
     group = make_group(4, [6, 2, 3], [1.2, -0.7, -0.5], seed=1)
-    rows = []
-    model.register_forward_hook(lambda m, a, kwargs, o: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
     initial = copy.deepcopy(model.state_dict())
     metrics = make_learner().train_step(Batch([replace(group, masked=(0,))]))
     model.load_state_dict(initial)
     without = replace(group, completions=group.completions[1:], advantages=group.advantages[1:])
     expected = make_learner().train_step(Batch([without]))
-    assert rows == [2, 2]
+    assert rows_seen == [2, 2]
     assert metrics["trainer/tokens"] == 5
     assert metrics["loss"] == pytest.approx(expected["loss"])
     (masked, _), (left_out, _) = steps_taken

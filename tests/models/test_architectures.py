@@ -27,9 +27,9 @@ from transformers import (
 from grpo.config import CorrectionConfig, LossConfig, ModelConfig, TrainerConfig
 from grpo.engines.base import Limits
 from grpo.engines.torch_engine import TorchEngine
-from grpo.learner.collate import collate, samples_of
+from grpo.learner.collate import samples_of
 from grpo.learner.learner import Learner
-from grpo.learner.logprobs import token_logprobs
+from grpo.learner.logprobs import TokenLogprobs
 from grpo.learner.objective import Objective
 from grpo.models.export import export_model
 from grpo.models.loading import check_architecture, load_model, load_skeleton, stop_token_ids
@@ -156,10 +156,10 @@ async def test_sampled_trained_on_and_published_back(config):
 
         parts.learner.model.train()
         groups = [await group_of(parts.engine, length) for length in PROMPT_LENGTHS]
-        micro = collate([sample for group in groups for sample in samples_of(group)], torch.device("cpu"))
-        with torch.no_grad():
-            gap_BK = token_logprobs(parts.learner.model, micro, 1.0) - micro.behavior_logprobs_BK
-        assert float(gap_BK[micro.mask_BK].abs().max()) < 1e-4
+        samples = [sample for group in groups for sample in samples_of(group)]
+        found = TokenLogprobs(parts.learner.model, 1.0).of_samples(samples, 64)
+        for sample, logprobs_T in zip(samples, found, strict=True):
+            np.testing.assert_allclose(logprobs_T, sample.behavior_logprobs, rtol=0, atol=1e-4)
         assert parts.learner.train_step(Batch(groups))["mismatch/same_version_abs"] < 1e-4
 
         await parts.engine.update_weights(parts.learner.weights())
