@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-_BLOCK = 1 << 22  # logits of a block: 16 MB, and few enough to stay in the cache between two operations
+_BLOCK = {"cpu": 1 << 20}  # logits of a block: 4 MB stay in the cache between two operations ...
+_LARGE_BLOCK = 1 << 26  # ... and 256 MB keep a GPU busy
 _WORDS = 256  # of a block, at least: fewer make a poor matrix product
 
 
@@ -53,7 +54,7 @@ class _LinearLogprobs(torch.autograd.Function):
         return target_N - normalizer_N, entropy_N
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_N: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of a logit is that of the log-probability times (1 if it is the target's) minus p."""
         hidden_ND, weight_VD, bias_V, targets_N, normalizer_N = ctx.saved_tensors
@@ -65,7 +66,7 @@ class _LinearLogprobs(torch.autograd.Function):
         bias_grad_V = torch.empty_like(bias_V) if for_bias else None
         scaled_N = grad_N / temperature
         for block, logits_NW in words:
-            grad_NW = (logits_NW - normalizer_N[:, None]).exp_().mul_(-scaled_N[:, None])
+            grad_NW = logits_NW.sub_(normalizer_N[:, None]).exp_().mul_(-scaled_N[:, None])
             words.add_at_target(block, grad_NW, scaled_N)
             if bias_grad_V is not None:
                 bias_grad_V[block] = grad_NW.sum(dim=0)
@@ -90,7 +91,8 @@ class _Words:
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         dtype = self.hidden_ND.dtype
-        size = max(_WORDS, _BLOCK // max(1, len(self.hidden_ND)))
+        logits = _BLOCK.get(self.hidden_ND.device.type, _LARGE_BLOCK)
+        size = max(_WORDS, logits // max(1, len(self.hidden_ND)))
         for begin in range(0, len(self._weight_VD), size):
             block = slice(begin, begin + size)
             bias_W = None if self._bias_V is None else self._bias_V[block].to(dtype)

@@ -12,7 +12,7 @@ N, WIDTH, WORDS = 9, 6, 37
 
 @pytest.fixture(params=[37, 40, 10, 1], ids=lambda words: f"blocks of {words} words")
 def block(request, monkeypatch):
-    monkeypatch.setattr(head_module, "_BLOCK", request.param * N)
+    monkeypatch.setitem(head_module._BLOCK, "cpu", request.param * N)
     monkeypatch.setattr(head_module, "_WORDS", 1)
 
 
