@@ -50,8 +50,9 @@ def plain_head(model: PreTrainedModel) -> nn.Linear | None:
             hidden_1TD = model.base_model(input_ids=tokens_1T, use_cache=False)[0]
     finally:
         hook.remove()
-    plain = torch.equal(logits_1TV[0, 0], planted_V.to(logits_1TV)) and torch.allclose(seen[0], hidden_1TD)
-    return head if plain else None
+    same_logits = torch.equal(logits_1TV[0, 0], planted_V.to(logits_1TV))
+    same_hidden = seen[0].shape == hidden_1TD.shape and torch.allclose(seen[0], hidden_1TD)
+    return head if same_logits and same_hidden else None
 
 
 def _needs_padding(model: PreTrainedModel) -> str | None:

@@ -7,6 +7,7 @@ calculation for softmax", 2018), and once more in the backward pass.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,10 +38,11 @@ class _LinearLogprobs(torch.autograd.Function):
         device = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
         words = _Words(hidden_ND.to(dtype), weight_VD, bias_V, targets_N, temperature)
-        top_N = hidden_ND.new_full(targets_N.shape, -torch.inf, dtype=torch.float32)
+        top_N = torch.full_like(targets_N, -torch.inf, dtype=torch.float32)
         total_N, weighted_N, target_N = (torch.zeros_like(top_N) for _ in range(3))
-        for block, logits_NW in words:
-            target_N += words.at_target(block, logits_NW)
+        for block, logits_NW in words.blocks():
+            column_N1, inside_N = words.targets_in(block)
+            target_N += logits_NW.gather(1, column_N1)[:, 0].where(inside_N, 0.0)
             before_N, top_N = top_N, torch.maximum(top_N, logits_NW.amax(dim=1))
             shrink_N = (before_N - top_N).exp()
             p_NW = (logits_NW - top_N[:, None]).exp_()
@@ -48,7 +50,7 @@ class _LinearLogprobs(torch.autograd.Function):
             weighted_N = weighted_N * shrink_N + p_NW.mul_(logits_NW).sum(dim=1)
         normalizer_N = top_N + total_N.log()
         entropy_N = normalizer_N - weighted_N / total_N
-        ctx.words_of, ctx.input_dtype = (dtype, temperature), hidden_ND.dtype
+        ctx.dtype, ctx.temperature = dtype, temperature
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, normalizer_N)
         ctx.mark_non_differentiable(entropy_N)
         return target_N - normalizer_N, entropy_N
@@ -58,56 +60,49 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad_N: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of a logit is that of the log-probability times (1 if it is the target's) minus p."""
         hidden_ND, weight_VD, bias_V, targets_N, normalizer_N = ctx.saved_tensors
-        dtype, temperature = ctx.words_of
-        words = _Words(hidden_ND.to(dtype), weight_VD, bias_V, targets_N, temperature)
-        for_hidden, for_weight, for_bias, *_ = ctx.needs_input_grad
-        hidden_grad_ND = torch.zeros_like(hidden_ND, dtype=torch.float32) if for_hidden else None
-        weight_grad_VD = torch.empty_like(weight_VD) if for_weight else None
-        bias_grad_V = torch.empty_like(bias_V) if for_bias else None
-        scaled_N = grad_N / temperature
-        for block, logits_NW in words:
+        words = _Words(hidden_ND.to(ctx.dtype), weight_VD, bias_V, targets_N, ctx.temperature)
+        of_hidden, of_weight, of_bias, *_ = ctx.needs_input_grad
+        hidden_grad_ND = torch.zeros_like(hidden_ND, dtype=torch.float32) if of_hidden else None
+        weight_grad_VD = torch.empty_like(weight_VD) if of_weight else None
+        bias_grad_V = torch.empty_like(bias_V) if of_bias else None
+        scaled_N = grad_N / ctx.temperature
+        for block, logits_NW in words.blocks():
+            column_N1, inside_N = words.targets_in(block)
             grad_NW = logits_NW.sub_(normalizer_N[:, None]).exp_().mul_(-scaled_N[:, None])
-            words.add_at_target(block, grad_NW, scaled_N)
+            grad_NW.scatter_add_(1, column_N1, scaled_N.where(inside_N, 0.0)[:, None])
             if bias_grad_V is not None:
                 bias_grad_V[block] = grad_NW.sum(dim=0)
-            grad_NW = grad_NW.to(dtype)
+            grad_NW = grad_NW.to(ctx.dtype)
             if hidden_grad_ND is not None:
-                hidden_grad_ND += grad_NW @ weight_VD[block].to(dtype)
+                hidden_grad_ND += grad_NW @ weight_VD[block].to(ctx.dtype)
             if weight_grad_VD is not None:
                 weight_grad_VD[block] = grad_NW.T @ words.hidden_ND
         hidden_grad = None if hidden_grad_ND is None else hidden_grad_ND.to(hidden_ND.dtype)
         return hidden_grad, weight_grad_VD, bias_grad_V, None, None
 
 
+@dataclass(frozen=True)
 class _Words:
-    """Iterates over the vocabulary: (slice of words, float32 [N, W] their logits over the temperature)."""
+    """The vocabulary, a block of W words after another."""
 
-    def __init__(
-        self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, temperature: float
-    ) -> None:
-        self.hidden_ND = hidden_ND
-        self._weight_VD, self._bias_V, self._targets_N = weight_VD, bias_V, targets_N
-        self._temperature = temperature
+    hidden_ND: Tensor  # in the dtype of products
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    targets_N: Tensor
+    temperature: float
 
-    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        dtype = self.hidden_ND.dtype
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Which words, and float32 [N, W]: their logits over the temperature."""
+        dtype, count = self.hidden_ND.dtype, len(self.weight_VD)
         logits = _BLOCK.get(self.hidden_ND.device.type, _LARGE_BLOCK)
-        size = max(_WORDS, logits // max(1, len(self.hidden_ND)))
-        for begin in range(0, len(self._weight_VD), size):
-            block = slice(begin, begin + size)
-            bias_W = None if self._bias_V is None else self._bias_V[block].to(dtype)
-            logits_NW = functional.linear(self.hidden_ND, self._weight_VD[block].to(dtype), bias_W)
-            yield block, logits_NW.float().div_(self._temperature)
+        size = max(_WORDS, logits // len(self.hidden_ND))
+        for begin in range(0, count, size):
+            block = slice(begin, min(begin + size, count))
+            bias_W = None if self.bias_V is None else self.bias_V[block].to(dtype)
+            logits_NW = functional.linear(self.hidden_ND, self.weight_VD[block].to(dtype), bias_W)
+            yield block, logits_NW.float().div_(self.temperature)
 
-    def at_target(self, block: slice, values_NW: Tensor) -> Tensor:
-        """[N]: the value of each target, 0 for those of other blocks."""
-        column_N1, inside_N = self._columns(block, values_NW)
-        return values_NW.gather(1, column_N1)[:, 0].where(inside_N, 0.0)
-
-    def add_at_target(self, block: slice, values_NW: Tensor, added_N: Tensor) -> None:
-        column_N1, inside_N = self._columns(block, values_NW)
-        values_NW.scatter_add_(1, column_N1, added_N.where(inside_N, 0.0)[:, None])
-
-    def _columns(self, block: slice, values_NW: Tensor) -> tuple[Tensor, Tensor]:
-        column_N, last = self._targets_N - block.start, values_NW.shape[1] - 1
+    def targets_in(self, block: slice) -> tuple[Tensor, Tensor]:
+        """The target's column in the block, [N, 1], any one where it is in another, and [N] whether it is in this."""
+        column_N, last = self.targets_N - block.start, block.stop - block.start - 1
         return column_N.clamp(0, last)[:, None], (column_N >= 0) & (column_N <= last)

@@ -40,9 +40,10 @@ Pass = Callable[[], None]
 def run(quick: bool) -> list[Figure]:
     torch.set_num_threads(os.cpu_count() or 1)
     figures = []
-    cases = [("tiny", 16384), ("tiny", 4096)] + ([] if quick else [("SmolLM2", 2048)])
-    for name, micro_batch_tokens in cases:
-        figures += _packing(name, micro_batch_tokens, rounds=3 if quick or name != "tiny" else 10)
+    for budget in (16384, 4096):
+        figures += _packing("tiny", budget, rounds=2 if quick else 10)
+    if not quick:
+        figures += _packing("SmolLM2", 2048, rounds=1)
     for words in VOCABULARIES:
         figures += _head(words, tokens=512 if quick else 1024, rounds=2 if quick else 5)
     return figures
@@ -51,9 +52,9 @@ def run(quick: bool) -> list[Figure]:
 # --- packed against padded ---
 
 
-def _packing(name: str, budget: int, rounds: int) -> list[Figure]:
+def _packing(name: str, budget: int, rounds: int, groups: int = GROUPS) -> list[Figure]:
     """The same completions in three ways. In order of arrival is what one gets without sorting by length."""
-    models, samples = {way: _model(name) for way in ("packed", "padded", "arrival")}, _samples()
+    models, samples = {way: _model(name) for way in ("packed", "padded", "arrival")}, _samples(groups)
     ways = {way: TokenLogprobs(model, 1.0, "auto" if way == "packed" else "never") for way, model in models.items()}
     ways["arrival"]._layout = Layout(_plan_by_arrival, PADDED.lay_out)
     passes = {way: partial(_train, logprobs, samples, budget) for way, logprobs in ways.items()}
@@ -74,9 +75,9 @@ def _model(name: str) -> PreTrainedModel:
     return load_model(ModelConfig(path=str(prepare(None))), torch.float32, "cpu").train()  # type: ignore[arg-type]
 
 
-def _samples() -> list[Sample]:
+def _samples(groups: int) -> list[Sample]:
     rng = np.random.default_rng(0)
-    lengths = np.minimum(rng.geometric(1 / MEAN_TOKENS, size=(GROUPS, GROUP)), MOST_TOKENS)
+    lengths = np.minimum(rng.geometric(1 / MEAN_TOKENS, size=(groups, GROUP)), MOST_TOKENS)
     samples = []
     for row in lengths:
         prompt = rng.integers(3, 70, PROMPT_TOKENS)
@@ -131,7 +132,7 @@ def _timed(work: Pass) -> float:
 
 def _head(words: int, tokens: int, rounds: int) -> list[Figure]:
     blocks_s, whole_s = _fastest([_head_pass(way, words, tokens) for way in ("blocks", "whole")], rounds)
-    blocks, whole = (_extra_bytes(way, words, tokens) for way in ("blocks", "whole"))
+    blocks, whole = _extra_bytes(words, tokens)
     what = f"head, {words:,} words, {tokens} tokens"
     return [
         Figure("learner", f"{what}: memory of whole logits", whole / 2**20, "MiB"),
@@ -159,22 +160,30 @@ def _head_pass(way: str, words: int, tokens: int) -> Pass:
     return run_pass
 
 
-def _extra_bytes(way: str, words: int, tokens: int) -> int:
-    """The most resident memory of a pass above what was there before it, in a fresh process."""
-    code = f"from benchmarks import learner; learner.report_extra_bytes({way!r}, {words}, {tokens})"
+def _extra_bytes(words: int, tokens: int) -> tuple[int, int]:
+    """Of a pass in blocks and of one with whole logits, measured in a fresh process."""
+    code = f"from benchmarks import learner; learner.report_extra_bytes({words}, {tokens})"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(_SCRIPTS), *sys.path])}
     result = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
-    return int(json.loads(result.stdout))
+    blocks, whole = json.loads(result.stdout)
+    return blocks, whole
 
 
-def report_extra_bytes(way: str, words: int, tokens: int) -> None:
-    """Print it. A small pass goes first, for what libraries allocate once."""
-    _head_pass(way, 1000, 64)()
-    run_pass = _head_pass(way, words, tokens)
-    before = _status_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
-    run_pass()
-    print(json.dumps(_status_bytes("VmHWM") - before))
+def report_extra_bytes(words: int, tokens: int) -> None:
+    """Print the most resident memory of each pass above what was there before it, the larger pass last.
+
+    A small pass goes first, for what libraries allocate once.
+    """
+    found = []
+    for way in ("blocks", "whole"):
+        _head_pass(way, 1000, 64)()
+        run_pass = _head_pass(way, words, tokens)
+        before = _status_bytes("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
+        run_pass()
+        found.append(_status_bytes("VmHWM") - before)
+        del run_pass
+    print(json.dumps(found))
 
 
 def _status_bytes(name: str) -> int:
