@@ -41,10 +41,12 @@ def _lay_out(samples: Sequence[Sample], device: torch.device) -> Inputs:
     size, sequences = 0, []
     for sample in samples:
         prompt, own = sample.prompt_ids, sample.token_ids[:-1]
-        begin = begins.setdefault(prompt.tobytes(), size)
-        tokens += [prompt, own] if begin == size else [own]
-        size += sum(map(len, tokens[-2:] if begin == size else tokens[-1:]))
-        sequences.append(np.r_[begin : begin + len(prompt), size - len(own) : size])
+        if (key := prompt.tobytes()) not in begins:
+            begins[key], size = size, size + len(prompt)
+            tokens.append(prompt)
+        sequences.append(np.r_[begins[key] : begins[key] + len(prompt), size : size + len(own)])
+        tokens.append(own)
+        size += len(own)
     positions = np.empty(size, np.int64)
     for sequence in sequences:
         positions[sequence] = np.arange(len(sequence))
