@@ -160,6 +160,7 @@ def test_the_choice_of_a_loss_says_what_the_function_does_by_itself(name):
         ("dataloader.revisit=0", r"dataloader\.revisit: is 0\.0, must be in \(0, 1\], .* 0\.1 is usual"),
         ("dataloader.revisit=1.5", r"dataloader\.revisit: is 1\.5, must be in \(0, 1\]"),
         ("dataloader.revisit=nan", r"dataloader\.revisit: is nan, must be in \(0, 1\]"),
+        ("trainer.packing=sometimes", r"trainer\.packing: 'sometimes' is not one of auto, never"),
         ("generator.engine=magic", r"generator\.engine: 'magic' is not one of torch, vllm, simulated"),
         ("reward.on_error=ignore", r"reward\.on_error: 'ignore' is not one of fail, drop"),
         ("generator.max_sequences=4", r"generator\.max_sequences: is 4, but a group of rollout\.group_size=8"),
