@@ -64,7 +64,7 @@ async def test_a_dead_process_is_an_error_of_its_own():
 
 async def test_a_process_that_no_longer_answers_can_be_killed():
     endpoint = process()
-    await endpoint.invoke("setup")
+    await endpoint.placed()
     await endpoint.ping()
     os.kill(endpoint.pid, signal.SIGSTOP)
     waiting = asyncio.ensure_future(endpoint.invoke("process"))
