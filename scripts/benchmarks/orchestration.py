@@ -118,7 +118,8 @@ async def _framework(latency_s: float, concurrency: int, steps: int, *, in_step:
             await run_loop(services, config, recorder, asyncio.Event())
             requests = sum(replica["requests"] for replica in services.figures().values())
         recorder.run_dir.close()
-    return watch.pace(groups, concurrency // groups, requests / recorder.pacer.admitted)
+    wave = concurrency // groups
+    return watch.pace(groups, wave if in_step else 2 * wave, requests / recorder.pacer.admitted)
 
 
 def _idle_specs(generator: Mapping[str, Any]) -> list[ActorSpec]:
@@ -143,11 +144,13 @@ class _Watch(Silent):
         self._seen.append((time.perf_counter(), time.process_time()))
         self._lags_ms.append(metrics["driver/loop_lag_p99_ms"])
 
-    def pace(self, groups_per_step: int, steps_per_wave: int, calls_per_group: float) -> Pace:
-        """From the end of the first wave on: rollouts that take the same time all end at once, again and again."""
-        (began, cpu_began), (ended, cpu_ended) = self._seen[steps_per_wave - 1], self._seen[-1]
-        groups = (len(self._seen) - steps_per_wave) * groups_per_step
-        lag_ms = max(self._lags_ms[steps_per_wave:])
+    def pace(self, groups_per_step: int, warm_up: int, calls_per_group: float) -> Pace:
+        """Without the first `warm_up` steps: the wave of those in step that begin together, and one more for the others,
+        in which the calls that all were made at the start are worked off.
+        """
+        (began, cpu_began), (ended, cpu_ended) = self._seen[warm_up - 1], self._seen[-1]
+        groups = (len(self._seen) - warm_up) * groups_per_step
+        lag_ms = max(self._lags_ms[warm_up:])
         return Pace(groups / (ended - began), (cpu_ended - cpu_began) / groups, lag_ms, calls_per_group)
 
 
