@@ -145,7 +145,7 @@ class _Watch(Silent):
         self._lags_ms.append(metrics["driver/loop_lag_p99_ms"])
 
     def pace(self, groups_per_step: int, warm_up: int, calls_per_group: float) -> Pace:
-        """Without the first `warm_up` steps: a wave; a second one where the first is to be staggered, for the calls that
+        """Without the first `warm_up` steps: a wave, and a second one where the first was staggered, for the calls that
         pile up at the start to be worked off.
         """
         (began, cpu_began), (ended, cpu_ended) = self._seen[warm_up - 1], self._seen[-1]
