@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -21,19 +22,27 @@ EXIT_CODES: dict[Status, int] = {"completed": 0, "failed": 1, "interrupted": 130
 
 
 def drive(
-    cluster: ClusterConfig, work: Work, on_interrupt: Callable[[], None], tell: Callable[[str], None]
+    cluster: ClusterConfig,
+    check: Callable[[], None],
+    work: Work,
+    on_interrupt: Callable[[], None],
+    tell: Callable[[str], None],
 ) -> tuple[Status, Exception | None]:
     """Run `work(shutdown)` to its end and say how it ended; the error of a failure is in the log too.
 
-    The first Ctrl-C or SIGTERM calls `on_interrupt` and sets `shutdown`, the second cancels the work. `tell` gets a
-    line about the dashboard, where there is one.
+    `check()` is called in a thread while Ray starts, which is mostly waiting; the work begins when both are done. The
+    first Ctrl-C or SIGTERM calls `on_interrupt` and sets `shutdown`, the second cancels the work. `tell` gets a line
+    about the dashboard, where there is one.
     """
     shutdown = asyncio.Event()
     try:
-        with ray_cluster(cluster) as dashboard:
-            if dashboard is not None:
-                tell(f"Ray's dashboard: {dashboard} (`ray get-auth-token` prints the token that it asks for)")
-            asyncio.run(_until_signalled(work, shutdown, on_interrupt))
+        with ThreadPoolExecutor(1, thread_name_prefix="check") as thread:
+            checked = thread.submit(check)
+            with ray_cluster(cluster) as dashboard:
+                checked.result()
+                if dashboard is not None:
+                    tell(f"Ray's dashboard: {dashboard} (`ray get-auth-token` prints the token that it asks for)")
+                asyncio.run(_until_signalled(work, shutdown, on_interrupt))
     except (KeyboardInterrupt, asyncio.CancelledError, Interrupted):
         return "interrupted", None
     except Exception as error:  # the seam at which a run fails: shown once, kept whole in the log

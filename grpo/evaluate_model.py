@@ -10,6 +10,7 @@ from pathlib import Path
 from grpo import preflight
 from grpo.cluster.launch import launch_actors
 from grpo.cluster.plan import evaluation_specs
+from grpo.collection import collect_as_usual
 from grpo.config import RunConfig
 from grpo.driver import EXIT_CODES, drive
 from grpo.evaluation import evaluate, held_out_prompts
@@ -51,6 +52,7 @@ def _evaluate_model(config: RunConfig, run_dir: RunDirectory) -> int:
         console.print("starting Ray and the actors ...", style="dim")
         status, error = drive(
             config.cluster,
+            partial(preflight.check_runnable, config),
             lambda shutdown: _run(config, run_dir, console, shutdown),
             lambda: console.print("stopping; press Ctrl-C again to stop at once", style="yellow"),
             partial(console.print, markup=False, highlight=False, soft_wrap=True),
@@ -67,6 +69,7 @@ async def _run(config: RunConfig, run_dir: RunDirectory, console: Screen, shutdo
         failures = Failures(config.recovery)
         launched = launch_actors(evaluation_specs(config), config, failures)
         services = EvaluationServices(**await unless(shutdown, stack.enter_async_context(launched)))
+        collect_as_usual()
         report = await unless(shutdown, _answer_all(services, config, run_dir, console, failures))
         about = {"model": config.model.path, "task": config.task.target, "samples": config.eval.samples}
         run_dir.write_json("evaluation.json", about | report.as_record())

@@ -40,6 +40,7 @@ def check(config: RunConfig, specs: Sequence[ActorSpec]) -> Task:
     task = check_names(config)
     if config.dry_run and config.model.prepare is None:
         check_model(config, task)
+        check_runnable(config)
     return task
 
 
@@ -131,14 +132,22 @@ def prepare_model(config: RunConfig, task: Task) -> RunConfig:
 
 
 def check_model(config: RunConfig, task: Task) -> None:
-    """Raise unless the model can be found, trained and run, a prompt fits, and a held-out one too."""
+    """Raise unless the model can be found, a prompt fits, and a held-out one too."""
     config = prepare_model(config, task)
     check_weights(config.model)
-    check_architecture(_found(load_skeleton, config.model), config.generator.engine)
     encoder = PromptEncoder(_found(load_tokenizer, config.model), config.task, config.rollout.max_prompt_tokens)
     encoder.check_usable(task)
     if config.eval.prompts and all(encoder.encode(problem) is None for problem in task.problems("held_out")):
         raise ConfigError("the task has no held-out prompt that fits; set it to 0 to do without", key="eval.prompts")
+
+
+def check_runnable(config: RunConfig) -> None:
+    """Raise ConfigError unless the model can be trained and run.
+
+    Apart from the other checks since it imports the model's code, which takes as long as all of them: that is done
+    while Ray starts.
+    """
+    check_architecture(_found(load_skeleton, config.model), config.generator.engine)
 
 
 def _within_context(config: RunConfig) -> RunConfig:

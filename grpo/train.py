@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import gc
 import logging
 import shutil
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from rich.table import Table
 from grpo import preflight
 from grpo.cluster.launch import launch
 from grpo.cluster.plan import ActorSpec, actor_specs
+from grpo.collection import collect_as_usual
 from grpo.config import RunConfig
 from grpo.control import open_to_operators
 from grpo.driver import EXIT_CODES, drive
@@ -109,6 +109,7 @@ def _train(config: RunConfig, run_dir: RunDirectory, resume: ResumePoint | None,
         try:
             status, error = drive(
                 config.cluster,
+                partial(preflight.check_runnable, config),
                 lambda shutdown: _run(config, recorder, display, shutdown, resume),
                 lambda: display.warn("stopping after this step; press Ctrl-C again to stop at once"),
                 partial(console.print, markup=False, highlight=False, soft_wrap=True),
@@ -126,7 +127,7 @@ async def _run(
         services = await unless(shutdown, stack.enter_async_context(launch(config, recorder.failures)))
         recorder.startup.ended("actors")
         recorder.replicas = services.replicas
-        gc.freeze()  # what is loaded by now stays; walking it in a full collection would block the loop for 0.2 s
+        collect_as_usual()
         try:
             async with open_to_operators(recorder.run_dir.path, services):
                 with display:

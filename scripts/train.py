@@ -7,6 +7,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
+from grpo.collection import collect_rarely
 from grpo.command_line import main, run_job
 from grpo.composition import register
 from grpo.config import RunConfig
@@ -15,6 +16,7 @@ register()
 
 
 def _train(config: RunConfig, folder: Path) -> int:
+    collect_rarely()
     from grpo.train import train  # torch and Ray are imported only for a config that can work
 
     return train(config, folder)

@@ -1,6 +1,8 @@
 """Imports point down, and each outside library is used where the design says."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ MAY_IMPORT = {
     "flat_buffer": set(),
     "weights": {"types", "checksum", "flat_buffer"},
     "compute": set(),
+    "collection": set(),
     "structured": {"types"},
     "imports": {"types"},
     "config": {"pacing"},
@@ -37,7 +40,9 @@ MAY_IMPORT = {
         "types", "services", "config", "imports", "weights", "compute", "telemetry",
         "rewards", "tasks", "models", "engines", "learner",
     },
-    "cluster": {"types", "services", "config", "telemetry", "structured", "waiting", "failures", "actors"},
+    "cluster": {
+        "types", "services", "config", "collection", "telemetry", "structured", "waiting", "failures", "actors",
+    },
     "difficulty": {"types"},
     "prompts": {"types", "services", "waiting", "pacing", "difficulty"},
     "rollout": {"types", "services", "config", "imports", "telemetry", "structured", "algorithms"},
@@ -116,3 +121,10 @@ def test_every_place_has_its_line():
 
 def test_the_loop_is_about_a_page():
     assert len((ROOT / "grpo/loop.py").read_text().splitlines()) <= 140
+
+
+def test_the_models_code_is_imported_where_a_model_is_loaded():
+    """It takes as long as torch; the driver looks at it while Ray starts."""
+    program = "import sys, grpo.train, grpo.actors.reward; print('transformers.modeling_utils' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -73,6 +73,7 @@ def checked(tiny_config):
         task = preflight.check_names(tiny_config)
         prepared = preflight.prepare_model(tiny_config, task)
         preflight.check_model(prepared, task)
+        preflight.check_runnable(prepared)
         return prepared
 
     return check

@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from grpo.cluster.handles import ActorHandle
 from grpo.cluster.placement import Node, check_placement
 from grpo.cluster.plan import ActorSpec, actor_specs
-from grpo.cluster.ray_actor import RayEndpoint, host_class
+from grpo.cluster.ray_actor import RayEndpoint, host_class, name_of
 from grpo.cluster.reaper import session_reaper
 from grpo.cluster.replicas import Claims, State
 from grpo.cluster.services import Service, make_service
@@ -132,7 +132,7 @@ def _spawn(spec: ActorSpec, name: str) -> RayEndpoint:
         max_concurrency=_CALLS_PER_ACTOR,
         scheduling_strategy=here if spec.beside else "DEFAULT",
     )
-    return RayEndpoint(name, spec.cls, remote.remote(name, spec.cls, dict(spec.kwargs)))
+    return RayEndpoint(name, spec.cls, remote.remote(name, name_of(spec.cls), dict(spec.kwargs)))
 
 
 async def _all_ready(services: Mapping[str, Service], timeout_s: float) -> None:

@@ -7,14 +7,15 @@ import dataclasses
 import logging
 import os
 import signal
-from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from pkgutil import resolve_name
 from typing import Any, NoReturn
 
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
+from grpo.collection import collect_as_usual, collect_rarely
 from grpo.telemetry.recording import Harvest, Recording, record_in
 from grpo.types import ActorDied, PayloadLost
 
@@ -37,21 +38,32 @@ def host_class(cls: type) -> Any:
     return ray.remote(type(cls.__name__, (_Host,), {}))
 
 
+def name_of(cls: type) -> str:
+    """By which a process finds the class."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
 class _Host:
-    def __init__(self, name: str, factory: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+    def __init__(self, name: str, cls: str, kwargs: dict[str, Any]) -> None:
+        collect_rarely()  # before the class's module is imported: hence its name
         self._name = name
-        self._actor = factory(**kwargs)
+        self._actor = resolve_name(cls)(**kwargs)
         self._recording = Recording()
 
     def __repr__(self) -> str:
         """What Ray's dashboard and logs call it."""
         return self._name
 
-    async def invoke(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], *payloads: Any) -> Any:
+    async def invoke(self, call: tuple[str, tuple[Any, ...], dict[str, Any]], *payloads: Any) -> Any:
+        """`call` is one argument since Ray pickles each of them apart: method, arguments, keyword arguments."""
         record_in(self._recording)
+        method, args, kwargs = call
         args = tuple(_fill(arg, payloads) for arg in args)
         kwargs = {name: _fill(arg, payloads) for name, arg in kwargs.items()}
-        return await getattr(self._actor, method)(*args, **kwargs)
+        result = await getattr(self._actor, method)(*args, **kwargs)
+        if method == "setup":
+            collect_as_usual()
+        return result
 
     async def where(self) -> tuple[str, int]:
         """The node and the process."""
@@ -95,12 +107,12 @@ class RayEndpoint:
         returns_payload = getattr(implementation, "returns_payload", False)
         remote = self.actor.invoke.options(num_returns=2 if returns_payload else 1, name=f"{self.name}.{method}")
         if returns_payload:
-            payload, report = remote.remote(method, args, kwargs, *payloads)
+            payload, report = remote.remote((method, args, kwargs), *payloads)
             result = payload, await self._result(report)
             if hasattr(implementation, "outlives_its_node"):
                 self._copy(method, payload)
             return result
-        return await self._result(remote.remote(method, args, kwargs, *payloads))
+        return await self._result(remote.remote((method, args, kwargs), *payloads))
 
     async def ping(self) -> None:
         await self._result(self.actor.ping.remote())
@@ -159,8 +171,7 @@ def _hoist(arg: Any, payloads: list[ray.ObjectRef]) -> Any:
         payloads.append(arg)
         return _Slot(len(payloads) - 1)
     if dataclasses.is_dataclass(arg) and not isinstance(arg, type):
-        fields = {field.name: getattr(arg, field.name) for field in dataclasses.fields(arg)}
-        references = {name: _hoist(v, payloads) for name, v in fields.items() if isinstance(v, ray.ObjectRef)}
+        references = {name: _hoist(v, payloads) for name, v in vars(arg).items() if isinstance(v, ray.ObjectRef)}
         return dataclasses.replace(arg, **references) if references else arg
     return arg
 
@@ -170,7 +181,6 @@ def _fill(arg: Any, payloads: tuple[Any, ...]) -> Any:
     if isinstance(arg, _Slot):
         return payloads[arg.index]
     if dataclasses.is_dataclass(arg) and not isinstance(arg, type):
-        fields = {field.name: getattr(arg, field.name) for field in dataclasses.fields(arg)}
-        values = {name: payloads[v.index] for name, v in fields.items() if isinstance(v, _Slot)}
+        values = {name: payloads[v.index] for name, v in vars(arg).items() if isinstance(v, _Slot)}
         return dataclasses.replace(arg, **values) if values else arg
     return arg

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from grpo.engines.kv_grid import KVGrid, cache_argument
 from grpo.engines.sampling import RowSampler, uniforms
 from grpo.telemetry.recording import span
 from grpo.types import Completion, Ints, SamplingParams
+
+if TYPE_CHECKING:  # the module behind it takes a second to import
+    from transformers import PreTrainedModel
 
 _SLACK_COLUMNS = 64  # the grid is shifted once in so many steps: rare enough not to show
 _PREFILL_TOKENS = 8192  # prefixes computed in one forward pass: bounds its memory

@@ -10,9 +10,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from grpo.compute import ComputeThread
 from grpo.engines.base import Limits, WeightUpdate
@@ -20,6 +18,9 @@ from grpo.engines.decode_batch import DecodeBatch, Request
 from grpo.telemetry.recording import measure, span
 from grpo.types import Completion, GeneratorStats, Ints, SamplingParams
 from grpo.weights import Weights, load_weights
+
+if TYPE_CHECKING:  # the module behind it takes a second to import
+    from transformers import PreTrainedModel
 
 
 class TorchEngine:

@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
-from transformers import PreTrainedModel, get_scheduler
+from transformers import get_scheduler
 
 from grpo.config import TrainerConfig
 from grpo.learner.collate import Sample, collate, samples_of
@@ -21,6 +22,9 @@ from grpo.learner.state import StateWriter, TrainerState
 from grpo.telemetry.recording import span
 from grpo.types import Batch, CheckpointError, NonFiniteError, StalenessError
 from grpo.weights import Weights, WeightsWriter
+
+if TYPE_CHECKING:  # the module behind it takes a second to import
+    from transformers import PreTrainedModel
 
 _COUNTERS = {"nonfinite_steps", "nonfinite_in_a_row", "schedule_position", "optimizer_steps"}
 

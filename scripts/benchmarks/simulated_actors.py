@@ -1,13 +1,16 @@
-"""Actors that do nothing, but as processes of their own: what is left is what the framework and Ray take."""
+"""Actors that do nothing, but as processes of their own: what is left is what the framework and Ray take.
+
+Imports little: every figure starts five of them.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import random
+from typing import NamedTuple
 
 import numpy as np
 
-from grpo.actors.replay_buffer import ReplayBuffer
-from grpo.cluster.plan import ActorSpec
 from grpo.services import brings_up_to_date, returns_payload
 from grpo.types import (
     Batch,
@@ -20,9 +23,12 @@ from grpo.types import (
     SamplingParams,
     Scores,
 )
-from grpo.weights import Weights
 
 _TOKENS = 32
+
+
+class IdleWeights(NamedTuple):
+    version: int
 
 
 class IdleDataloader:
@@ -40,10 +46,15 @@ class IdleDataloader:
 
 
 class IdleGenerator:
-    """Every group takes `latency_s`."""
+    """Every group takes `latency_s`, give or take the share `spread` of it.
 
-    def __init__(self, latency_s: float) -> None:
-        self._latency_s, self._version = latency_s, 0
+    The first `staggered` groups end evenly over that time, as they would if they had not begun at once.
+    """
+
+    def __init__(self, latency_s: float, spread: float = 0.0, staggered: int = 0) -> None:
+        self._latency_s, self._spread, self._staggered = latency_s, spread, staggered
+        self._version = self._begun = 0
+        self._random = random.Random(0)
 
     async def setup(self) -> None: ...
 
@@ -53,14 +64,20 @@ class IdleGenerator:
     async def generate(self, prompt: Prompt, params: SamplingParams) -> tuple[list[Completion], GenerationReport]:
         version = self._version
         if self._latency_s:
-            await asyncio.sleep(self._latency_s)
+            await asyncio.sleep(self._next_latency_s())
         ids, logprobs = np.arange(_TOKENS), np.zeros(_TOKENS, dtype=np.float32)
         completion = Completion(ids, logprobs, ((version, _TOKENS),), "stop")
         report = GenerationReport(version, version, (_TOKENS,) * params.n, (False,) * params.n)
         return [completion] * params.n, report
 
+    def _next_latency_s(self) -> float:
+        self._begun += 1
+        if self._begun <= self._staggered:
+            return self._latency_s * self._begun / self._staggered
+        return self._latency_s * self._random.uniform(1 - self._spread, 1 + self._spread)
+
     @brings_up_to_date
-    async def update_weights(self, weights: Weights) -> GeneratorStats:
+    async def update_weights(self, weights: IdleWeights) -> GeneratorStats:
         self._version = weights.version
         return GeneratorStats(0.0, 0)
 
@@ -89,20 +106,9 @@ class IdleTrainer:
         return {"loss": 0.0, "policy_age/mean": float(np.mean(ages)), "policy_age/max": float(max(ages))}
 
     @returns_payload
-    async def push_weights(self) -> tuple[Weights, int]:
-        return Weights(self._version, (), np.zeros(1, dtype=np.uint8)), self._version
+    async def push_weights(self) -> tuple[IdleWeights, int]:
+        return IdleWeights(self._version), self._version
 
     @returns_payload
     async def snapshot(self) -> tuple[int, int]:
         return self._version, self._version
-
-
-def idle_specs(latency_s: float) -> list[ActorSpec]:
-    """The actors of a run without a model; none of them reserves a CPU."""
-    return [
-        ActorSpec("dataloader", IdleDataloader),
-        ActorSpec("generator", IdleGenerator, {"latency_s": latency_s}),
-        ActorSpec("reward", IdleReward),
-        ActorSpec("replay_buffer", ReplayBuffer, {"window": 1}),
-        ActorSpec("trainer", IdleTrainer),
-    ]

@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from grpo.cluster.handles import ActorHandle
-from grpo.cluster.ray_actor import RayEndpoint, _Host, host_class
+from grpo.cluster.ray_actor import RayEndpoint, _Host, host_class, name_of
 from grpo.types import ActorDied, RewardError
 from tests.fakes import Parcel, Worker, service_of
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 def process():
-    return RayEndpoint("worker", Worker, host_class(Worker).options(num_cpus=0).remote("worker", Worker, {}))
+    return RayEndpoint("worker", Worker, host_class(Worker).options(num_cpus=0).remote("worker", name_of(Worker), {}))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ async def test_a_dead_process_is_an_error_of_its_own():
 
 async def test_a_process_that_no_longer_answers_can_be_killed():
     endpoint = process()
-    await endpoint.invoke("setup")
+    await endpoint.placed()
     await endpoint.ping()
     os.kill(endpoint.pid, signal.SIGSTOP)
     waiting = asyncio.ensure_future(endpoint.invoke("process"))
@@ -82,4 +82,4 @@ async def test_replicas_are_processes_of_their_own(long_lived):
 
 
 def test_rays_dashboard_and_logs_call_a_process_by_its_name():
-    assert repr(_Host("generator-1", Worker, {})) == "generator-1"
+    assert repr(_Host("generator-1", name_of(Worker), {})) == "generator-1"

@@ -7,7 +7,9 @@ import signal
 from pathlib import Path
 
 import pytest
+from transformers import MambaConfig
 
+from grpo.models.tiny import character_tokenizer
 from tests.scripts.processes import finish, only_run, processes_of
 
 METRICS = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -163,6 +165,19 @@ def test_bad_input_is_one_line_and_exit_code_1(type_in, overrides, message):
 def test_a_model_that_does_not_exist_is_named(type_in):
     code, _, stderr = type_in("train.py", model=["model=hf", "model.path=/nowhere"])
     assert (code, stderr) == (1, "error: model.path: no model folder at '/nowhere' (it would hold a config.json)\n")
+
+
+def test_a_model_that_can_not_be_run_is_one_line_and_leaves_no_process(train, tmp_path):
+    """Found while Ray starts."""
+    folder = tmp_path / "mamba"
+    MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=1).save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
+    (folder / "model.safetensors").touch()
+    process = train(model=["model=hf", f"model.path={folder}"])
+    code, _, stderr = finish(process)
+    assert code == 1
+    assert re.fullmatch(r"error: ConfigError: generator\.engine: .* MambaForCausalLM.*\n", stderr)
+    assert processes_of(process.pid) == []
 
 
 def test_a_dry_run_finds_a_missing_model_too(type_in):
