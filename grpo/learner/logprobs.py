@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grpo.learner.choices import layout_for, plain_head
 from grpo.learner.collate import Sample
 from grpo.learner.head import linear_logprobs
 from grpo.types import Floats
@@ -30,6 +29,8 @@ class TokenLogprobs:
     """
 
     def __init__(self, model: PreTrainedModel, temperature: float, packing: str = "auto") -> None:
+        from grpo.learner.choices import layout_for, plain_head  # as much to import as a model, which is there by now
+
         self._model, self._temperature = model, temperature
         self._layout, why_padded = layout_for(model, packing)
         self._head = plain_head(model)
