@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 _ALIGNMENT = 64  # bytes; lets every tensor be viewed in place
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -49,3 +50,16 @@ def views(specs: Iterable[TensorSpec], buffer: NDArray[np.uint8]) -> Iterator[tu
     for spec in specs:
         part = flat[spec.offset : spec.offset + spec.nbytes]
         yield spec.name, part.view(spec.dtype).view(spec.shape)
+
+
+def all_finite(content: NDArray[np.uint8], dtype: torch.dtype) -> bool:
+    """Whether numbers of a dtype with infinities, as bytes, hold neither NaN nor infinity.
+
+    IEEE 754 orders them like integers, infinity and NaN last: the greatest as signed integers is the greatest positive
+    one, as unsigned integers the most negative one. That reads the bytes twice, and no sum of finite numbers overflows.
+    """
+    infinity = torch.tensor(torch.inf, dtype=dtype).view(_INTEGERS[dtype.itemsize])
+    positive = content.view(f"i{dtype.itemsize}").max(initial=0)
+    negative = content.view(f"u{dtype.itemsize}").max(initial=0)
+    sign = 1 << (8 * dtype.itemsize - 1)
+    return bool(positive < infinity.item() and negative < sign + infinity.item())

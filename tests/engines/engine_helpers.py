@@ -172,3 +172,11 @@ async def begin(coroutine):
     task = asyncio.create_task(coroutine)
     await asyncio.sleep(0)
     return task
+
+
+async def begin_update(engine, weights):
+    """A task that updates an engine, once the weights are checked and the next step will take them or has."""
+    task = await begin(engine.update_weights(weights))
+    while not task.done() and all(queued is not weights for queued, _ in engine._updates):
+        await asyncio.sleep(0.001)
+    return task
