@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -58,8 +59,13 @@ def all_finite(content: NDArray[np.uint8], dtype: torch.dtype) -> bool:
     IEEE 754 orders them like integers, infinity and NaN last: the greatest as signed integers is the greatest positive
     one, as unsigned integers the most negative one. That reads the bytes twice, and no sum of finite numbers overflows.
     """
-    infinity = torch.tensor(torch.inf, dtype=dtype).view(_INTEGERS[dtype.itemsize])
+    infinity, sign = _infinity(dtype), 1 << (8 * dtype.itemsize - 1)
     positive = content.view(f"i{dtype.itemsize}").max(initial=0)
     negative = content.view(f"u{dtype.itemsize}").max(initial=0)
-    sign = 1 << (8 * dtype.itemsize - 1)
-    return bool(positive < infinity.item() and negative < sign + infinity.item())
+    return bool(positive < infinity and negative < sign + infinity)
+
+
+@cache
+def _infinity(dtype: torch.dtype) -> int:
+    """Its bits."""
+    return int(torch.tensor(torch.inf, dtype=dtype).view(_INTEGERS[dtype.itemsize]).item())

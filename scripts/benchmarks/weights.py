@@ -40,6 +40,7 @@ class Publisher:
     """Holds a model in float32, as the trainer does, and publishes it in `dtype`, on every core."""
 
     def __init__(self, nbytes: int, dtype: str) -> None:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))  # Ray had left it one
         self._dtype = getattr(torch, dtype)
         self._model = Layers(nbytes * 4 // self._dtype.itemsize, torch.float32)
         self._writer, self._version = WeightsWriter(self._model, self._dtype), 0
