@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 _ALIGNMENT = 64  # bytes; lets every tensor be viewed in place
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -49,3 +51,21 @@ def views(specs: Iterable[TensorSpec], buffer: NDArray[np.uint8]) -> Iterator[tu
     for spec in specs:
         part = flat[spec.offset : spec.offset + spec.nbytes]
         yield spec.name, part.view(spec.dtype).view(spec.shape)
+
+
+def all_finite(content: NDArray[np.uint8], dtype: torch.dtype) -> bool:
+    """Whether numbers of a dtype with infinities, as bytes, hold neither NaN nor infinity.
+
+    IEEE 754 orders them like integers, infinity and NaN last: the greatest as signed integers is the greatest positive
+    one, as unsigned integers the most negative one. That reads the bytes twice, and no sum of finite numbers overflows.
+    """
+    infinity, sign = _infinity(dtype), 1 << (8 * dtype.itemsize - 1)
+    positive = content.view(f"i{dtype.itemsize}").max(initial=0)
+    negative = content.view(f"u{dtype.itemsize}").max(initial=0)
+    return bool(positive < infinity and negative < sign + infinity)
+
+
+@cache
+def _infinity(dtype: torch.dtype) -> int:
+    """Its bits."""
+    return int(torch.tensor(torch.inf, dtype=dtype).view(_INTEGERS[dtype.itemsize]).item())

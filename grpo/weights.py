@@ -6,17 +6,22 @@ mapped read-only by every process of a node. So weights travel as bytes, whateve
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from grpo.checksum import buffer_checksum
-from grpo.flat_buffer import TensorSpec, buffer_for, lay_out, views
+from grpo.checksum import PIECE, buffer_checksum, combined_checksum, piece_checksum, pieces
+from grpo.flat_buffer import TensorSpec, all_finite, buffer_for, lay_out, views
 from grpo.types import WeightsError
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -36,28 +41,66 @@ class Weights:
         return views(self.specs, self.buffer)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What a piece of the buffer holds of one parameter: these of its elements, in `target`, a view of the buffer."""
+
+    parameter: int
+    elements: slice
+    target: torch.Tensor
+
+
 class WeightsWriter:
-    """Copies a model's parameters into a host buffer that is allocated once and reused."""
+    """Copies a model's parameters into a host buffer that is allocated once and reused.
+
+    Memory is what this waits for. So every piece of the buffer is filled and checked while it is in the cache, and as
+    many threads as torch may use share the pieces.
+    """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        self._model = model
+        self._model, self._dtype = model, dtype
         self._specs = lay_out((name, parameter.shape, dtype) for name, parameter in model.named_parameters())
         self._buffer = buffer_for(self._specs)
+        self._pieces = pieces(self._buffer.nbytes)
+        self._parts: list[list[_Part]] = [[] for _ in self._pieces]
+        for i, (spec, (_, tensor)) in enumerate(zip(self._specs, views(self._specs, self._buffer), strict=True)):
+            for j in range(spec.offset // PIECE, -(-(spec.offset + spec.nbytes) // PIECE)):
+                start, stop = (max(0, end - spec.offset) // dtype.itemsize for end in (j * PIECE, (j + 1) * PIECE))
+                elements = slice(start, min(stop, tensor.numel()))
+                self._parts[j].append(_Part(i, elements, tensor.view(-1)[elements]))
 
-    @torch.no_grad()
     def write(self, version: int) -> Weights:
         """Snapshot the parameters. The next call overwrites the buffer, so its receivers must have loaded by then.
 
         Raises WeightsError when a parameter is not finite, or not in the published dtype: such weights are never
         published.
         """
-        weights = Weights(version, self._specs, self._buffer)
-        for (name, target), parameter in zip(weights.tensors(), self._model.parameters(), strict=True):
-            converted = parameter.to(target.dtype)
-            if not torch.isfinite(converted).all():
-                raise WeightsError(f"{name} holds NaN or infinity at version {version}: not published")
-            target.copy_(converted)
-        return replace(weights, checksum=buffer_checksum(self._buffer))
+        sources = [parameter.detach().reshape(-1) for parameter in self._model.parameters()]
+        checksums = _shared_out(partial(self._fill, version, sources), len(self._pieces), torch.get_num_threads())
+        return Weights(version, self._specs, self._buffer, combined_checksum(checksums))
+
+    def _fill(self, version: int, sources: Sequence[torch.Tensor], number: int) -> bytes:
+        """Copy what belongs into one piece; returns its checksum."""
+        for part in self._parts[number]:
+            part.target.copy_(sources[part.parameter][part.elements])
+        piece = self._buffer[self._pieces[number]]
+        if not all_finite(piece, self._dtype):
+            part = next(part for part in self._parts[number] if not torch.isfinite(part.target).all())
+            name = self._specs[part.parameter].name
+            raise WeightsError(f"{name} holds NaN or infinity at version {version}: not published")
+        return piece_checksum(piece)
+
+
+def _shared_out(work: Callable[[int], R], count: int, threads: int) -> list[R]:
+    """What `work` makes of 0, 1, ..., count - 1, of which every thread takes an equal share.
+
+    Torch starts no threads of its own inside.
+    """
+    shares = [range(count * i // threads, count * (i + 1) // threads) for i in range(threads)]
+    with ThreadPoolExecutor(threads, "weights", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        results = [result for share in pool.map(lambda share: [work(i) for i in share], shares) for result in share]
+    torch.set_num_threads(threads)  # what later threads begin with, and the pool's have changed
+    return results
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -81,13 +124,19 @@ def check_intact(weights: Weights) -> None:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, weights: Weights) -> None:
-    """Copy published weights into a model in place.
+    """Have a model compute with published weights, which `check_intact` has let pass.
 
-    Raises WeightsError, before anything is changed, when names or shapes are not exactly the model's, or when the
-    weights were damaged on their way.
+    A buffer that nobody can write to any more, as the object store hands it out, becomes the memory of the parameters:
+    nothing is copied, all models of a node share it, and it is freed when they have the next. Such parameters must not
+    be written to. Everything else is copied: a buffer that may be used again, and what goes to a GPU or another dtype.
+
+    Raises WeightsError, before anything is changed, when names or shapes are not exactly the model's.
     """
     check_fit(parameter_shapes(model), weights)
-    check_intact(weights)
     parameters = dict(model.named_parameters())
     for name, tensor in weights.tensors():
-        parameters[name].copy_(tensor)
+        parameter = parameters[name]
+        if (parameter.device, parameter.dtype) != (tensor.device, tensor.dtype):
+            parameter.copy_(tensor)
+        else:  # never into the old memory, which may be the store's
+            parameter.data = tensor.clone() if weights.buffer.flags.writeable else tensor

@@ -1,6 +1,8 @@
 import copy
 import dataclasses
+import gc
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from torch import nn
 
 from grpo.models.tiny import tiny_llama
 from grpo.types import WeightsError
-from grpo.weights import Weights, WeightsWriter, load_weights
+from grpo.weights import Weights, WeightsWriter, check_intact, load_weights
 
 
 def tiny(seed=0):
@@ -119,15 +121,112 @@ def test_the_buffer_travels_out_of_band():
     assert len(pickled) < weights.buffer.nbytes / 10
 
 
-def test_weights_load_from_a_read_only_buffer():
-    source, target = tiny(), tiny(seed=1)
-    _, received, _ = travelled(WeightsWriter(source, torch.float32).write(4))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_read_only_buffer_becomes_the_memory_of_the_parameters(dtype):
+    source, target = tiny().to(dtype), tiny(seed=1).to(dtype)
+    _, received, _ = travelled(WeightsWriter(source, dtype).write(4))
     assert not received.buffer.flags.writeable
     load_weights(target, received)  # a warning would be an error here
-    assert received.version == 4
     assert_same(state(target), state(source))
+    for parameter in target.parameters():
+        assert np.shares_memory(parameter.detach().view(torch.uint8).numpy(), received.buffer)
+    assert target.lm_head.weight is target.model.embed_tokens.weight
+
+
+def test_the_memory_of_a_version_is_freed_when_the_next_is_loaded():
+    source, target = tiny(), tiny(seed=1)
+    writer = WeightsWriter(source, torch.float32)
+    _, received, _ = travelled(writer.write(1))
+    load_weights(target, received)
+    old = weakref.ref(received.buffer)
+    _, received, _ = travelled(writer.write(2))
+    gc.collect()
+    assert old() is not None
+    load_weights(target, received)
+    gc.collect()
+    assert old() is None
+
+
+def test_a_buffer_that_may_be_written_again_is_copied_and_never_into_a_shared_one():
+    source, target = tiny(), tiny(seed=1)
+    writer = WeightsWriter(source, torch.float32)
+    _, shared, _ = travelled(writer.write(1))
+    load_weights(target, shared)
+    first = state(source)
     with torch.no_grad():
-        target.model.norm.weight.add_(1)  # the model owns what it loaded
+        source.model.norm.weight.add_(1)
+    load_weights(target, writer.write(2))
+    second = state(source)
+    with torch.no_grad():
+        source.model.norm.weight.add_(1)
+    writer.write(3)
+    assert_same(state(target), second)
+    assert_same(dict(shared.tensors()), first)
+
+
+def test_weights_of_another_dtype_are_converted():
+    source, target = tiny(), tiny(seed=1)
+    _, received, _ = travelled(WeightsWriter(source, torch.bfloat16).write(4))
+    load_weights(target, received)
+    assert_same(state(target), {name: tensor.bfloat16().float() for name, tensor in state(source).items()})
+
+
+class Large(nn.Module):
+    """Parameters over several pieces, with small, empty and transposed ones between."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = {"first": (700_001,), "small": (3,), "empty": (0, 5), "second": (523, 1009), "last": (1,)}
+        generator = torch.Generator().manual_seed(0)
+        for name, shape in sizes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=generator)))
+        self.turned = nn.Parameter(torch.randn(300, 41, generator=generator).T)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_parameters_are_written_whole_by_any_number_of_threads(dtype, threads):
+    model, before = Large(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        weights = WeightsWriter(model, dtype).write(1)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    check_intact(weights)
+    assert_same(dict(weights.tensors()), {name: tensor.to(dtype) for name, tensor in state(model).items()})
+
+
+def test_a_model_without_parameters_has_weights():
+    weights = WeightsWriter(nn.Module(), torch.float32).write(1)
+    check_intact(weights)
+    assert list(weights.tensors()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_found_in_every_place(value, dtype):
+    model = Large()
+    writer = WeightsWriter(model, dtype)
+    for name, place in [("first", 0), ("first", 700_000), ("small", 1), ("second", 262_144), ("last", 0)]:
+        with torch.no_grad():
+            parameter = dict(model.named_parameters())[name].view(-1)
+            kept = parameter[place].item()
+            parameter[place] = value
+            with pytest.raises(WeightsError, match=f"^{name} holds NaN or infinity"):
+                writer.write(1)
+            parameter[place] = kept
+    writer.write(2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_finite_weights_are_published(dtype, sign):
+    model = Large()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(sign * torch.finfo(dtype).max)
+    check_intact(WeightsWriter(model, dtype).write(1))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -186,15 +285,13 @@ def test_weights_of_another_model_are_refused_before_anything_changes(mismatch):
 
 
 @pytest.mark.parametrize("place", [0, 77, -1])
-def test_damaged_weights_are_refused_before_anything_changes(place):
-    target, (_, weights, _) = tiny(seed=1), travelled(WeightsWriter(tiny(), torch.float32).write(2))
-    before = state(target)
+def test_damaged_weights_are_refused(place):
+    _, weights, _ = travelled(WeightsWriter(tiny(), torch.float32).write(2))
     buffer = weights.buffer.copy()
     buffer[place] ^= 1
     with pytest.raises(WeightsError, match="version 2 was damaged on its way"):
-        load_weights(target, dataclasses.replace(weights, buffer=buffer))
-    assert_same(state(target), before)
-    load_weights(target, weights)
+        check_intact(dataclasses.replace(weights, buffer=buffer))
+    check_intact(weights)
 
 
 def test_loading_keeps_gradients_and_the_parameters_themselves():

@@ -17,7 +17,7 @@ from grpo.engines.base import Limits, WeightUpdate
 from grpo.engines.decode_batch import DecodeBatch, Request
 from grpo.telemetry.recording import measure, span
 from grpo.types import Completion, GeneratorStats, Ints, SamplingParams
-from grpo.weights import Weights, load_weights
+from grpo.weights import Weights, check_intact, load_weights
 
 if TYPE_CHECKING:  # the module behind it takes a second to import
     from transformers import PreTrainedModel
@@ -52,6 +52,7 @@ class TorchEngine:
         self._futures: dict[Request, asyncio.Future[list[Completion]]] = {}
         self._aborted: list[Request] = []
         self._updates: deque[tuple[Weights, asyncio.Future[None]]] = deque()
+        self._checking = asyncio.Lock()
         self._work = asyncio.Event()
         self._tokens = 0
         self._thread = ComputeThread("engine", threads)
@@ -80,7 +81,12 @@ class TorchEngine:
             del self._futures[request]
 
     async def update_weights(self, weights: Weights) -> None:
-        """Swap weights between two decode steps; returns once they are in use."""
+        """Swap weights between two decode steps; returns once they are in use.
+
+        Raises WeightsError, with the old weights in use, when they don't fit or were damaged.
+        """
+        async with self._checking:  # one after another, so they come into use in the order of the calls
+            await asyncio.to_thread(check_intact, weights)  # generation goes on meanwhile
         loaded = asyncio.get_running_loop().create_future()
         self._updates.append((weights, loaded))
         self._work.set()

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import copy
 import itertools
+import time
 
 import numpy as np
 import torch
@@ -171,4 +172,12 @@ async def begin(coroutine):
     """A task that has run up to its first wait."""
     task = asyncio.create_task(coroutine)
     await asyncio.sleep(0)
+    return task
+
+
+async def begin_update(engine, weights):
+    """A task that updates an engine, once the weights are checked and the next step will take them or has."""
+    task = await begin(engine.update_weights(weights))
+    while not task.done() and all(queued is not weights for queued, _ in engine._updates):
+        await asyncio.to_thread(time.sleep, 0.001)
     return task

@@ -4,6 +4,7 @@ import pytest
 from engine_helpers import (
     at_forward,
     begin,
+    begin_update,
     forward_shapes,
     greedy,
     greedy_tokens,
@@ -95,15 +96,15 @@ async def test_a_bad_request_is_refused_and_the_engine_goes_on(length, settings,
 
 
 async def test_closing_raises_at_every_pending_call():
-    model, reached = llama(), asyncio.Event()
+    model, pending, reached = llama(), [], asyncio.Event()
     async with serving(model, max_rows=1, weight_update="drain") as engine:
 
-        async def signal():
+        async def update():
+            pending.append(await begin_update(engine, weights_of(llama(seed=2), 1)))
             reached.set()
 
-        at_forward(model, 2, signal)
-        pending = [await begin(engine.generate(prompt_of(4), greedy(40))) for _ in range(2)]
-        pending.append(await begin(engine.update_weights(weights_of(llama(seed=2), 1))))
+        at_forward(model, 2, update)
+        pending += [await begin(engine.generate(prompt_of(4), greedy(40))) for _ in range(2)]
         await reached.wait()
         await engine.close()
         for call in pending:
@@ -128,15 +129,17 @@ async def test_an_idle_engine_closes_at_once():
 
 
 async def test_an_error_inside_a_step_reaches_every_waiting_call():
-    model, pending = llama(), []
+    model, pending, begun = llama(), [], asyncio.Event()
 
     async def fail():
+        await begun.wait()
         raise ZeroDivisionError("inside the model")
 
     async with serving(model, max_rows=1, weight_update="drain") as engine:
         at_forward(model, 3, fail)
         pending += [await begin(engine.generate(prompt_of(4), greedy(40))) for _ in range(3)]
-        pending.append(await begin(engine.update_weights(weights_of(llama(seed=2), 1))))
+        pending.append(await begin_update(engine, weights_of(llama(seed=2), 1)))
+        begun.set()
         for call in pending:
             with pytest.raises(ZeroDivisionError, match="inside the model"):
                 await call

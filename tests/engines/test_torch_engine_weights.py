@@ -9,6 +9,7 @@ from engine_helpers import (
     ARCHITECTURES,
     at_forward,
     begin,
+    begin_update,
     full_logprobs,
     gpt2,
     greedy,
@@ -30,7 +31,7 @@ async def generate_through_update(model, new, *, swap, params, prompt, **setting
     async with serving(model, **settings) as engine:
 
         async def update():
-            updates.append(await begin(engine.update_weights(weights_of(new, 1))))
+            updates.append(await begin_update(engine, weights_of(new, 1)))
 
         at_forward(model, swap, update)
         group = await engine.generate(prompt, params)
@@ -95,7 +96,7 @@ async def test_recompute_covers_rows_of_every_length_in_several_passes(monkeypat
             running.append(await begin(engine.generate(prompt_of(8), params)))
 
         async def update():
-            updates.append(await begin(engine.update_weights(weights_of(new, 1))))
+            updates.append(await begin_update(engine, weights_of(new, 1)))
 
         at_forward(model, 3, join)
         at_forward(model, 7, update)
@@ -116,7 +117,7 @@ async def test_each_token_of_a_completion_knows_its_version_through_several_upda
 
         def update_to(version):
             async def update():
-                updates.append(await begin(engine.update_weights(weights_of(llama(seed=version), version))))
+                updates.append(await begin_update(engine, weights_of(llama(seed=version), version)))
 
             return update
 
@@ -132,7 +133,7 @@ async def test_drain_gives_every_completion_one_version():
     async with serving(model, weight_update="drain") as engine:
 
         async def update():
-            late.append(await begin(engine.update_weights(weights_of(new, 1))))
+            late.append(await begin_update(engine, weights_of(new, 1)))
             late.append(await begin(engine.generate(prompt_of(6), greedy(5))))
             late[0].add_done_callback(lambda _: order.append("updated"))
             late[1].add_done_callback(lambda _: order.append("generated"))
@@ -153,7 +154,7 @@ async def test_drain_with_two_updates_pending_starts_new_work_under_the_last():
     async with serving(model, weight_update="drain") as engine:
 
         async def update():
-            late.extend([await begin(engine.update_weights(weights_of(llama(seed=v), v))) for v in (2, 3)])
+            late.extend([await begin_update(engine, weights_of(llama(seed=v), v)) for v in (2, 3)])
             late.append(await begin(engine.generate(prompt_of(6), greedy(5))))
 
         at_forward(model, 2, update)
@@ -182,7 +183,7 @@ async def test_weights_that_do_not_fit_are_refused_and_the_old_ones_stay(spoil):
     async with serving(model) as engine:
 
         async def update():
-            refusals.append(await begin(engine.update_weights(spoil(weights_of(llama(seed=2), 1)))))
+            refusals.append(await begin_update(engine, spoil(weights_of(llama(seed=2), 1))))
 
         at_forward(model, 3, update)
         (completion,) = await engine.generate(prompt_of(4), greedy(8))
@@ -200,7 +201,7 @@ async def test_a_cancelled_update_does_not_stop_the_engine():
     async with serving(model, weight_update="drain") as engine:
 
         async def update_and_give_up():
-            updates.append(await begin(engine.update_weights(weights_of(llama(seed=2), 1))))
+            updates.append(await begin_update(engine, weights_of(llama(seed=2), 1)))
             updates[0].cancel()
 
         at_forward(model, 3, update_and_give_up)
@@ -220,13 +221,44 @@ async def test_closing_while_weights_load_raises_at_the_update(monkeypatch):
 
     monkeypatch.setattr(torch_engine, "load_weights", slow_load)
     async with serving(llama()) as engine:
-        update = await begin(engine.update_weights(weights_of(llama(seed=2), 1)))
+        update = await begin_update(engine, weights_of(llama(seed=2), 1))
         await loading.wait()
         closing = await begin(engine.close())
         gate.set()
         await closing
         with pytest.raises(RuntimeError, match="closed"):
             await asyncio.wait_for(update, 10)
+
+
+async def test_generation_goes_on_while_weights_are_checked(monkeypatch):
+    checking, gate = threading.Event(), threading.Event()
+
+    def slow_check(_weights):
+        checking.set()
+        assert gate.wait(30)
+
+    monkeypatch.setattr(torch_engine, "check_intact", slow_check)
+    async with serving(llama()) as engine:
+        updates = [await begin(engine.update_weights(weights_of(llama(seed=v), v))) for v in (2, 3)]
+        await asyncio.to_thread(checking.wait, 30)
+        (completion,) = await engine.generate(prompt_of(4), greedy(8))
+        assert completion.versions == ((0, 8),)
+        gate.set()
+        await asyncio.gather(*updates)
+        assert engine.version == 3  # in the order of the calls
+
+
+async def test_weights_in_read_only_memory_are_decoded_with_and_not_written_to():
+    new = llama(seed=2)
+    weights = weights_of(new, 1)
+    weights.buffer.flags.writeable = False
+    before = weights.buffer.copy()
+    async with serving(llama()) as engine:
+        await engine.update_weights(weights)
+        (completion,) = await engine.generate(prompt_of(4), greedy(8))
+        assert completion.token_ids.tolist() == greedy_tokens(new, prompt_of(4), 8)
+        await engine.update_weights(weights_of(llama(seed=3), 2))
+    assert np.array_equal(weights.buffer, before)
 
 
 async def test_the_published_weights_are_not_changed_by_loading_them():
