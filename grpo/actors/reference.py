@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 import torch
 
-from grpo.compute import ComputeThread
+from grpo.compute import ComputeThread, run_apart
 from grpo.config import RunConfig
 from grpo.learner.collate import Sample, make_sample
 from grpo.learner.logprobs import sample_logprobs
@@ -21,12 +20,12 @@ class Reference:
     """The model as it was before training."""
 
     def __init__(self, config: RunConfig, *, device: str = "cpu", threads: int = 0) -> None:
-        self._config, self._device = config, device
+        self._config, self._device, self._threads = config, device, threads
         self._thread = ComputeThread("reference", threads)
 
     async def setup(self) -> None:
-        self._model = await asyncio.to_thread(
-            load_model, self._config.model, getattr(torch, self._config.model.dtype), self._device
+        self._model = await run_apart(
+            self._threads, load_model, self._config.model, getattr(torch, self._config.model.dtype), self._device
         )
 
     @returns_payload
