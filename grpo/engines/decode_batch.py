@@ -60,14 +60,17 @@ class DecodeBatch:
         As many rows of the requests join, in order, as there are places. Returns the requests that this finished, and
         the number of tokens sampled.
         """
-        logits = []
+        decoded = []
         if self._rows:
-            with span("decode", rows=len(self._rows)):
-                logits.append(self._decode())
+            with span("decode", rows=self.running):
+                decoded.append(self._decode())
+                if not joining:
+                    return self._sample(decoded)
         if joining:
-            with span("prefill", groups=len(joining)):
-                logits.append(self._join(joining))
-        return (self._sample(torch.cat(logits)), sum(map(len, logits))) if logits else ([], 0)
+            rows = min(sum(request.to_join for request in joining), self.free_rows)
+            with span("prefill", rows=rows, groups=len(joining)):
+                return self._sample([*decoded, *self._join(joining)])
+        return [], 0
 
     @torch.inference_mode()
     def recompute(self) -> None:
@@ -98,8 +101,8 @@ class DecodeBatch:
         self._kv.end += 1
         return output.logits[:, -1]
 
-    def _join(self, requests: Sequence[Request]) -> Tensor:
-        """Let rows join whose prompts end before column `end`; the logits [joining, V] of their first tokens."""
+    def _join(self, requests: Sequence[Request]) -> list[Tensor]:
+        """Let rows join whose prompts end before column `end`; the logits [rows, V] of each group's first tokens."""
         if not self._rows:
             self._kv.end = self.max_prompt_tokens
         logits = []
@@ -114,7 +117,7 @@ class DecodeBatch:
             if not request.to_join:
                 request.prefix = None
         self._refresh()
-        return torch.cat(logits)
+        return logits
 
     def _prefixes(self, requests: Sequence[Request]) -> Iterator[Prefix]:
         """The prompts, of which none is read twice under the same weights."""
@@ -127,11 +130,11 @@ class DecodeBatch:
             assert request.prefix is not None
             yield request.prefix
 
-    def _sample(self, logits_BV: Tensor) -> list[Request]:
-        """Draw the token at column `end` of every row and let the finished rows leave."""
+    def _sample(self, logits: Sequence[Tensor]) -> tuple[list[Request], int]:
+        """Draw the token at column `end` of every row from logits [B, V] in parts, and let the finished rows leave."""
         end, rows = self._kv.end, self._of_rows
         position_B = end - rows.begin_B
-        tokens_B, logprobs_B = rows.sampler.draw(logits_BV, self._tokens.uniforms(position_B))
+        tokens_B, logprobs_B = rows.sampler.draw(torch.cat(list(logits)), self._tokens.uniforms(position_B))
         self._tokens.write(end, tokens_B, logprobs_B, self.version)
         leaving = rows.endings(tokens_B, position_B)
         finished = []
@@ -141,7 +144,7 @@ class DecodeBatch:
             if row.request.done:
                 finished.append(row.request)
         self._remove(list(leaving))
-        return finished
+        return finished, len(tokens_B)
 
     def _remove(self, leaving: Sequence[int]) -> None:
         """Fill the places of leaving rows with the last rows that stay."""
