@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shlex
 import subprocess
 import time
 from dataclasses import dataclass
@@ -113,8 +114,9 @@ class VLLMProcess:
             "max_num_seqs": sequences,
             "max_model_len": PROMPT_TOKENS + MOST_TOKENS,
         }
+        self._command = [str(python), str(program), json.dumps(settings), str(THREADS)]
         self._process = subprocess.Popen(
-            [python, program, json.dumps(settings), str(THREADS)],
+            self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -136,7 +138,7 @@ class VLLMProcess:
         self._process.stdin.write(json.dumps(question) + "\n")
         self._process.stdin.flush()
         if not (line := self._process.stdout.readline()):
-            raise RuntimeError(f"vLLM's process ended; run {' '.join(map(str, self._process.args))} to see why")  # type: ignore[arg-type]
+            raise RuntimeError(f"vLLM's process ended; run {shlex.join(self._command)} to see why")
         return dict(json.loads(line))
 
 
