@@ -98,7 +98,7 @@ async def test_cancelling_a_group_takes_its_running_rows_and_those_that_wait():
 
         at_forward(model, 3, cancel)
         for count, n in ((8, 1), (20, 2), (5, 2)):
-            running.append(await begin(engine.generate(prompt_of(4), greedy(count, n=n))))
+            running.append(asyncio.create_task(engine.generate(prompt_of(4), greedy(count, n=n))))
         results = await asyncio.gather(*running, return_exceptions=True)
         assert engine.stats().tokens == 8 + 3 + 2 * 5
     assert isinstance(results[1], asyncio.CancelledError)
