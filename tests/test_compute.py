@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo import compute
-from grpo.compute import BusyClock, ComputeThread
+from grpo.compute import BusyClock, ComputeThread, run_apart
 
 
 @pytest.fixture
@@ -123,3 +123,11 @@ def test_a_busy_clock_counts_overlapping_work_once(clock):
         clock.now = 9.0
     clock.now = 20.0
     assert busy.seconds == 4.0
+
+
+async def test_work_run_apart_leaves_no_thread_behind():
+    ran_in = await run_apart(1, threading.current_thread)
+    assert ran_in is not threading.current_thread()
+    assert not ran_in.is_alive()
+    with pytest.raises(ZeroDivisionError):
+        await run_apart(1, lambda: 1 / 0)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from dataclasses import replace
 
 import torch
 
+from grpo.compute import run_apart
 from grpo.config import RunConfig
 from grpo.engines.base import Engine, Limits
 from grpo.engines.simulated import SimulatedEngine
@@ -86,7 +86,7 @@ async def make_engine(config: RunConfig, device: str, threads: int) -> Engine:
                 **settings.args,
             },
         )
-    model = await asyncio.to_thread(load_model, config.model, getattr(torch, config.model.dtype), device)
+    model = await run_apart(threads, load_model, config.model, getattr(torch, config.model.dtype), device)
     return TorchEngine(
         model,
         stop_token_ids=stop_token_ids(model, tokenizer),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 import torch
 
-from grpo.compute import ComputeThread
+from grpo.compute import ComputeThread, run_apart
 from grpo.config import RunConfig
 from grpo.learner.collate import Sample, make_sample
 from grpo.learner.logprobs import TokenLogprobs
@@ -21,13 +20,17 @@ class Reference:
     """The model as it was before training."""
 
     def __init__(self, config: RunConfig, *, device: str = "cpu", threads: int = 0) -> None:
-        self._config, self._device = config, device
+        self._config, self._device, self._threads = config, device, threads
         self._thread = ComputeThread("reference", threads)
 
     async def setup(self) -> None:
         config = self._config
-        model = await asyncio.to_thread(load_model, config.model, getattr(torch, config.model.dtype), self._device)
-        self._logprobs = TokenLogprobs(model, config.rollout.temperature or 1.0, config.trainer.packing)
+        model = await run_apart(
+            self._threads, load_model, config.model, getattr(torch, config.model.dtype), self._device
+        )
+        self._logprobs = await self._thread.run(  # which tries the model out
+            TokenLogprobs, model, config.rollout.temperature or 1.0, config.trainer.packing
+        )
 
     @returns_payload
     async def logprobs(self, prompt: Prompt, completions: Sequence[Completion]) -> tuple[list[Floats], None]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import torch
 
-from grpo.compute import ComputeThread
+from grpo.compute import ComputeThread, run_apart
 from grpo.config import RunConfig
 from grpo.learner.learner import Learner
 from grpo.learner.objective import Objective
@@ -22,13 +20,14 @@ class Trainer:
     """One train step at a time, in a thread of its own."""
 
     def __init__(self, config: RunConfig, *, device: str = "cpu", threads: int = 0) -> None:
-        self._config, self._device = config, device
+        self._config, self._device, self._threads = config, device, threads
         self._thread = ComputeThread("trainer", threads)
 
     async def setup(self) -> None:
         config = self._config
-        self._learner = Learner(
-            await asyncio.to_thread(load_model, config.model, torch.float32, self._device),
+        self._learner = await self._thread.run(  # which tries the model out
+            Learner,
+            await run_apart(self._threads, load_model, config.model, torch.float32, self._device),
             config.trainer,
             Objective(config.loss, config.correction),
             temperature=config.rollout.temperature or 1.0,

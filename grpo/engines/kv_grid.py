@@ -14,12 +14,13 @@ used ones move back to the left edge.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+
+from grpo.engines.prefixes import Prefix
 
 
 class _Layer(CacheLayerMixin):
@@ -64,14 +65,14 @@ class KVGrid:
         """The running rows as a Hugging Face cache that takes exactly one more column."""
         return Cache(layers=self._layers)
 
-    def store(self, prefix: DynamicCache, sources: Tensor, rows: Tensor) -> None:
-        """Copy sequences `sources` of a freshly computed prefix that ends at column `end` into `rows`, [n] each."""
+    def store(self, prefix: Prefix, rows: slice) -> None:
+        """Copy a freshly computed prefix into `rows`, so that it ends before column `end`."""
         if not self._layers:
-            self._allocate(prefix)
-        for layer, computed in zip(self._layers, prefix.layers, strict=True):
-            begin = self.end - computed.keys.shape[2]
-            layer.keys[rows, :, begin : self.end] = computed.keys[sources]
-            layer.values[rows, :, begin : self.end] = computed.values[sources]
+            self._allocate(prefix.cache)
+        columns = slice(self.end - prefix.length, self.end)
+        for layer, computed in zip(self._layers, prefix.cache.layers, strict=True):
+            layer.keys[rows, :, columns] = computed.keys[prefix.source, :, -prefix.length :]
+            layer.values[rows, :, columns] = computed.values[prefix.source, :, -prefix.length :]
 
     def move_rows(self, sources: Tensor, rows: Tensor) -> None:
         for buffer in self._buffers():
@@ -81,19 +82,15 @@ class KVGrid:
         for buffer in self._buffers():
             kept = buffer[: self.rows, :, self.first : self.end].clone()  # source and target overlap
             buffer[: self.rows, :, self.first - columns : self.end - columns] = kept
+        self.end -= columns
 
     def _buffers(self) -> list[Tensor]:
         return [buffer for layer in self._layers for buffer in (layer.keys, layer.values)]
 
-    def _allocate(self, prefix: DynamicCache) -> None:
+    def _allocate(self, computed: DynamicCache) -> None:
         def empty(like: Tensor) -> Tensor:
             _, heads, _, size = like.shape
             # Zeros, because a masked place still enters the attention as 0 * value, and 0 * NaN is NaN.
             return torch.zeros(self.max_rows, heads, self.max_columns, size, dtype=like.dtype, device=like.device)
 
-        self._layers = [_Layer(self, empty(layer.keys), empty(layer.values)) for layer in prefix.layers]
-
-
-def cache_argument(model: nn.Module) -> str:
-    """The name under which the model takes its keys and values: `cache` from transformers 5.24 on."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        self._layers = [_Layer(self, empty(layer.keys), empty(layer.values)) for layer in computed.layers]

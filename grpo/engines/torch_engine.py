@@ -1,7 +1,7 @@
 """The embedded engine: continuous batching over any Hugging Face causal LM with full or sliding attention.
 
-Requests wait in arrival order. One task runs the batch step by step in a thread of its own; between two steps groups
-join whole, finished rows leave, cancelled requests are dropped and new weights are swapped in.
+Requests wait in arrival order. One task runs the batch step by step in a thread of its own; between two steps the
+rows of waiting groups take the places of finished ones, cancelled requests are dropped and new weights are swapped in.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from grpo.compute import ComputeThread
 from grpo.engines.base import Limits, WeightUpdate
-from grpo.engines.decode_batch import DecodeBatch, Request
+from grpo.engines.decode_batch import DecodeBatch
+from grpo.engines.requests import Request
 from grpo.telemetry.recording import measure, span
 from grpo.types import Completion, GeneratorStats, Ints, SamplingParams
 from grpo.weights import Weights, check_intact, load_weights
@@ -112,6 +113,8 @@ class TorchEngine:
                 await self._drop_aborted()
                 await self._swap_weights()
                 finished, tokens = await self._thread.run(self._batch.step, self._admit())
+                while self._waiting and not self._waiting[0].to_join:
+                    self._waiting.popleft()
                 measure("generator/rows", self._batch.running)
                 self._tokens += tokens
                 for request in finished:
@@ -119,17 +122,24 @@ class TorchEngine:
                         self._futures[request].set_result(request.result())
 
     def _admit(self) -> list[Request]:
-        """The waiting groups that fit now, in order; none while a drain is pending."""
+        """The waiting groups of which at least one row fits now, in order; no new ones while a drain is pending."""
         joining: list[Request] = []
         rows = self._batch.free_rows
-        while self._waiting and not self._updates and self._waiting[0].params.n <= rows:
-            joining.append(self._waiting.popleft())
-            rows -= joining[-1].params.n
-            measure("generator/queue_s", time.perf_counter() - joining[-1].arrived_s, "percentiles")
+        for request in self._waiting:
+            if rows <= 0 or (self._updates and not request.joined):
+                break
+            joining.append(request)
+            rows -= request.to_join
+            if not request.joined:
+                measure("generator/queue_s", time.perf_counter() - request.arrived_s, "percentiles")
         return joining
 
+    @property
+    def _group_under_way(self) -> bool:
+        return bool(self._batch.running or (self._waiting and self._waiting[0].joined))
+
     async def _swap_weights(self) -> None:
-        if not self._updates or (self._weight_update == "drain" and self._batch.running):
+        if not self._updates or (self._weight_update == "drain" and self._group_under_way):
             return
         weights, loaded = self._updates[0]  # stays listed while it loads: closing has to reach its caller
         try:
@@ -154,7 +164,7 @@ class TorchEngine:
         for request in self._aborted:
             if request in self._waiting:
                 self._waiting.remove(request)
-            else:
+            if request.joined:
                 await self._thread.run(self._batch.abort, request)
         self._aborted.clear()
 

@@ -19,9 +19,14 @@ from grpo.weights import Weights
 @dataclass(eq=False)
 class _Request:
     serial: int
-    left: list[int]  # tokens of its completions, those that have not ended
+    to_join: list[int]  # tokens of the completions that wait for a place
+    left: list[int] = field(default_factory=list)  # tokens that the running ones have left
     done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     oldest_version: int = -1
+
+    @property
+    def begun(self) -> bool:
+        return self.oldest_version >= 0
 
 
 class SimulatedGenerator:
@@ -87,19 +92,25 @@ class SimulatedGenerator:
             self._version = version
             loaded.set_result(None)
 
-    def _admit(self) -> list[_Request]:
-        joining: list[_Request] = []
-        while self._can_admit(sum(len(request.left) for request in joining)):
-            joining.append(self._waiting.popleft())
+    def _admit(self) -> list[tuple[_Request, list[int]]]:
+        """Completions that join, by group."""
+        joining: list[tuple[_Request, list[int]]] = []
+        while self._can_admit(joined := sum(len(lengths) for _, lengths in joining)):
+            request = self._waiting[0]
+            free = self._settings.max_sequences - self._rows - joined
+            joining.append((request, request.to_join[:free]))
+            request.to_join = request.to_join[free:]
+            if not request.to_join:
+                self._waiting.popleft()
         return joining
 
     def _can_load(self) -> bool:
-        return bool(self._updates) and not (self._settings.weight_update == "drain" and self._running)
+        under_way = self._running or (self._waiting and self._waiting[0].begun)
+        return bool(self._updates) and not (self._settings.weight_update == "drain" and under_way)
 
     def _can_admit(self, joining: int = 0) -> bool:
-        rows = self._rows + joining
-        fits = bool(self._waiting) and rows + len(self._waiting[0].left) <= self._settings.max_sequences
-        return fits and not self._updates
+        free = self._rows + joining < self._settings.max_sequences
+        return free and bool(self._waiting) and (not self._updates or self._waiting[0].begun)
 
     async def _decode(self, *, once: bool) -> None:
         """A token for every running completion, or as many as all of them have left if nobody comes before."""
@@ -119,21 +130,31 @@ class SimulatedGenerator:
         await self._work(self._world.profile.decode(self._rows, finished))
         self._count(1)
 
-    async def _prefill(self, joining: list[_Request]) -> None:
+    async def _prefill(self, joining: list[tuple[_Request, list[int]]]) -> None:
         if joining:
-            await self._work(self._world.profile.prefill(sum(len(request.left) for request in joining)))
-            for request in joining:
-                request.oldest_version = self._version
-            running, self._running = self._running, joining
-            self._count(1)
-            self._running = running + self._running
+            rows = sum(len(lengths) for _, lengths in joining)
+            await self._work(self._world.profile.prefill(rows))
+            self.tokens += rows
+            for request, lengths in joining:
+                if not request.begun:
+                    request.oldest_version = self._version
+                if request not in self._running:
+                    self._running.append(request)
+                request.left += [length - 1 for length in lengths]
+            self._let_leave()
 
     def _count(self, tokens: int) -> None:
-        """Every running completion is so many tokens longer; those that have all of theirs leave."""
+        """Every running completion is so many tokens longer."""
         self.tokens += tokens * self._rows
         for request in self._running:
-            request.left = [left - tokens for left in request.left if left > tokens]
-            if not request.left:
+            request.left = [left - tokens for left in request.left]
+        self._let_leave()
+
+    def _let_leave(self) -> None:
+        """The completions that have all of their tokens; their groups, when these were the last."""
+        for request in self._running:
+            request.left = [left for left in request.left if left > 0]
+            if not request.left and not request.to_join:
                 request.done.set_result(None)
         self._running = [request for request in self._running if request.left]
 

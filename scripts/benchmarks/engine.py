@@ -1,144 +1,87 @@
-"""Tokens per second of the embedded engine against `model.generate`, with completions of even and of ragged lengths."""
+"""Tokens per second of the embedded engine against `model.generate` and vLLM, with even and with ragged lengths."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import time
-from collections import deque
-from dataclasses import dataclass
-from typing import Any
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
+from benchmarks.engine_rounds import Case, VLLMProcess, embedded_tokens_per_s, generate_tokens_per_s, vllm_python
 from benchmarks.figures import Figure
+from grpo.compute import run_apart
 from grpo.config import ModelConfig
-from grpo.engines.base import Limits
-from grpo.engines.torch_engine import TorchEngine
 from grpo.models.loading import load_model
 from grpo.models.smollm2 import prepare
 from grpo.models.tiny import tiny_llama
-from grpo.types import SamplingParams
 
-GROUP = 8
-PROMPT_TOKENS = 32
-EVEN_TOKENS = 32
-MEAN_TOKENS, MOST_TOKENS = 32, 256
-BATCHES = 3  # of as many sequences as run at once
-EOS, PAD = 1, 0
-
-
-@dataclass(frozen=True)
-class Case:
-    """`sequences` at a time; ragged ones end by chance."""
-
-    model: str
-    sequences: int
-    ragged: bool
-
-    @property
-    def most_tokens(self) -> int:
-        return MOST_TOKENS if self.ragged else EVEN_TOKENS
-
-    def __str__(self) -> str:
-        return f"{self.model}, {'ragged' if self.ragged else 'even'}, {self.sequences} sequences"
+DTYPES = {"tiny": "float32", "SmolLM2": "bfloat16"}
+ROUNDS = {"tiny": 3, "SmolLM2": 1}  # beside one that warms up; with SmolLM2 one of all takes a minute or more
+# At 64 sequences.
+AT_LEAST = {("model.generate", False): 1.0, ("model.generate", True): 1.8, ("vLLM", False): 1.0, ("vLLM", True): 1.0}
 
 
 def run(quick: bool) -> list[Figure]:
     figures = []
+    if vllm_python() is None:
+        print("vLLM is left out; `make vllm` installs it into an environment of its own")
     for name in ("tiny",) if quick else ("tiny", "SmolLM2"):
-        model = _model(name)
-        for sequences in (64,) if quick else (8, 32, 64, 128):
-            for ragged in (False, True):
-                figures += _compare(model, Case(name, sequences, ragged), rounds=2 if quick else 3)
+        with tempfile.TemporaryDirectory() as folder:
+            asyncio.run(run_apart(1, _save, name, folder))
+            model = asyncio.run(run_apart(1, _load, folder, DTYPES[name]))
+            for sequences in (64,) if quick else (8, 32, 64, 128):
+                with _vllm(folder, DTYPES[name], sequences) as vllm:
+                    for ragged in (False, True):
+                        figures += _compare(model, vllm, Case(name, sequences, ragged), 2 if quick else ROUNDS[name])
     return figures
 
 
-def _compare(model: PreTrainedModel, case: Case, rounds: int) -> list[Figure]:
-    """Rounds alternate, so that a slow moment of the machine meets both."""
-    ending = model.register_forward_hook(_ends_by_chance(case), with_kwargs=True)
-    try:
-        ours, theirs = [], []
-        for _ in range(rounds + 1):
-            ours.append(asyncio.run(_engine_tokens_per_s(model, case)))
-            theirs.append(_generate_tokens_per_s(model, case))
-    finally:
-        ending.remove()
-    best, reference = max(ours[1:]), max(theirs[1:])  # the first of each warms up
-    target = (1.8 if case.ragged else 1.0) if case.sequences == 64 else None
-    return [
-        Figure("engine", f"{case}: embedded engine", best, "tokens/s"),
-        Figure("engine", f"{case}: over model.generate", best / reference, at_least=target),
-    ]
+def _compare(model: PreTrainedModel, vllm: VLLMProcess | None, case: Case, rounds: int) -> list[Figure]:
+    """Rounds alternate, so that a slow moment of the machine meets all."""
+    sides = {"embedded engine": lambda: embedded_tokens_per_s(model, case)}
+    sides["model.generate"] = lambda: generate_tokens_per_s(model, case)
+    if vllm is not None:
+        sides["vLLM"] = lambda: vllm.tokens_per_s(case)
+    speeds: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(rounds + 1):
+        for side, measure in sides.items():
+            speeds[side].append(measure())
+    ours, *others = ((side, max(found[1:])) for side, found in speeds.items())  # the first of each warms up
+    figures = [Figure("engine", f"{case}: embedded engine", ours[1], "tokens/s")]
+    for side, speed in others:
+        target = AT_LEAST[side, case.ragged] if (case.model, case.sequences) == ("tiny", 64) else None
+        figures.append(Figure("engine", f"{case}: over {side}", ours[1] / speed, at_least=target))
+    return figures
 
 
-def _model(name: str) -> PreTrainedModel:
+def _save(name: str, folder: str) -> None:
+    """A model whose head of zeros makes all tokens equally likely: so many stop tokens, so likely is an end."""
     if name == "tiny":
-        torch.manual_seed(0)
-        return tiny_llama().eval()
-    return load_model(ModelConfig(path=str(prepare(None))), torch.float32, "cpu")  # type: ignore[arg-type]
+        config = tiny_llama().config
+        config.vocab_size = 96
+        model: PreTrainedModel = LlamaForCausalLM(config)
+    else:
+        model = load_model(ModelConfig(path=str(prepare(None))), torch.bfloat16, "cpu")  # type: ignore[arg-type]
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
+    model.save_pretrained(folder)
 
 
-def _ends_by_chance(case: Case) -> Any:
-    """A forward hook that gives the end of a sequence the same chance at every token, or none at all."""
-    logit = np.log(1 / (MEAN_TOKENS - 1)) if case.ragged else -np.inf
-
-    def hook(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        logits = output.logits
-        logits[..., EOS] = -torch.inf
-        if case.ragged:
-            logits[..., EOS] = torch.logsumexp(logits, dim=-1) + logit
-        return output
-
-    return hook
+def _load(folder: str, dtype: str) -> PreTrainedModel:
+    return load_model(ModelConfig(path=folder), getattr(torch, dtype), "cpu")
 
 
-async def _engine_tokens_per_s(model: PreTrainedModel, case: Case) -> float:
-    limits = Limits(PROMPT_TOKENS, case.most_tokens, case.sequences)
-    engine = TorchEngine(model, stop_token_ids=[EOS], limits=limits, threads=os.cpu_count() or 1)
-    groups = deque(range(BATCHES * case.sequences // GROUP))
-    tokens = 0
-
-    async def rollouts() -> None:
-        nonlocal tokens
-        while groups:
-            seed = groups.popleft()
-            params = SamplingParams(n=GROUP, max_tokens=case.most_tokens, seed=seed)
-            completions = await engine.generate(_prompt(seed), params)
-            tokens += sum(len(completion.token_ids) for completion in completions)
-
+@contextmanager
+def _vllm(folder: str, dtype: str, sequences: int) -> Iterator[VLLMProcess | None]:
+    python = vllm_python()
+    if python is None:
+        yield None
+        return
+    process = VLLMProcess(python, folder, dtype, sequences)
     try:
-        began = time.perf_counter()
-        await asyncio.gather(*(rollouts() for _ in range(case.sequences // GROUP)))
-        return tokens / (time.perf_counter() - began)
+        yield process
     finally:
-        await engine.close()
-
-
-def _generate_tokens_per_s(model: PreTrainedModel, case: Case) -> float:
-    """Batch after batch of as many sequences as the engine runs at once."""
-    torch.set_num_threads(os.cpu_count() or 1)
-    tokens, began = 0, time.perf_counter()
-    for batch in range(BATCHES):
-        seeds = range(batch * case.sequences // GROUP, (batch + 1) * case.sequences // GROUP)
-        prompts = torch.tensor(np.stack([_prompt(seed) for seed in seeds])).repeat_interleave(GROUP, dim=0)
-        with torch.inference_mode():
-            made = model.generate(
-                prompts,
-                attention_mask=torch.ones_like(prompts),
-                do_sample=True,
-                top_k=0,
-                max_new_tokens=case.most_tokens,
-                eos_token_id=EOS,
-                pad_token_id=PAD,
-            )
-        new = made[:, PROMPT_TOKENS:]
-        ended = (new == EOS).int()
-        tokens += int(((ended.cumsum(dim=1) - ended) == 0).sum())  # up to the end, that included
-    return tokens / (time.perf_counter() - began)
-
-
-def _prompt(seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    return np.random.default_rng(seed).integers(3, 70, PROMPT_TOKENS)
+        process.close()

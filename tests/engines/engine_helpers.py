@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from grpo.engines.base import Limits
-from grpo.engines.kv_grid import cache_argument
+from grpo.engines.prefixes import cache_argument
 from grpo.engines.torch_engine import TorchEngine
 from grpo.models.tiny import tiny_llama
 from grpo.types import SamplingParams

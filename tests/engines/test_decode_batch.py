@@ -12,7 +12,8 @@ from engine_helpers import (
 )
 
 from grpo.engines import decode_batch
-from grpo.engines.decode_batch import DecodeBatch, Request
+from grpo.engines.decode_batch import DecodeBatch
+from grpo.engines.requests import Request
 from grpo.engines.sampling import RowSampler, uniforms
 from grpo.types import SamplingParams
 from grpo.weights import load_weights
@@ -67,24 +68,28 @@ def test_rows_that_join_leave_are_aborted_and_see_new_weights_at_random(make_mod
     rng = np.random.default_rng(seed)
     models = [make_model(seed=version + 1) for version in range(4)]
     batch = batch_of(make_model(seed=1))
-    running, finished, aborted, sampled = [], [], 0, 0
+    waiting, running, finished, aborted, sampled = [], [], [], 0, 0
     while len(finished) < 25:
+        if rng.random() < 0.6:
+            waiting += [random_request(rng) for _ in range(2)]
         joining, rows = [], batch.free_rows
-        while rng.random() < 0.6 and (request := random_request(rng)).params.n <= rows:
-            joining.append(request)
-            rows -= request.params.n
+        while waiting and rows > 0:
+            joining.append(waiting.pop(0))
+            rows -= joining[-1].to_join
         done, count = batch.step(joining)
-        running = [request for request in running + joining if request not in done]
+        waiting = [request for request in joining if request.to_join] + waiting
+        running = [request for request in dict.fromkeys(running + joining) if request not in done]
         finished += done
         sampled += count
         if running and rng.random() < 0.05:
-            batch.abort(running.pop(int(rng.integers(len(running)))))
+            batch.abort(gone := running.pop(int(rng.integers(len(running)))))
+            waiting = [request for request in waiting if request is not gone]
             aborted += 1
         if batch.version < 3 and len(finished) > 6 * (batch.version + 1):
             batch.version += 1
             load_weights(batch.model, weights_of(models[batch.version], batch.version))
             batch.recompute()
-        assert batch.running == sum(request.params.n - len(request.completions) for request in running)
+        assert batch.running == sum(request.joined - len(request.completions) for request in running)
     assert aborted
     assert batch.version == 3
     assert sampled >= sum(len(completion.token_ids) for request in finished for completion in request.result())

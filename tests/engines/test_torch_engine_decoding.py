@@ -18,7 +18,7 @@ from engine_helpers import (
     sliding_mistral,
 )
 
-from grpo.engines import decode_batch
+from grpo.engines import decode_batch, prefixes
 from grpo.engines.kv_grid import KVGrid
 from grpo.types import SamplingParams
 
@@ -99,7 +99,7 @@ async def test_the_columns_may_run_out_at_any_step(monkeypatch, shifts):
 
 
 async def test_a_prefill_in_several_passes_gives_the_same(monkeypatch):
-    monkeypatch.setattr(decode_batch, "_PREFILL_TOKENS", 16)
+    monkeypatch.setattr(prefixes, "_PREFILL_TOKENS", 16)
     requests = [(prompt_of(length, length), 8) for length in (8, 2, 5, 8, 1)]
     await assert_greedy_matches_generate(llama(), requests)
 

@@ -1,0 +1,68 @@
+"""What the embedded engine is asked for: groups, and the rows that sample their completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from grpo.engines.prefixes import Prefix
+from grpo.engines.sampling import RowSampler
+from grpo.types import Completion, Ints, SamplingParams
+
+
+@dataclass(eq=False)
+class Request:
+    """One group being generated: rows join as places become free, `completions` fills up as they finish."""
+
+    prompt_ids: Ints
+    params: SamplingParams
+    arrived_s: float = 0.0  # of time.perf_counter
+    joined: int = 0
+    prefix: Prefix | None = None  # of the prompt, until the last row has joined
+    completions: dict[int, Completion] = field(default_factory=dict)
+
+    @property
+    def to_join(self) -> int:
+        return self.params.n - self.joined
+
+    @property
+    def done(self) -> bool:
+        return len(self.completions) == self.params.n
+
+    def result(self) -> list[Completion]:
+        return [self.completions[sample] for sample in range(self.params.n)]
+
+
+@dataclass
+class Row:
+    """One running completion: the columns where its prompt and its sampled tokens begin."""
+
+    request: Request
+    sample: int
+    start: int
+    begin: int
+
+
+class RowTensors:
+    """What a decode step has to know of each of its B rows."""
+
+    def __init__(self, rows: Sequence[Row], stop_token_ids: tuple[int, ...], device: torch.device) -> None:
+        params = [row.request.params for row in rows]
+        self.start_B = torch.tensor([row.start for row in rows], device=device)
+        self.begin_B = torch.tensor([row.begin for row in rows], device=device)
+        self.sampler = RowSampler(params, device)
+        self._limit_B = torch.tensor([p.max_tokens for p in params], device=device)
+        stops = [stop_token_ids + p.stop_token_ids for p in params]
+        longest = max((len(ids) for ids in stops), default=0)
+        padded = [ids + (-1,) * (longest - len(ids)) for ids in stops]
+        self._stops_BS = torch.tensor(padded, dtype=torch.long, device=device).view(len(rows), longest)
+
+    def endings(self, tokens_B: Tensor, position_B: Tensor) -> dict[int, bool]:
+        """The rows that end with these tokens: whether by a stop token, or else at their limit."""
+        stopped_B = (tokens_B[:, None] == self._stops_BS).any(dim=1)
+        full_B = position_B + 1 >= self._limit_B
+        both = (2 * stopped_B + full_B).tolist()  # one transfer from the device
+        return {row: ending >= 2 for row, ending in enumerate(both) if ending}
