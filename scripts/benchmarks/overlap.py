@@ -52,8 +52,9 @@ class Pace:
 def run(quick: bool) -> list[Figure]:
     with ray_cluster(ClusterConfig()):
         if quick:
-            return _of_model("1M", ages=(1,), steps=16, tails_alone=False)
-        return [figure for model in _MODELS for figure in _of_model(model, (1, 2, 4), steps=40, tails_alone=True)]
+            return _of_model("1M", ages=(1,), steps=14, tails_alone=False)
+        ages = {"1M": (1, 2, 4), "10M": (1, 4)}
+        return [figure for model in _MODELS for figure in _of_model(model, ages[model], steps=24, tails_alone=True)]
 
 
 def _of_model(model: str, ages: tuple[int, ...], steps: int, *, tails_alone: bool) -> list[Figure]:
