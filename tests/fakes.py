@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 
 from grpo.algorithms.losses import grpo
+from grpo.checksum import buffer_checksum
 from grpo.cluster.endpoints import LocalEndpoint
 from grpo.cluster.replicas import Claims, Common, Replica, State, Timeouts
 from grpo.cluster.services import Service
@@ -53,7 +54,8 @@ class CountingTrainer:
         return {"loss": 0.0, "policy_age/max": float(max(ages)), "policy_age/mean": sum(ages) / len(ages)}
 
     async def push_weights(self) -> tuple[Weights, int]:
-        return Weights(self.version, (), None), self.version
+        empty = np.zeros(0, dtype=np.uint8)
+        return Weights(self.version, (), empty, buffer_checksum(empty)), self.version
 
     async def snapshot(self) -> tuple[int, int]:
         return self.version, self.version

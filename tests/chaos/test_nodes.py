@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from statistics import fmean
 
 import pytest
 
@@ -23,13 +25,14 @@ def nodes():
 
 
 class JoinedRun:
-    """A run of the default experiment on a cluster, with a second generator as soon as there is room for it."""
+    """An endless run of the default experiment, with a second generator as soon as the cluster has room for it."""
 
     def __init__(self, folder, address):
         self._folder = folder
-        settings = (f"cluster.address={address}", "trainer.max_steps=80", "seed=11", f"hydra.run.dir={folder}")
+        cluster = (f"cluster.address={address}", "generator.max_replicas=2")
+        endless = ("trainer.max_steps=100000", "trainer.lr_schedule=constant", "eval.prompts=0", "seed=11")
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "scripts/train.py"), *settings, "generator.max_replicas=2"],
+            [sys.executable, str(ROOT / "scripts/train.py"), *cluster, *endless, f"hydra.run.dir={folder}"],
             env=os.environ | ENVIRONMENT,
             stdout=subprocess.DEVNULL,
         )
@@ -56,6 +59,10 @@ class JoinedRun:
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
+def rewards(steps):
+    return [step["reward/mean"] for step in steps]
+
+
 def actors(node):
     """The names of those that a node runs."""
     titles = [command.removeprefix("ray::") for command in members(node).values() if command.startswith("ray::")]
@@ -70,11 +77,10 @@ def test_a_node_joins_and_another_is_lost_and_the_reward_rises(nodes, tmp_path):
     assert run.steps()[-1]["generator/replicas"] == 1
     nodes.start(cpus=1)
     run.wait_for(lambda steps: steps[-1]["generator/replicas"] == 2)
-    lost = actors(second)
+    lost, enough = actors(second), max(60, len(run.steps()) + 10)
     nodes.kill(second)
-    assert run.process.wait(timeout=200) == 0
+    run.wait_for(lambda steps: len(steps) >= enough and fmean(rewards(steps[-10:])) >= 0.85)
+    run.process.send_signal(signal.SIGINT)
+    assert run.process.wait(timeout=60) == 130
     assert lost & {"trainer", "generator"} <= {name.partition("-")[0] for name in run.deaths()}
-    summary = run.summary()
-    assert summary["status"] == "completed"
-    assert summary["eval_last"] >= 0.85
-    assert summary["max_policy_age_seen"] <= 1
+    assert run.summary()["max_policy_age_seen"] <= 1
