@@ -27,6 +27,7 @@ EVEN_TOKENS = 32
 MEAN_TOKENS, MOST_TOKENS = 32, 256
 BATCHES = 3  # of as many sequences as run at once
 THREADS = os.cpu_count() or 1
+_PROJECT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _generate_tokens_per_s(model: PreTrainedModel, case: Case) -> float:
 
 def vllm_python() -> Path | None:
     """The interpreter of the environment that vLLM lives in."""
-    python = Path(os.environ.get("VLLM_VENV", ".venv-vllm")) / "bin/python"
+    python = Path(os.environ.get("VLLM_VENV", _PROJECT / ".venv-vllm")) / "bin/python"
     return python if python.exists() else None
 
 
