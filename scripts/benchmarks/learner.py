@@ -45,7 +45,7 @@ def run(quick: bool) -> list[Figure]:
     if not quick:
         figures += _packing("SmolLM2", 2048, rounds=1)
     for words in VOCABULARIES:
-        figures += _head(words, tokens=512 if quick else 1024, rounds=2 if quick else 5)
+        figures += _head(words, tokens=512 if quick else 1024, rounds=4 if quick else 6)
     return figures
 
 
