@@ -125,7 +125,7 @@ class GatedAnswers:
 
     async def update_weights(self, generator, weights):
         stats = await generator.update_weights(weights)
-        if weights.buffer is not None:
+        if weights.buffer.size:
             self.loaded.append((weights.version, int(weights.buffer[0])))
         return stats
 
