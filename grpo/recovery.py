@@ -16,9 +16,9 @@ class Recovery:
     """Keeps what a new trainer needs: a snapshot of its state, and the batches it was given since.
 
     Both lie in the object store under the driver's name, so they outlive the trainer's process, and on the driver's
-    node, so they outlive the trainer's. The trainer takes the
-    same steps again, and nothing is lost but time. Where the arithmetic is not reproducible (on most GPUs) generators
-    hold weights of the present version that differ from its own by rounding, until the next ones are published.
+    node, so they outlive the trainer's. The trainer takes the same steps again, and nothing is lost but time. Where the
+    arithmetic is not reproducible (on most GPUs) generators hold weights of the present version that differ from its
+    own by rounding, until the next ones are published.
     """
 
     def __init__(self, run: Run) -> None:

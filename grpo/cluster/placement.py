@@ -75,13 +75,13 @@ def _without_room(specs: Sequence[ActorSpec], nodes: Sequence[Node]) -> ActorSpe
     gpus = [[1.0] * int(node.gpus) for node in nodes]
     for spec in sorted(specs, key=lambda spec: (spec.num_gpus, spec.num_cpus), reverse=True):
         for _ in range(spec.replicas):
-            having = [i for i in range(len(nodes)) if spec.num_cpus <= cpus[i] and _devices(spec, gpus[i]) is not None]
+            devices = {i: _devices(spec, gpus[i]) for i in range(len(nodes)) if spec.num_cpus <= cpus[i]}
+            having = {i: found for i, found in devices.items() if found is not None}
             if not having:
                 return spec
             chosen = min(having, key=lambda i: (sum(gpus[i]), cpus[i]))
             cpus[chosen] -= spec.num_cpus
-            devices = _devices(spec, gpus[chosen])
-            for device in devices or ():
+            for device in having[chosen]:
                 gpus[chosen][device] -= min(1.0, spec.num_gpus)
     return None
 
