@@ -8,6 +8,7 @@ from engine_helpers import (
     ARCHITECTURES,
     at_forward,
     begin,
+    begin_update,
     forward_shapes,
     full_logprobs,
     greedy,
@@ -59,7 +60,7 @@ async def test_rows_that_join_after_an_update_are_of_the_new_weights_alone(weigh
     async with serving(model, max_rows=2, weight_update=weight_update) as engine:
 
         async def update():
-            updates.append(await begin(engine.update_weights(weights_of(new, 1))))
+            updates.append(await begin_update(engine, weights_of(new, 1)))
 
         at_forward(model, 3, update)
         _, (early, late) = await asyncio.gather(
@@ -77,7 +78,7 @@ async def test_drain_lets_the_last_rows_of_a_begun_group_join_first():
     async with serving(model, max_rows=2, weight_update="drain") as engine:
 
         async def update():
-            late.append(await begin(engine.update_weights(weights_of(llama(seed=2), 1))))
+            late.append(await begin_update(engine, weights_of(llama(seed=2), 1)))
             late.append(await begin(engine.generate(prompt_of(6), greedy(5))))
 
         at_forward(model, 3, update)
