@@ -92,5 +92,6 @@ async def make_engine(config: RunConfig, device: str, threads: int) -> Engine:
         stop_token_ids=stop_token_ids(model, tokenizer),
         limits=limits,
         weight_update=settings.weight_update,  # type: ignore[arg-type]  # validated by the config
+        cuda_graphs=settings.cuda_graphs,
         threads=threads,
     )

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from grpo.engines.decoding import decoding_for
 from grpo.engines.kv_grid import KVGrid
-from grpo.engines.prefixes import Prefix, cache_argument, read_prefixes
+from grpo.engines.prefixes import Prefix, read_prefixes
 from grpo.engines.requests import Request, Row, RowTensors
 from grpo.engines.token_grid import TokenGrid
 from grpo.telemetry.recording import span
@@ -35,15 +36,16 @@ class DecodeBatch:
         max_rows: int,
         max_prompt_tokens: int,
         max_completion_tokens: int,
+        cuda_graphs: bool = True,
     ) -> None:
         self.model = model
         self.version = 0
         self.max_rows, self.max_prompt_tokens = max_rows, max_prompt_tokens
         self.device = next(model.parameters()).device
         self._stop_token_ids = tuple(stop_token_ids)
-        self._cache_argument = cache_argument(model)
         columns = max_prompt_tokens + max_completion_tokens + _SLACK_COLUMNS
         self._kv = KVGrid(max_rows, columns)
+        self._decoding = decoding_for(model, self._kv, cuda_graphs=cuda_graphs)
         self._tokens = TokenGrid(max_rows, columns, max_completion_tokens, self.device)
         self._rows: list[Row] = []
         self._refresh()
@@ -90,19 +92,9 @@ class DecodeBatch:
     def _decode(self) -> Tensor:
         """The logits [B, V] of the next token of every row."""
         self._make_room()
-        first, end = self._kv.first, self._kv.end
-        columns_C = torch.arange(first, end + 1, device=self.device)
-        start_B1 = self._of_rows.start_B[:, None]
-        output = self.model(
-            input_ids=self._tokens.column(self.running, end),
-            attention_mask=(columns_C >= start_B1).long(),
-            position_ids=end - start_B1,
-            use_cache=True,
-            logits_to_keep=1,
-            **{self._cache_argument: self._kv.cache()},
-        )
+        logits_BV = self._decoding(self._tokens.column(self.running, self._kv.end), self._of_rows.start_B)
         self._kv.end += 1
-        return output.logits[:, -1]
+        return logits_BV
 
     def _join(self, requests: Sequence[Request]) -> list[Tensor]:
         """Let rows join whose prompts end before column `end`; the logits [rows, V] of each group's first tokens."""

@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from grpo.engines.prefixes import Prefix
 
 
-class _Layer(CacheLayerMixin):
+class Layer(CacheLayerMixin):
     """Keys and values of one attention layer, [rows, heads, columns, head size]."""
 
     is_sliding = False
@@ -53,24 +53,40 @@ class _Layer(CacheLayerMixin):
         return -1
 
 
+class RecordedLayer(Layer):
+    """The first `rows` of a layer for a recorded step: the column that is written is read from a tensor, `end_1`.
+
+    All columns are handed out, of which attention has to know its own.
+    """
+
+    def __init__(self, layer: Layer, rows: int, end_1: Tensor) -> None:
+        super().__init__(layer._grid, layer.keys[:rows], layer.values[:rows])
+        self._end_1 = end_1
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys.index_copy_(2, self._end_1, key_states)
+        self.values.index_copy_(2, self._end_1, value_states)
+        return self.keys, self.values
+
+
 class KVGrid:
     """Rows [0, rows) are running; their tokens fill columns [first, end)."""
 
     def __init__(self, max_rows: int, max_columns: int) -> None:
         self.max_rows, self.max_columns = max_rows, max_columns
         self.rows = self.first = self.end = 0
-        self._layers: list[_Layer] = []
+        self.layers: list[Layer] = []
 
     def cache(self) -> Cache:
         """The running rows as a Hugging Face cache that takes exactly one more column."""
-        return Cache(layers=self._layers)
+        return Cache(layers=self.layers)
 
     def store(self, prefix: Prefix, rows: slice) -> None:
         """Copy a freshly computed prefix into `rows`, so that it ends before column `end`."""
-        if not self._layers:
+        if not self.layers:
             self._allocate(prefix.cache)
         columns = slice(self.end - prefix.length, self.end)
-        for layer, computed in zip(self._layers, prefix.cache.layers, strict=True):
+        for layer, computed in zip(self.layers, prefix.cache.layers, strict=True):
             layer.keys[rows, :, columns] = computed.keys[prefix.source, :, -prefix.length :]
             layer.values[rows, :, columns] = computed.values[prefix.source, :, -prefix.length :]
 
@@ -85,7 +101,7 @@ class KVGrid:
         self.end -= columns
 
     def _buffers(self) -> list[Tensor]:
-        return [buffer for layer in self._layers for buffer in (layer.keys, layer.values)]
+        return [buffer for layer in self.layers for buffer in (layer.keys, layer.values)]
 
     def _allocate(self, computed: DynamicCache) -> None:
         def empty(like: Tensor) -> Tensor:
@@ -93,4 +109,4 @@ class KVGrid:
             # Zeros, because a masked place still enters the attention as 0 * value, and 0 * NaN is NaN.
             return torch.zeros(self.max_rows, heads, self.max_columns, size, dtype=like.dtype, device=like.device)
 
-        self._layers = [_Layer(self, empty(layer.keys), empty(layer.values)) for layer in computed.layers]
+        self.layers = [Layer(self, empty(layer.keys), empty(layer.values)) for layer in computed.layers]

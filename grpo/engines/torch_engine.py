@@ -29,7 +29,7 @@ class TorchEngine:
 
     `weight_update` says what a swap means for completions under way: `in_flight` goes on with the keys and values of
     the old weights, `in_flight_recompute` recomputes them under the new ones, `drain` finishes the running groups
-    under the old weights first, while new groups wait.
+    under the old weights first, while new groups wait. `cuda_graphs` are for models on a GPU that allow them.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class TorchEngine:
         stop_token_ids: Sequence[int],
         limits: Limits,
         weight_update: WeightUpdate = "in_flight",
+        cuda_graphs: bool = True,
         threads: int = 0,
     ) -> None:
         self._batch = DecodeBatch(
@@ -47,6 +48,7 @@ class TorchEngine:
             max_rows=limits.max_sequences,
             max_prompt_tokens=limits.max_prompt_tokens,
             max_completion_tokens=limits.max_completion_tokens,
+            cuda_graphs=cuda_graphs,
         )
         self._limits, self._weight_update = limits, weight_update
         self._waiting: deque[Request] = deque()

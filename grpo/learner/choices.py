@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from grpo.full_attention import why_not_full_attention
 from grpo.learner.attention import PACKED_ATTENTION
 from grpo.learner.collate import Sample
 from grpo.learner.layout import Layout
@@ -21,7 +22,7 @@ def layout_for(model: PreTrainedModel, packing: str) -> tuple[Layout, str | None
     """The layout, and why it is padded though it need not be. May change the model's attention function."""
     if packing == "never":
         return PADDED, None
-    if reason := _needs_padding(model):
+    if reason := why_not_full_attention(model, ("sdpa", PACKED_ATTENTION)):
         return PADDED, reason
     usual = model.config._attn_implementation
     model.set_attn_implementation(PACKED_ATTENTION)
@@ -53,19 +54,6 @@ def plain_head(model: PreTrainedModel) -> nn.Linear | None:
     same_logits = torch.equal(logits_1TV[0, 0], planted_V.to(logits_1TV))
     same_hidden = seen[0].shape == hidden_1TD.shape and torch.allclose(seen[0], hidden_1TD)
     return head if same_logits and same_hidden else None
-
-
-def _needs_padding(model: PreTrainedModel) -> str | None:
-    """What its config says; a short trial does not show a window."""
-    settings = model.config.get_text_config()
-    kinds = {*(getattr(settings, "layer_types", None) or ())} - {"full_attention"}
-    if kinds or model._is_stateful:
-        return f"it has layers of {', '.join(sorted(kinds)) or 'a recurrent state'}"
-    if getattr(settings, "sliding_window", None) and getattr(settings, "use_sliding_window", True):
-        return "its attention slides"
-    if model.config._attn_implementation not in ("sdpa", PACKED_ATTENTION):
-        return f"its attention is {model.config._attn_implementation}, not sdpa"
-    return None
 
 
 def _differs(model: PreTrainedModel) -> str | None:

@@ -1,0 +1,96 @@
+"""Attention of one decode step over the KV grid on a GPU, reading nothing but each row's own columns.
+
+The grid's rows begin at different columns and all end at the same one, so a dense kernel would read, and mask, every
+column from the first beginning on. Here a program takes one row and one of its key-value heads, with all query heads
+that share it, and goes through the columns [start, end] with a running softmax (Milakov and Gimelshein, "Online
+normalizer calculation for softmax", 2018). Where these programs are too few for the GPU, the columns are split among
+several, whose results are put together (as in Flash-Decoding, Dao et al. 2023).
+
+Bounds are read from tensors on the GPU: a recorded launch serves every step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_COLUMNS = 64  # of a block
+
+
+def decode_attention(
+    query: Tensor, keys: Tensor, values: Tensor, start_R: Tensor, end_1: Tensor, scale: float
+) -> Tensor:
+    """[R, heads, D] from a query [R, heads, D] and the grid's keys and values [>= R, KV heads, columns, D].
+
+    Row r sees the columns [start_R[r], end_1]; both are int64.
+    """
+    rows, heads, size = query.shape
+    kv_heads = keys.shape[1]
+    splits = _splits(rows * kv_heads, keys.shape[2], query.device)
+    partial = torch.empty(splits, rows, heads, size, dtype=torch.float32, device=query.device)
+    normalizer = torch.empty(splits, rows, heads, dtype=torch.float32, device=query.device)
+    group = heads // kv_heads
+    _attend[rows, kv_heads, splits](
+        query.contiguous(), keys, values, start_R, end_1, partial, normalizer, scale,
+        keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
+        GROUP=group, GROUP_PADDED=max(16, triton.next_power_of_2(group)),
+        D=size, D_PADDED=max(16, triton.next_power_of_2(size)), COLUMNS=_COLUMNS,
+    )  # fmt: skip
+    if splits == 1:
+        return partial[0].to(query.dtype)
+    weights = torch.softmax(normalizer, dim=0)
+    return (weights[..., None] * partial).sum(dim=0).to(query.dtype)
+
+
+def _splits(programs: int, columns: int, device: torch.device) -> int:
+    """So many that there are about two programs for every multiprocessor, each with at least two blocks."""
+    wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count // programs
+    return max(1, min(wanted, columns // (2 * _COLUMNS), 16))
+
+
+@triton.jit
+def _attend(
+    query: Any, keys: Any, values: Any, start: Any, end: Any, partial: Any, normalizer: Any, scale: Any,
+    key_row: Any, key_head: Any, value_row: Any, value_head: Any,
+    GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:  # fmt: skip
+    row, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    rows, heads, splits = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
+    first, last = tl.load(start + row), tl.load(end)
+    share = tl.cdiv(tl.cdiv(last + 1 - first, splits), COLUMNS) * COLUMNS
+    first += split * share
+    last = tl.minimum(last, first + share - 1)
+
+    g, d, c = tl.arange(0, GROUP_PADDED), tl.arange(0, D_PADDED), tl.arange(0, COLUMNS)
+    place = (row * heads + head) * GROUP + g
+    real, wide = g < GROUP, d < D
+    used = real[:, None] & wide[None, :]
+    q = tl.load(query + place[:, None] * D + d[None, :], mask=used, other=0.0)
+    key_base, value_base = keys + row * key_row + head * key_head, values + row * value_row + head * value_head
+    top = tl.full([GROUP_PADDED], -float("inf"), tl.float32)
+    total = tl.zeros([GROUP_PADDED], tl.float32)
+    mixed = tl.zeros([GROUP_PADDED, D_PADDED], tl.float32)
+    for begin in range(first, last + 1, COLUMNS):
+        column = begin + c
+        inside = column <= last
+        k = tl.load(key_base + column[:, None] * D + d[None, :], mask=inside[:, None] & wide[None, :], other=0.0)
+        v = tl.load(value_base + column[:, None] * D + d[None, :], mask=inside[:, None] & wide[None, :], other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        score = tl.where(inside[None, :], score, -float("inf"))
+        higher = tl.maximum(top, tl.max(score, 1))
+        shrink = tl.exp(top - higher)
+        p = tl.exp(score - higher[:, None])
+        total = total * shrink + tl.sum(p, 1)
+        mixed = mixed * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        top = higher
+    # A part without columns weighs nothing: exp(-inf).
+    some = first <= last
+    mixed = mixed / tl.where(some, total, 1.0)[:, None]
+    out = split * rows * heads * GROUP + place
+    tl.store(partial + out[:, None] * D + d[None, :], mixed, mask=used)
+    tl.store(normalizer + out, tl.where(some, top + tl.log(total), -float("inf")), mask=real)
