@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.figures import Figure, machine, markdown, print_figures, save_figures
 from rich.console import Console
 
-BENCHES = ("orchestration", "weights", "engine", "learner", "overlap", "startup", "peer")
+BENCHES = ("orchestration", "weights", "engine", "learner", "overlap", "startup", "peer", "gpu")
 
 
 def main() -> None:
