@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grpo.fused import fused
 from grpo.types import SamplingParams
 
 
@@ -38,17 +39,7 @@ class RowSampler:
         scaled_BV = logits_BV.float() / self._temperature_B1
         if self._filtered:
             scaled_BV = self._filter(scaled_BV)
-        logprobs_BV = torch.log_softmax(scaled_BV, dim=-1)
-        cumulative_BV = logprobs_BV.exp().cumsum(dim=-1)
-        # The total can miss 1 by rounding. Staying strictly below it keeps zero-probability tokens unreachable.
-        total_B1 = cumulative_BV[:, -1:]
-        targets_B1 = torch.minimum(uniforms_B[:, None] * total_B1, total_B1.nextafter(torch.zeros_like(total_B1)))
-        drawn_B1 = torch.searchsorted(cumulative_BV, targets_B1, right=True)
-        # A parallel sum on a GPU may rise by rounding at a token of probability zero: take the likeliest instead.
-        best_B1 = logits_BV.argmax(dim=-1, keepdim=True)
-        impossible_B1 = logprobs_BV.gather(1, drawn_B1) == -torch.inf
-        tokens_B1 = torch.where(self._greedy_B1 | impossible_B1, best_B1, drawn_B1)
-        return tokens_B1[:, 0], logprobs_BV.gather(1, tokens_B1)[:, 0]
+        return _draw(scaled_BV, logits_BV, uniforms_B, self._greedy_B1)
 
     def _filter(self, logits_BV: Tensor) -> Tensor:
         """Keep the top-k tokens, and of those the smallest set whose probability reaches top-p."""
@@ -60,3 +51,18 @@ class RowSampler:
         outside_BV |= (self._top_p_B1 < 1) & (before_BV >= self._top_p_B1)
         outside_BV[:, 0] = False
         return logits_BV.masked_fill(outside_BV.scatter(1, order_BV, outside_BV), -torch.inf)
+
+
+@fused
+def _draw(scaled_BV: Tensor, logits_BV: Tensor, uniforms_B: Tensor, greedy_B1: Tensor) -> tuple[Tensor, Tensor]:
+    logprobs_BV = torch.log_softmax(scaled_BV, dim=-1)
+    cumulative_BV = logprobs_BV.exp().cumsum(dim=-1)
+    # The total can miss 1 by rounding. Staying strictly below it keeps zero-probability tokens unreachable.
+    total_B1 = cumulative_BV[:, -1:]
+    targets_B1 = torch.minimum(uniforms_B[:, None] * total_B1, total_B1.nextafter(torch.zeros_like(total_B1)))
+    drawn_B1 = torch.searchsorted(cumulative_BV, targets_B1, right=True)
+    # A parallel sum on a GPU may rise by rounding at a token of probability zero: take the likeliest instead.
+    best_B1 = logits_BV.argmax(dim=-1, keepdim=True)
+    impossible_B1 = logprobs_BV.gather(1, drawn_B1) == -torch.inf
+    tokens_B1 = torch.where(greedy_B1 | impossible_B1, best_B1, drawn_B1)
+    return tokens_B1[:, 0], logprobs_BV.gather(1, tokens_B1)[:, 0]

@@ -11,8 +11,6 @@ Bounds are read from tensors on the GPU: a recorded launch serves every step.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -53,12 +51,10 @@ def _splits(programs: int, columns: int, device: torch.device) -> int:
 
 
 @triton.jit
-def _attend(
-    query: Any, keys: Any, values: Any, start: Any, end: Any, partial: Any, normalizer: Any, scale: Any,
-    key_row: Any, key_head: Any, value_row: Any, value_head: Any,
-    GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
-    COLUMNS: tl.constexpr,
-) -> None:  # fmt: skip
+def _attend(  # type: ignore[no-untyped-def]
+    query, keys, values, start, end, partial, normalizer, scale, key_row, key_head, value_row, value_head,
+    GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     row, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     rows, heads, splits = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
     first, last = tl.load(start + row), tl.load(end)

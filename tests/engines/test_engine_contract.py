@@ -46,12 +46,17 @@ class Bench:
         self.model, self.engine, self.weight_update = make_model, engine, weight_update
         self.used = {}  # version -> model
 
-    async def load(self, seed=1):
-        """Bring the model of this seed into the engine, under a version of its own."""
+    def prepare(self, seed):
+        """The weights of this seed's model, as the next version. Takes longer than some completions."""
         version = self.engine.version + 1
         self.used[version] = self.model(seed)
-        await self.engine.update_weights(weights_of(self.used[version], version))
-        return self.used[version]
+        return weights_of(self.used[version], version)
+
+    async def load(self, seed=1):
+        """Bring the model of this seed into the engine, under a version of its own."""
+        weights = self.prepare(seed)
+        await self.engine.update_weights(weights)
+        return self.used[weights.version]
 
 
 @asynccontextmanager
@@ -225,10 +230,12 @@ async def test_a_prompt_seen_before_is_read_anew_by_new_weights(bench):
 async def test_a_prompt_that_waited_through_an_update_is_read_by_the_new_weights(bench):
     prompt = prompt_of(300)
     await bench.engine.generate(prompt, greedy(4))
+    weights = bench.prepare(seed=3)
     running = asyncio.create_task(bench.engine.generate(prompt_of(4), SamplingParams(n=16, max_tokens=200)))
     waiting = asyncio.create_task(bench.engine.generate(prompt, SamplingParams(max_tokens=12)))
     await asyncio.sleep(0)
-    new = await bench.load(seed=3)
+    await bench.engine.update_weights(weights)
+    new = bench.used[weights.version]
     await running
     (completion,) = await waiting
     assert completion.versions == ((bench.engine.version, len(completion.token_ids)),)

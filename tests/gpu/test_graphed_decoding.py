@@ -45,11 +45,14 @@ async def generate(model, requests, *, cuda_graphs, rows=16, update=None):
 
 def some_requests(count, temperature=0.0):
     rng = np.random.default_rng(1)
+    draw = rng.integers
     return [
-        (rng.integers(8, 500, size=rng.integers(1, 64)),
-         SamplingParams(n=int(rng.integers(1, 6)), max_tokens=int(rng.integers(1, 600)), temperature=temperature, seed=i))
+        (
+            draw(8, 500, size=draw(1, 64)),
+            SamplingParams(int(draw(1, 6)), temperature, max_tokens=int(draw(1, 600)), seed=i),
+        )
         for i in range(count)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize(
