@@ -54,26 +54,29 @@ def draw_over_grid(logits_V, params):
     return RowSampler([params] * POINTS, CPU).draw(logits_V.expand(POINTS, -1), uniforms_B)
 
 
+@pytest.mark.parametrize("vocabulary", [11, 300])  # at once, and by chunks
 @pytest.mark.parametrize("params", SETTINGS, ids=str)
-def test_tokens_appear_as_often_as_the_reference_says(params):
-    logits_V = some_logits()[0]
+def test_tokens_appear_as_often_as_the_reference_says(params, vocabulary):
+    logits_V = some_logits(vocabulary=vocabulary)[0]
     tokens_B, _ = draw_over_grid(logits_V, params)
     frequencies = np.bincount(tokens_B, minlength=len(logits_V)) / POINTS
     # A grid of N uniforms hits an interval of length p between pN - 1 and pN + 1 times.
     np.testing.assert_allclose(frequencies, reference_distribution(logits_V, params), atol=1.01 / POINTS)
 
 
+@pytest.mark.parametrize("vocabulary", [11, 300])
 @pytest.mark.parametrize("params", SETTINGS, ids=str)
-def test_logprobs_are_those_of_the_filtered_distribution(params):
-    logits_V = some_logits()[0]
+def test_logprobs_are_those_of_the_filtered_distribution(params, vocabulary):
+    logits_V = some_logits(vocabulary=vocabulary)[0]
     tokens_B, logprobs_B = draw_over_grid(logits_V, params)
     expected = np.log(reference_distribution(logits_V, params)[tokens_B.numpy()])
     np.testing.assert_allclose(logprobs_B, expected, atol=1e-5)
 
 
-def test_every_row_of_a_mixed_batch_follows_its_own_parameters():
+@pytest.mark.parametrize("vocabulary", [11, 300])
+def test_every_row_of_a_mixed_batch_follows_its_own_parameters(vocabulary):
     mixed = [*SETTINGS, SamplingParams(temperature=0.0), SamplingParams(temperature=0.0)] * 5
-    logits_BV = some_logits(len(mixed))
+    logits_BV = some_logits(len(mixed), vocabulary)
     uniforms_B = uniforms(0, 0, len(mixed))
     tokens_B, logprobs_B = RowSampler(mixed, CPU).draw(logits_BV, uniforms_B)
     for i, params in enumerate(mixed):
@@ -82,8 +85,9 @@ def test_every_row_of_a_mixed_batch_follows_its_own_parameters():
         assert reference_distribution(logits_BV[i], params)[tokens_B[i]] > 0
 
 
-def test_greedy_rows_take_the_largest_logit_and_its_logprob_at_temperature_one():
-    logits_BV = some_logits(6)
+@pytest.mark.parametrize("vocabulary", [11, 300])
+def test_greedy_rows_take_the_largest_logit_and_its_logprob_at_temperature_one(vocabulary):
+    logits_BV = some_logits(6, vocabulary)
     rows = [SamplingParams(temperature=0.0), SamplingParams()] * 3
     for u in (0.0, 0.5, BELOW_ONE):
         tokens_B, logprobs_B = RowSampler(rows, CPU).draw(logits_BV, torch.full((6,), u))
@@ -92,9 +96,15 @@ def test_greedy_rows_take_the_largest_logit_and_its_logprob_at_temperature_one()
 
 
 @pytest.mark.parametrize("u", [0.0, BELOW_ONE])
-@pytest.mark.parametrize("impossible", [[0, 1], [5], [9, 10], [0, 4, 5, 10]])
-def test_tokens_of_probability_zero_are_never_drawn(u, impossible):
-    logits_BV = some_logits(50)
+@pytest.mark.parametrize(
+    ("vocabulary", "impossible"),
+    [
+        *((11, words) for words in ([0, 1], [5], [9, 10], [0, 4, 5, 10])),
+        *((300, list(words)) for words in (range(128), range(128, 256), range(250, 300), (0, 127, 255, 299))),
+    ],
+)
+def test_tokens_of_probability_zero_are_never_drawn(u, vocabulary, impossible):
+    logits_BV = some_logits(50, vocabulary)
     logits_BV[:, impossible] = -torch.inf
     tokens_B, logprobs_B = RowSampler([SamplingParams()] * 50, CPU).draw(logits_BV, torch.full((50,), u))
     assert not set(impossible) & set(tokens_B.tolist())
@@ -111,11 +121,12 @@ def test_filtered_tokens_are_never_drawn_from_a_large_vocabulary(u, params):
         assert reference_distribution(logits_V, params)[token] > 0
 
 
-def test_the_last_possible_token_is_within_reach():
-    logits_BV = torch.zeros(1, 7)
+@pytest.mark.parametrize("vocabulary", [7, 130, 300])
+def test_the_last_possible_token_is_within_reach(vocabulary):
+    logits_BV = torch.zeros(1, vocabulary)
     logits_BV[:, -1] = -torch.inf
     token, _ = RowSampler([SamplingParams()], CPU).draw(logits_BV, torch.tensor([BELOW_ONE]))
-    assert token.item() == 5
+    assert token.item() == vocabulary - 2
 
 
 def test_top_k_keeps_k_tokens_also_when_they_tie():
