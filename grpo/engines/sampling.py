@@ -65,7 +65,7 @@ def _draw_at_once(
     logits_BV: Tensor, temperature_B1: Tensor, uniforms_B1: Tensor, greedy_B1: Tensor
 ) -> tuple[Tensor, Tensor]:
     logprobs_BV = torch.log_softmax(logits_BV.float() / temperature_B1, dim=1)
-    drawn_B1, _ = _invert(logprobs_BV.exp(), uniforms_B1)
+    drawn_B1, *_ = _invert(logprobs_BV.exp(), uniforms_B1)
     other_B1 = greedy_B1 | (logprobs_BV.gather(1, drawn_B1) == -torch.inf)
     tokens_B1 = torch.where(other_B1, logits_BV.argmax(dim=1, keepdim=True), drawn_B1)
     return tokens_B1, logprobs_BV.gather(1, tokens_B1)
@@ -76,13 +76,14 @@ def _draw_by_chunks(
 ) -> tuple[Tensor, Tensor]:
     """First which chunk of C words, then which of them: the probabilities of a large vocabulary need no memory."""
     normalizer_B1, mass_BN, best_B1 = _chunk_masses(logits_BV, temperature_B1)
-    chunk_B1, rest_B1 = _invert(mass_BN, uniforms_B1)
+    chunk_B1, target_B1, cumulative_BN = _invert(mass_BN, uniforms_B1)
+    rest_B1 = target_B1 - cumulative_BN.gather(1, chunk_B1) + mass_BN.gather(1, chunk_B1)
     words_BC = chunk_B1 * _CHUNK + torch.arange(_CHUNK, device=logits_BV.device)
     there_BC = words_BC < logits_BV.shape[1]
     scaled_BC = logits_BV.gather(1, words_BC.where(there_BC, 0)).float() / temperature_B1
     logprobs_BC = (scaled_BC - normalizer_B1).where(there_BC, -torch.inf)
     p_BC = logprobs_BC.exp()
-    place_B1, _ = _invert(p_BC, rest_B1 / p_BC.sum(dim=1, keepdim=True))
+    place_B1, *_ = _invert(p_BC, rest_B1 / p_BC.sum(dim=1, keepdim=True))
     other_B1 = greedy_B1 | (logprobs_BC.gather(1, place_B1) == -torch.inf)
     tokens_B1 = torch.where(other_B1, best_B1, chunk_B1 * _CHUNK + place_B1)
     return tokens_B1, logits_BV.gather(1, tokens_B1).float() / temperature_B1 - normalizer_B1
@@ -98,8 +99,8 @@ def _chunk_masses(logits_BV: Tensor, temperature_B1: Tensor) -> tuple[Tensor, Te
     return normalizer_B1, mass_BN, logits_BV.argmax(dim=1, keepdim=True)
 
 
-def _invert(p_BN: Tensor, uniforms_B1: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the running sum of a distribution passes a share of its total, and how much of that falls into the place.
+def _invert(p_BN: Tensor, uniforms_B1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the running sum of a distribution passes a share of its total [B, 1], that share, and the sum [B, N].
 
     A place of probability zero is not reached, unless by the rounding of a sum in parallel.
     """
@@ -107,5 +108,4 @@ def _invert(p_BN: Tensor, uniforms_B1: Tensor) -> tuple[Tensor, Tensor]:
     # The total can miss 1 by rounding, and the product with it can round up to it.
     total_B1 = cumulative_BN[:, -1:]
     target_B1 = torch.minimum(uniforms_B1 * total_B1, total_B1.nextafter(torch.zeros_like(total_B1)))
-    found_B1 = torch.searchsorted(cumulative_BN, target_B1, right=True)
-    return found_B1, target_B1 - cumulative_BN.gather(1, found_B1) + p_BN.gather(1, found_B1)
+    return torch.searchsorted(cumulative_BN, target_B1, right=True), target_B1, cumulative_BN
