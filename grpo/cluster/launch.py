@@ -15,6 +15,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from grpo.cluster.handles import ActorHandle
+from grpo.cluster.joining import nodes_at
 from grpo.cluster.placement import Node, check_placement
 from grpo.cluster.plan import ActorSpec, actor_specs
 from grpo.cluster.ray_actor import RayEndpoint, host_class, name_of
@@ -61,6 +62,8 @@ def check_dashboard(config: ClusterConfig) -> None:
 
 def _connect(config: ClusterConfig) -> str | None:
     address = config.address
+    if address is not None:
+        nodes_at(address)
     try:
         there = ray.init(
             address=address or "local",
@@ -70,9 +73,8 @@ def _connect(config: ClusterConfig) -> str | None:
             logging_level=logging.WARNING,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        hint = "; a cluster with tokens asks for RAY_AUTH_MODE=token" if address else ""  # Ray turns it on for its own
-        raise LaunchError(f"cluster.address: can't reach Ray at {address or 'local'}: {first_line}{hint}") from error
+        reason = " ".join(str(error).split())  # of versions that differ, it lists them line by line
+        raise LaunchError(f"cluster.address: can't reach Ray at {address or 'local'}: {reason}") from error
     except SystemExit as ended:  # by Ray's handler of SIGTERM, which it puts in the place of ours
         raise KeyboardInterrupt from ended
     return f"http://{there.dashboard_url}" if config.dashboard else None
