@@ -41,7 +41,8 @@ MAY_IMPORT = {
         "rewards", "tasks", "models", "engines", "learner",
     },
     "cluster": {
-        "types", "services", "config", "collection", "telemetry", "structured", "waiting", "failures", "actors",
+        "types", "services", "config", "collection", "telemetry", "structured", "waiting", "failures", "models",
+        "actors",
     },
     "difficulty": {"types"},
     "prompts": {"types", "services", "waiting", "pacing", "difficulty"},

@@ -9,13 +9,16 @@ import os
 import signal
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from functools import partial
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from grpo.cluster.files import carried
 from grpo.cluster.handles import ActorHandle
 from grpo.cluster.joining import nodes_at
+from grpo.cluster.own_code import runtime_env
 from grpo.cluster.placement import Node, check_placement
 from grpo.cluster.plan import ActorSpec, actor_specs
 from grpo.cluster.ray_actor import RayEndpoint, host_class, name_of
@@ -69,6 +72,7 @@ def _connect(config: ClusterConfig) -> str | None:
             address=address or "local",
             include_dashboard=None if address else config.dashboard,
             dashboard_host="127.0.0.1",
+            runtime_env=runtime_env() if address else None,
             log_to_driver=True,  # into the run's log: the driver's own stdout leads there
             logging_level=logging.WARNING,
         )
@@ -111,6 +115,8 @@ async def launch_actors(
     Raises LaunchError when the cluster can't hold them, or when they are not up within `cluster.start_timeout_s`.
     """
     check_placement(specs, _nodes(), "the Ray cluster")
+    if config.cluster.address is not None:
+        specs = _for_other_nodes(specs, config)
     claims = Claims()
     services = {spec.name: make_service(spec, partial(_spawn, spec), failures, config, claims) for spec in specs}
     patience_s = _CLOSE_TIMEOUT_S
@@ -127,6 +133,12 @@ async def launch_actors(
 def _nodes() -> list[Node]:
     there = (node["Resources"] for node in ray.nodes() if node["Alive"])
     return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in there]
+
+
+def _for_other_nodes(specs: Sequence[ActorSpec], config: RunConfig) -> list[ActorSpec]:
+    """The same actors, whose processes bring along the files that they need."""
+    sent = {"config": carried(config, ray.get_runtime_context().get_node_id())}
+    return [replace(spec, kwargs={**spec.kwargs, **sent}) if "config" in spec.kwargs else spec for spec in specs]
 
 
 def _spawn(spec: ActorSpec, name: str) -> RayEndpoint:
