@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from grpo.actors.scoring import reward_function
 from grpo.cluster.joining import nodes_at
 from grpo.cluster.launch import check_dashboard
@@ -17,6 +15,7 @@ from grpo.cluster.placement import Node, check_placement
 from grpo.cluster.plan import ActorSpec
 from grpo.composition import to_yaml
 from grpo.config import ModelConfig, RunConfig
+from grpo.device import gpus_here
 from grpo.engines.simulated import SimulatedEngine
 from grpo.engines.vllm_words import check_installed
 from grpo.imports import check_arguments, import_target
@@ -119,7 +118,7 @@ def check_resources(config: RunConfig, specs: Sequence[ActorSpec]) -> None:
             check_placement(specs, nodes_at(config.cluster.address), "the Ray cluster")
     else:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        check_placement(specs, [Node(cores, torch.cuda.device_count())], "this machine")
+        check_placement(specs, [Node(cores, gpus_here())], "this machine")
 
 
 def prepare_model(config: RunConfig, task: Task) -> RunConfig:

@@ -11,6 +11,7 @@ from grpo.types import ConfigError
 
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
+    "model.attention": ("auto", "sdpa", "eager"),
     "task.template": ("plain", "chat"),
     "dataloader.sampling": ("uniform", "difficulty"),
     "reward.on_error": ("fail", "drop"),
