@@ -130,15 +130,15 @@ async def launch_actors(
         await asyncio.gather(*(service.close(patience_s) for service in services.values()))
 
 
-def _nodes() -> list[Node]:
-    there = (node["Resources"] for node in ray.nodes() if node["Alive"])
-    return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in there]
-
-
 def _for_other_nodes(specs: Sequence[ActorSpec], config: RunConfig) -> list[ActorSpec]:
     """The same actors, whose processes bring along the files that they need."""
     sent = {"config": carried(config, ray.get_runtime_context().get_node_id())}
     return [replace(spec, kwargs={**spec.kwargs, **sent}) if "config" in spec.kwargs else spec for spec in specs]
+
+
+def _nodes() -> list[Node]:
+    there = (node["Resources"] for node in ray.nodes() if node["Alive"])
+    return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in there]
 
 
 def _spawn(spec: ActorSpec, name: str) -> RayEndpoint:

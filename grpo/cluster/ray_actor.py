@@ -44,6 +44,11 @@ def name_of(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
+def _unpacked(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What another node has sent, with the files that belong to it."""
+    return {name: arg.here() if isinstance(arg, CarriedConfig) else arg for name, arg in kwargs.items()}
+
+
 class _Host:
     def __init__(self, name: str, cls: str, kwargs: dict[str, Any]) -> None:
         collect_rarely()  # before the class's module is imported: hence its name
@@ -87,11 +92,6 @@ class _Host:
     async def linger(self) -> None:
         """Never returns: whoever calls it hears at once when the process dies."""
         await asyncio.get_running_loop().create_future()
-
-
-def _unpacked(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What another node has sent, with the files that belong to it."""
-    return {name: arg.here() if isinstance(arg, CarriedConfig) else arg for name, arg in kwargs.items()}
 
 
 class RayEndpoint:
