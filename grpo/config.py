@@ -16,6 +16,7 @@ class ModelConfig:
     prepare: str | None = None  # or `module:function` that makes the folder, called with the task and `args`
     args: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"  # of generators, reference and published weights
+    attention: str = "auto"  # transformers' for all but vLLM: sdpa, with FlashAttention's kernels on GPUs; eager; auto
     trust_remote_code: bool = False
     pickled_weights: bool = False  # where there are no safetensors, load pytorch_model.bin (tensors only, no code)
 

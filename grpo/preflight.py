@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from grpo.actors.scoring import reward_function
+from grpo.cluster.joining import nodes_at
 from grpo.cluster.launch import check_dashboard
 from grpo.cluster.placement import Node, check_placement
 from grpo.cluster.plan import ActorSpec
 from grpo.composition import to_yaml
 from grpo.config import ModelConfig, RunConfig
+from grpo.device import gpus_here
 from grpo.engines.simulated import SimulatedEngine
 from grpo.engines.vllm_words import check_installed
 from grpo.imports import check_arguments, import_target
@@ -109,10 +109,16 @@ def check_names(config: RunConfig) -> Task:
 
 
 def check_resources(config: RunConfig, specs: Sequence[ActorSpec]) -> None:
-    """On a cluster of our own, compare what the actors ask for with this machine. Raises LaunchError."""
-    if config.cluster.address is None:
+    """Compare what the actors ask for with this machine, or with the cluster to join. Raises LaunchError.
+
+    A dry run may be made where that cluster can't be reached.
+    """
+    if config.cluster.address is not None:
+        if not config.dry_run:
+            check_placement(specs, nodes_at(config.cluster.address), "the Ray cluster")
+    else:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        check_placement(specs, [Node(cores, torch.cuda.device_count())], "this machine")
+        check_placement(specs, [Node(cores, gpus_here())], "this machine")
 
 
 def prepare_model(config: RunConfig, task: Task) -> RunConfig:

@@ -24,7 +24,7 @@ _FREE = (
     "cluster", "watchdog", "recovery", "checkpoint", "observe", "eval", "generator", "resume", "dry_run",
     "reward.on_error", "reward.timeout_s", "reward.memory_gb", "reward.workers", "reward.replicas", "reward.num_cpus",
     "filter.max_batches",
-    "reference", "rollout.concurrency", "trainer.max_steps", "trainer.micro_batch_tokens",
+    "model.attention", "reference", "rollout.concurrency", "trainer.max_steps", "trainer.micro_batch_tokens",
     "trainer.packing", "trainer.gradient_checkpointing", "trainer.max_nonfinite_steps", "trainer.snapshot_every",
     "trainer.num_cpus", "trainer.num_gpus", "trainer.threads",
 )  # fmt: skip

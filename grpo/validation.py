@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from grpo.config import RunConfig
@@ -10,6 +11,7 @@ from grpo.types import ConfigError
 
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
+    "model.attention": ("auto", "sdpa", "eager"),
     "task.template": ("plain", "chat"),
     "dataloader.sampling": ("uniform", "difficulty"),
     "reward.on_error": ("fail", "drop"),
@@ -142,6 +144,11 @@ def validate(config: RunConfig) -> None:
         raise ConfigError(
             "is for a cluster of the run's own; the one at cluster.address has its own or none: leave it out",
             key="cluster.dashboard",
+        )
+    if config.cluster.address not in (None, "auto") and not re.fullmatch(r"[^/]+:\d+", str(config.cluster.address)):
+        raise ConfigError(
+            f"is {config.cluster.address!r}, must be auto or HOST:PORT; leave it out for a cluster on this machine",
+            key="cluster.address",
         )
     if not config.reward.functions:
         raise ConfigError("is empty; name at least one, for example {task: 1.0}", key="reward.functions")

@@ -2,6 +2,7 @@
 
 import io
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from grpo.observe.display import PlainDisplay
 from grpo.observe.recorder import Recorder
 from grpo.observe.run_dir import RunDirectory
 from grpo.run import make_pacer
+from tests.ray_nodes import RayNodes
 
 TESTS = Path(__file__).parent
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -45,6 +47,17 @@ def ray_session():
     """One Ray for all integration tests: starting it takes seconds."""
     with ray_cluster(ClusterConfig()):
         yield
+
+
+@pytest.fixture
+def nodes():
+    """A Ray cluster of several nodes, none of them started yet."""
+    with tempfile.TemporaryDirectory() as folder:  # a short path: Ray's sockets lie in it
+        nodes = RayNodes(folder)
+        try:
+            yield nodes
+        finally:
+            nodes.close()
 
 
 @pytest.fixture(scope="session")

@@ -22,14 +22,24 @@ class RayNodes:
             free.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{free.getsockname()[1]}"
 
-    def start(self, cpus):
-        """Start a node, the head at first; returns its session."""
+    def start(self, cpus, hidden=()):
+        """Start a node, the head at first; returns its session.
+
+        One with `hidden` folders sees them empty, as well as Ray's own and /dev/shm: as on another machine, with
+        another user's home, on which only Python's environment is the same.
+        """
         place = [f"--address={self.address}"] if self._sessions else self._head()
         ports = ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *place, f"--num-cpus={cpus}", *ports]
+        apart, places = [], [*map(str, hidden), self._folder, "/dev/shm"]
+        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+        if hidden:
+            mounts = "".join(f"mount -t tmpfs none '{place}' && " for place in places)
+            apart = ["unshare", "--mount", "sh", "-c", f'{mounts} cd / && exec "$@"', "sh"]
+            environment |= {"PYTHONPATH": "", "HOME": f"{self._folder}/home", "XDG_CACHE_HOME": ""}
         starting = subprocess.Popen(
-            [*command, "--disable-usage-stats"],
-            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+            [*apart, *command, "--disable-usage-stats"],
+            env=environment,
             start_new_session=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

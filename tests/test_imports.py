@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "fused": set(),
     "weights": {"types", "checksum", "flat_buffer"},
     "compute": set(),
+    "device": {"types"},
     "collection": set(),
     "structured": {"types"},
     "imports": {"types"},
@@ -32,7 +33,7 @@ MAY_IMPORT = {
     "algorithms": {"types"},
     "rewards": {"types", "telemetry"},
     "tasks": {"types", "config", "imports", "rewards"},
-    "models": {"types", "config", "tasks"},
+    "models": {"types", "config", "device", "tasks"},
     "engines": {"types", "flat_buffer", "full_attention", "fused", "weights", "compute", "telemetry", "structured"},
     "learner": {
         "types", "config", "imports", "checksum", "flat_buffer", "full_attention", "fused", "telemetry", "weights",
@@ -46,7 +47,8 @@ MAY_IMPORT = {
         "rewards", "tasks", "models", "engines", "learner",
     },
     "cluster": {
-        "types", "services", "config", "collection", "telemetry", "structured", "waiting", "failures", "actors",
+        "types", "services", "config", "collection", "telemetry", "structured", "waiting", "failures", "device",
+        "models", "actors",
     },
     "difficulty": {"types"},
     "prompts": {"types", "services", "waiting", "pacing", "difficulty"},

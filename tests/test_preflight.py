@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import CLIPConfig, MambaConfig
+from transformers import CLIPConfig, GPTNeoConfig, MambaConfig
 
 from grpo import preflight
 from grpo.cluster.plan import actor_specs
@@ -146,6 +146,13 @@ def test_what_is_no_model_for_us_is_refused(model_folder, checked, settings, mes
     with pytest.raises(GRPOError, match=message) as raised:
         checked()
     assert "\n" not in str(raised.value)
+
+
+def test_an_attention_that_the_model_does_not_have_names_the_key(tiny_config, model_folder, checked):
+    GPTNeoConfig(num_layers=2, attention_types=[[["global", "local"], 1]]).save_pretrained(model_folder)
+    tiny_config.model.attention = "sdpa"
+    with pytest.raises(GRPOError, match=r"^model\.attention: gpt_neo models have no sdpa; take auto"):
+        checked()
 
 
 def test_a_good_config_passes(tiny_config):

@@ -54,7 +54,8 @@ class Generator:
         await self._engine.ping()
 
     async def close(self) -> None:
-        await self._engine.close()
+        if hasattr(self, "_engine"):  # else: it was closed before there was one; what starts ends with the process
+            await self._engine.close()
 
 
 async def make_engine(config: RunConfig, device: str, threads: int) -> Engine:

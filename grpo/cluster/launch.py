@@ -9,12 +9,16 @@ import os
 import signal
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from functools import partial
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from grpo.cluster.files import carried
 from grpo.cluster.handles import ActorHandle
+from grpo.cluster.joining import nodes_at
+from grpo.cluster.own_code import runtime_env
 from grpo.cluster.placement import Node, check_placement
 from grpo.cluster.plan import ActorSpec, actor_specs
 from grpo.cluster.ray_actor import RayEndpoint, host_class, name_of
@@ -61,18 +65,20 @@ def check_dashboard(config: ClusterConfig) -> None:
 
 def _connect(config: ClusterConfig) -> str | None:
     address = config.address
+    if address is not None:
+        nodes_at(address)
     try:
         there = ray.init(
             address=address or "local",
             include_dashboard=None if address else config.dashboard,
             dashboard_host="127.0.0.1",
+            runtime_env=runtime_env() if address else None,
             log_to_driver=True,  # into the run's log: the driver's own stdout leads there
             logging_level=logging.WARNING,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        hint = "; a cluster with tokens asks for RAY_AUTH_MODE=token" if address else ""  # Ray turns it on for its own
-        raise LaunchError(f"cluster.address: can't reach Ray at {address or 'local'}: {first_line}{hint}") from error
+        reason = " ".join(str(error).split())  # of versions that differ, it lists them line by line
+        raise LaunchError(f"cluster.address: can't reach Ray at {address or 'local'}: {reason}") from error
     except SystemExit as ended:  # by Ray's handler of SIGTERM, which it puts in the place of ours
         raise KeyboardInterrupt from ended
     return f"http://{there.dashboard_url}" if config.dashboard else None
@@ -109,6 +115,8 @@ async def launch_actors(
     Raises LaunchError when the cluster can't hold them, or when they are not up within `cluster.start_timeout_s`.
     """
     check_placement(specs, _nodes(), "the Ray cluster")
+    if config.cluster.address is not None:
+        specs = _for_other_nodes(specs, config)
     claims = Claims()
     services = {spec.name: make_service(spec, partial(_spawn, spec), failures, config, claims) for spec in specs}
     patience_s = _CLOSE_TIMEOUT_S
@@ -120,6 +128,12 @@ async def launch_actors(
         raise
     finally:
         await asyncio.gather(*(service.close(patience_s) for service in services.values()))
+
+
+def _for_other_nodes(specs: Sequence[ActorSpec], config: RunConfig) -> list[ActorSpec]:
+    """The same actors, whose processes bring along the files that they need."""
+    sent = {"config": carried(config, ray.get_runtime_context().get_node_id())}
+    return [replace(spec, kwargs={**spec.kwargs, **sent}) if "config" in spec.kwargs else spec for spec in specs]
 
 
 def _nodes() -> list[Node]:

@@ -14,6 +14,7 @@ from grpo.actors.replay_buffer import ReplayBuffer
 from grpo.actors.reward import Reward
 from grpo.actors.trainer import Trainer
 from grpo.config import EvalConfig, GeneratorConfig, ReferenceConfig, RunConfig, TrainerConfig
+from grpo.device import device_for
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +79,7 @@ def _compute(
     """An actor that runs a model: on the GPU it was given, or with as many threads as it has CPUs."""
     kwargs = {
         "config": config,
-        "device": "cuda" if resources.num_gpus > 0 else "cpu",
+        "device": device_for(resources.num_gpus),
         "threads": resources.threads or max(1, int(resources.num_cpus)),
     }
     return ActorSpec(name, cls, kwargs, replicas, resources.num_cpus, resources.num_gpus)

@@ -8,13 +8,14 @@ import logging
 import os
 import signal
 from contextlib import suppress
-from functools import cache
+from functools import cache, cached_property
 from pkgutil import resolve_name
 from typing import Any, NoReturn
 
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
+from grpo.cluster.files import CarriedConfig
 from grpo.collection import collect_as_usual, collect_rarely
 from grpo.telemetry.recording import Harvest, Recording, record_in
 from grpo.types import ActorDied, PayloadLost
@@ -43,12 +44,21 @@ def name_of(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
+def _unpacked(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What another node has sent, with the files that belong to it."""
+    return {name: arg.here() if isinstance(arg, CarriedConfig) else arg for name, arg in kwargs.items()}
+
+
 class _Host:
     def __init__(self, name: str, cls: str, kwargs: dict[str, Any]) -> None:
         collect_rarely()  # before the class's module is imported: hence its name
         self._name = name
-        self._actor = resolve_name(cls)(**kwargs)
+        self._cls, self._kwargs = resolve_name(cls), kwargs
         self._recording = Recording()
+
+    @cached_property
+    def _actor(self) -> Any:
+        return self._cls(**self._kwargs)
 
     def __repr__(self) -> str:
         """What Ray's dashboard and logs call it."""
@@ -60,6 +70,8 @@ class _Host:
         method, args, kwargs = call
         args = tuple(_fill(arg, payloads) for arg in args)
         kwargs = {name: _fill(arg, payloads) for name, arg in kwargs.items()}
+        if method == "setup":  # not as the process starts: `where` says meanwhile that it has found a place
+            self._kwargs = await asyncio.to_thread(_unpacked, self._kwargs)
         result = await getattr(self._actor, method)(*args, **kwargs)
         if method == "setup":
             collect_as_usual()

@@ -19,6 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, has_f
 from transformers.utils import logging as transformers_logging
 
 from grpo.config import ModelConfig
+from grpo.device import check_device
 from grpo.types import ConfigError
 
 if TYPE_CHECKING:  # the module behind it takes a second to import
@@ -33,8 +34,10 @@ _ALIBI = ("bloom", "mpt")  # they look at distances, so it doesn't matter where 
 def load_model(config: ModelConfig, dtype: torch.dtype, device: str) -> PreTrainedModel:
     """The causal LM at `config.path`, in evaluation mode, on `device` (cpu or cuda).
 
-    Dropout is switched off: the trainer has to see the very distribution that the generator sampled from.
+    Dropout is switched off: the trainer has to see the very distribution that the generator sampled from. Raises
+    ConfigError where the device is not there.
     """
+    check_device(device, config.dtype)
     settings = load_settings(config)
     for name in list(vars(settings)):
         if name.endswith(("dropout", "pdrop", "dropout_prob", "layerdrop")):
@@ -53,6 +56,7 @@ def _load(config: ModelConfig, settings: PreTrainedConfig, dtype: torch.dtype) -
             config.path,
             config=settings,
             dtype=dtype,
+            attn_implementation=_attention(config),
             trust_remote_code=config.trust_remote_code,
             use_safetensors=None if config.pickled_weights else True,
             weights_only=True,  # of pickled weights: tensors, and no code
@@ -66,11 +70,25 @@ def load_settings(config: ModelConfig) -> PreTrainedConfig:
 
 def load_skeleton(config: ModelConfig) -> PreTrainedModel:
     """The causal LM at `config.path` without its weights: names and shapes of parameters, generation config."""
+    settings = load_settings(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_settings(config), trust_remote_code=config.trust_remote_code)
+        try:
+            model = AutoModelForCausalLM.from_config(
+                settings, attn_implementation=_attention(config), trust_remote_code=config.trust_remote_code
+            )
+        except ValueError as error:
+            if "attention implementation" not in str(error):
+                raise
+            name = settings.model_type
+            raise ConfigError(f"{name} models have no {config.attention}; take auto", key="model.attention") from error
     with contextlib.suppress(OSError):  # not every model has one; the model's config says what it can then
         model.generation_config = GenerationConfig.from_pretrained(config.path)
     return model
+
+
+def _attention(config: ModelConfig) -> str | None:
+    """What transformers calls it; None lets it choose, which is sdpa where the model has that."""
+    return None if config.attention == "auto" else config.attention
 
 
 def check_weights(config: ModelConfig) -> None:

@@ -5,23 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from statistics import fmean
 
-import pytest
-
-from tests.ray_nodes import ENVIRONMENT, ROOT, RayNodes, members
-
-
-@pytest.fixture
-def nodes():
-    with tempfile.TemporaryDirectory() as folder:  # a short path: Ray's sockets lie in it
-        nodes = RayNodes(folder)
-        try:
-            yield nodes
-        finally:
-            nodes.close()
+from tests.ray_nodes import ENVIRONMENT, ROOT, members
 
 
 class JoinedRun:

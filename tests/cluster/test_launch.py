@@ -105,11 +105,12 @@ async def test_a_replica_that_is_added_holds_the_present_weights_and_one_that_ha
         assert second.failures == 0
 
 
-async def test_a_setup_that_fails_is_raised_with_its_type(tiny_config):
+async def test_a_setup_that_fails_is_raised_with_its_type_and_the_others_close(tiny_config, caplog):
     tiny_config.task.target = "grpo.tasks.sorting:Sorted"
     with pytest.raises(ConfigError, match=r"task\.target"):
         async with launch(tiny_config, Failures(tiny_config.recovery)):
             pass
+    assert "did not close:" not in caplog.text  # with an error; one that is slow is another matter
 
 
 async def test_resources_that_others_hold_are_a_clear_error(tiny_config):
@@ -166,14 +167,15 @@ def test_a_dashboard_that_is_not_installed_is_one_line_with_the_fix(monkeypatch)
         check_dashboard(ClusterConfig(dashboard=True))
 
 
-def test_no_cluster_at_the_address_is_a_clear_error(monkeypatch):
+def test_what_ray_says_when_it_cannot_be_joined_is_one_line(monkeypatch):
     def refuse(**_):
-        raise ConnectionError("nobody there")
+        raise RuntimeError("Version mismatch: cluster\n    Ray: 2.50\nthis process\n    Ray: 2.60\n")
 
     monkeypatch.setattr("ray.init", refuse)
     monkeypatch.setattr("ray.shutdown", lambda: None)
+    monkeypatch.setattr("grpo.cluster.launch.nodes_at", lambda _: [])
     with (
-        pytest.raises(LaunchError, match=r"cluster.address: can't reach Ray at auto: nobody there"),
+        pytest.raises(LaunchError, match=r"cluster.address: can't reach Ray at auto: .* Ray: 2.50 this .* 2.60"),
         ray_cluster(ClusterConfig(address="auto")),
     ):
         pass

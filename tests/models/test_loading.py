@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import BioGptConfig, BioGptForCausalLM, BloomConfig, GPT2Config, GPT2LMHeadModel
 
 from grpo.config import ModelConfig
-from grpo.models.loading import check_weights, context_length, load_model, load_settings, stop_token_ids
+from grpo.models.loading import check_weights, context_length, load_model, load_settings, load_skeleton, stop_token_ids
 from grpo.models.tiny import character_tokenizer, tiny_llama
 from grpo.models.tokenizer import load_tokenizer
 from grpo.types import ConfigError
@@ -79,6 +79,13 @@ def test_a_saved_tiny_model_loads_as_it_was(folder):
 
 def test_the_dtype_is_the_one_asked_for(folder):
     assert {p.dtype for p in load_model(folder, torch.bfloat16, "cpu").parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("asked", "got"), [("auto", "sdpa"), ("sdpa", "sdpa"), ("eager", "eager")])
+def test_the_attention_is_the_one_asked_for(folder, asked, got):
+    config = replace(folder, attention=asked)
+    assert load_model(config, torch.float32, "cpu").config._attn_implementation == got
+    assert load_skeleton(config).config._attn_implementation == got
 
 
 @pytest.mark.parametrize(

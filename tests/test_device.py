@@ -1,0 +1,33 @@
+"""A GPU is asked for, and is not there; played by patches of torch, since tests have none."""
+
+import pytest
+import torch
+
+from grpo.device import check_device, device_for
+from grpo.types import ConfigError
+
+
+def test_a_share_of_a_gpu_is_on_it():
+    assert [device_for(share) for share in (0, 0.25, 1, 8)] == ["cpu", "cuda", "cuda", "cuda"]
+    check_device("cpu", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("built_for", "reason"), [(None, "it is built without CUDA"), ("13.0", "the driver is missing or too old")]
+)
+def test_a_gpu_that_torch_does_not_find_is_one_line_with_the_reason(monkeypatch, built_for, reason):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    with pytest.raises(
+        ConfigError, match=rf"num_gpus: Ray gave this actor a GPU, but torch .* has none: {reason};"
+    ):
+        check_device("cuda", "float32")
+
+
+def test_bfloat16_is_refused_where_it_would_be_emulated(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    check_device("cuda", "float32")
+    with pytest.raises(ConfigError, match=r"model\.dtype: Tesla T4 does not compute in bfloat16 .*; take float32"):
+        check_device("cuda", "bfloat16")
