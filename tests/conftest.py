@@ -30,7 +30,8 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(items):
     """With two workers, one takes all tests that start processes: two Rays on two cores would wait for each other."""
     for item in items:
-        if item.path.relative_to(TESTS).parts[0] in ("chaos", "cluster", "learning", "scripts"):
+        folder = item.path.relative_to(TESTS).parts[0]
+        if folder in ("chaos", "cluster", "learning", "scripts") or "rank_processes" in item.fixturenames:
             item.add_marker(pytest.mark.xdist_group("processes"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from rank_processes import RankProcesses
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from grpo.config import CorrectionConfig, LossConfig, TrainerConfig
@@ -25,6 +26,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def rank_processes():
+    """Whoever asks for it is run where the other tests are that start processes; see tests/conftest.py."""
+    processes = RankProcesses()
+    yield processes
+    processes.close()
 
 
 @pytest.fixture

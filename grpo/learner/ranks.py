@@ -1,0 +1,71 @@
+"""The processes that train one model together, each on its share of a batch, and what they tell each other.
+
+Every rank makes the same calls in the same order; a rank that dies or falls behind makes the others raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process is number `rank` of `size`, counted from 0."""
+
+    rank: int
+    size: int
+
+    @classmethod
+    def alone(cls) -> Ranks:
+        return cls(0, 1)
+
+    def added_up(self, values: Sequence[float]) -> list[float]:
+        """The sums over all ranks, in float64 and the same on each."""
+        if self.size == 1:
+            return list(values)
+        sums = torch.tensor(values, dtype=torch.float64)
+        distributed.all_reduce(sums)
+        found: list[float] = sums.tolist()
+        return found
+
+    def from_all(self, value: T) -> list[T]:
+        """What each rank gave, in their order. It is pickled, so what is large should be numpy arrays."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values
+
+
+def join(ranks: Ranks, rendezvous: tuple[str, int], device: str, timeout_s: float) -> None:
+    """Meet the other ranks, before a learner of several is made. Returns when all are there.
+
+    `rendezvous` is a host name or address of rank 0's machine and a free port there; `device` is where this rank
+    computes, "cpu" or as "cuda:0". No rank waits longer than `timeout_s` for the others, here or later: then it
+    raises, or, where it waits inside NCCL, its process ends.
+    """
+    host, port = rendezvous
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        init_method=f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}",
+        rank=ranks.rank,
+        world_size=ranks.size,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=torch.device(device) if on_gpu else None,
+    )
+
+
+def leave() -> None:
+    """End what `join` began."""
+    distributed.destroy_process_group()
