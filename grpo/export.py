@@ -9,6 +9,7 @@ import torch
 
 from grpo.config import ModelConfig
 from grpo.learner.checkpoint import MODEL, find_checkpoint, load_trainer
+from grpo.learner.state import Parameters
 from grpo.models.export import export_model
 from grpo.types import CheckpointError
 
@@ -24,7 +25,7 @@ def export(source: Path, out: Path, dtype: torch.dtype, *, trust_remote_code: bo
         raise CheckpointError(f"{out} is already there; name a folder that is new or empty")
     checkpoint, warnings = find_checkpoint(source)
     model = ModelConfig(path=str(checkpoint / MODEL), trust_remote_code=trust_remote_code)
-    parameters = load_trainer(checkpoint).parameters()
+    parameters = Parameters(load_trainer(checkpoint))
     try:
         export_model(model, parameters, dtype, out)
     except Exception as error:

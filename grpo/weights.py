@@ -76,13 +76,28 @@ class WeightsWriter:
         published.
         """
         sources = [parameter.detach().reshape(-1) for parameter in self._model.parameters()]
-        checksums = _shared_out(partial(self._fill, version, sources), len(self._pieces), torch.get_num_threads())
+        return self._finish(version, partial(self._fill, version, sources))
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Views into the buffer by name, for one who writes there without this class; then comes `seal`."""
+        return views(self._specs, self._buffer)
+
+    def seal(self, version: int) -> Weights:
+        """As `write`, of what is in the buffer."""
+        return self._finish(version, partial(self._check, version))
+
+    def _finish(self, version: int, work: Callable[[int], bytes]) -> Weights:
+        checksums = _shared_out(work, len(self._pieces), torch.get_num_threads())
         return Weights(version, self._specs, self._buffer, combined_checksum(checksums))
 
     def _fill(self, version: int, sources: Sequence[torch.Tensor], number: int) -> bytes:
         """Copy what belongs into one piece; returns its checksum."""
         for part in self._parts[number]:
             part.target.copy_(sources[part.parameter][part.elements])
+        return self._check(version, number)
+
+    def _check(self, version: int, number: int) -> bytes:
+        """The checksum of a piece, if it is finite."""
         piece = self._buffer[self._pieces[number]]
         if not all_finite(piece, self._dtype):
             part = next(part for part in self._parts[number] if not torch.isfinite(part.target).all())

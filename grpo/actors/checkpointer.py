@@ -49,7 +49,8 @@ class Checkpointer:
     @returns_payload
     async def load_trainer(self, path: str) -> tuple[TrainerState, None]:
         """The learner's state of the checkpoint at `path`. Raises CheckpointError."""
-        return await self._thread.run(checkpoint.load_trainer, Path(path)), None
+        [state] = await self._thread.run(checkpoint.load_trainer, Path(path))
+        return state, None
 
     @returns_payload
     async def load_groups(self, path: str) -> tuple[list[tuple[int, Group]], list[int]]:
@@ -74,7 +75,7 @@ class Checkpointer:
         def export(parameters: Mapping[str, torch.Tensor], target: Path) -> None:
             export_model(self._config.model, parameters, dtype, target)
 
-        path = checkpoint.save_checkpoint(self._folder, step, state, groups, progress, export)
+        path = checkpoint.save_checkpoint(self._folder, step, [state], groups, progress, export)
         try:
             checkpoint.prune(self._folder, self._config.checkpoint.keep)
         except OSError as error:  # this one is written all the same

@@ -41,7 +41,7 @@ class Trainer:
 
     @outlives_its_node
     @returns_payload
-    async def push_weights(self) -> tuple[Weights, int]:
+    async def push_weights(self) -> tuple[Weights | None, int]:
         """The present weights, and their version."""
         with span("publish"):
             return await self._thread.run(self._learner.weights), self._learner.version
@@ -56,7 +56,7 @@ class Trainer:
 
     async def restore(self, state: TrainerState) -> None:
         """Go on from a snapshot. Raises CheckpointError, with nothing changed, when it can't be used."""
-        await self._thread.run(self._learner.restore, state)
+        await self._thread.run(self._learner.restore, [state])
 
     async def close(self) -> None:
         self._thread.close()

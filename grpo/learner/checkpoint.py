@@ -2,7 +2,7 @@
 
     checkpoints/step_000100/
         model/                              an ordinary Hugging Face folder
-        trainer.safetensors, trainer.json   the learner's state: tensors in float32; version and counters
+        trainer.safetensors, trainer.json   the learner's state: tensors in float32, by rank; version and counters
         groups.safetensors, groups.json     finished groups that wait to be trained on
         progress.json                       the driver's own
         manifest.json                       size and checksum of every other file; written last
@@ -16,24 +16,22 @@ import errno
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from grpo.flat_buffer import buffer_for, lay_out, views
-from grpo.learner import group_file
+from grpo.learner import group_file, state_file
 from grpo.learner.manifest import check_manifest, saved_at, sync, write_manifest
-from grpo.learner.state import TrainerState
+from grpo.learner.state import Parameters, TrainerState
 from grpo.types import CheckpointError, Group
 
 MODEL = "model"
-_TENSORS, _COUNTERS, _PROGRESS = "trainer.safetensors", "trainer.json", "progress.json"
-_PARTS = (f"{MODEL}/config.json", _TENSORS, _COUNTERS, group_file.TENSORS, group_file.RECORDS, _PROGRESS)
+_PROGRESS = "progress.json"
+_PARTS = (f"{MODEL}/config.json", state_file.COUNTERS, group_file.TENSORS, group_file.RECORDS, _PROGRESS)
 _NAME = re.compile(r"step_\d{6,}")
 _UNFINISHED, _REPLACED = "unfinished", "replaced"
 
@@ -44,40 +42,35 @@ ExportModel = Callable[[Mapping[str, Tensor], Path], None]
 def save_checkpoint(
     folder: Path,
     step: int,
-    state: TrainerState,
+    states: Sequence[TrainerState],
     groups: Iterable[tuple[int, Group]],
     progress: Mapping[str, Any],
     export_model: ExportModel,
 ) -> Path:
     """Write `step_<step>` under `folder` and return its path; one of the same step is replaced.
 
-    `groups` are pairs (ticket serial, group with its values); `progress` is JSON-able. Removes what an earlier crash
-    left unfinished. Raises CheckpointError, with other checkpoints untouched, when it can't be written.
+    `states` are those of all ranks; `groups` are pairs (ticket serial, group with its values); `progress` is JSON-able.
+    Removes what an earlier crash left unfinished. Raises CheckpointError, with other checkpoints untouched, when it
+    can't be written.
     """
     final, unfinished = folder / f"step_{step:06d}", folder / f".step_{step:06d}.{_UNFINISHED}"
     with _all_or_nothing(folder, step):
         folder.mkdir(parents=True, exist_ok=True)
         _tidy(folder)
         unfinished.mkdir()
-        export_model(state.parameters(), unfinished / MODEL)
-        save_file(dict(state.tensors()), unfinished / _TENSORS)
-        _write_json(unfinished / _COUNTERS, {"version": state.version, "counters": state.counters})
+        export_model(Parameters(states), unfinished / MODEL)
+        state_file.write_states(unfinished, states)
         group_file.write_groups(unfinished, groups)
-        _write_json(unfinished / _PROGRESS, progress)
+        (unfinished / _PROGRESS).write_text(json.dumps(dict(progress), ensure_ascii=False), encoding="utf-8")
         write_manifest(unfinished)
         _publish(unfinished, final)
     return final
 
 
-def load_trainer(path: Path) -> TrainerState:
-    """The learner's state of a checkpoint, in a buffer of its own. Raises CheckpointError."""
+def load_trainer(path: Path) -> list[TrainerState]:
+    """The learner's state of a checkpoint, in as many parts as it had ranks. Raises CheckpointError."""
     with _reading(path):
-        about, tensors = _read_json(path / _COUNTERS), load_file(path / _TENSORS)
-        specs = lay_out((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
-        buffer = buffer_for(specs)
-        for name, target in views(specs, buffer):
-            target.copy_(tensors.pop(name))
-        return TrainerState(int(about["version"]), specs, buffer, dict(about["counters"]))
+        return state_file.read_states(path)
 
 
 def load_groups(path: Path) -> list[tuple[int, Group]]:
@@ -89,7 +82,7 @@ def load_groups(path: Path) -> list[tuple[int, Group]]:
 def load_progress(path: Path) -> dict[str, Any]:
     """What the driver gave to be kept. Raises CheckpointError."""
     with _reading(path):
-        return dict(_read_json(path / _PROGRESS))
+        return dict(json.loads((path / _PROGRESS).read_text(encoding="utf-8")))
 
 
 def verify(path: Path) -> None:
@@ -198,11 +191,3 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the checkpoint {path} can't be read: {type(error).__name__}: {error}") from error
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(dict(value), ensure_ascii=False), encoding="utf-8")
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

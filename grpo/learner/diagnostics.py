@@ -10,19 +10,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from grpo.learner.collate import MicroBatch
+from grpo.learner.ranks import Ranks
 
 _PERCENTILES = (1, 50, 99)
 _LABELS = {"ratio": "ratio_mean"}
+_OWN = {"log_ratio", "age", "same_version"}  # what is not shown as a mean of its own
 _BY_AGE = ("entropy", "clip_fraction", "correction_weight", "correction_held_fraction")
 
 
 class Diagnostics:
     """Collects the tokens of a train step, micro-batch by micro-batch. `version` is that at the start of the step."""
 
-    def __init__(self, version: int) -> None:
-        self._version = version
+    def __init__(self, version: int, ranks: Ranks = Ranks.alone()) -> None:
+        self._version, self._ranks = version, ranks
         self._tokens: dict[str, list[NDArray[np.float32]]] = {}
-        self._of_loss: tuple[str, ...] = ()
 
     def add(
         self,
@@ -37,7 +38,6 @@ class Diagnostics:
 
         Else they come from the middle of a step that makes several updates.
         """
-        self._of_loss = tuple(of_loss)
         other_BK = micro.mask_BK & (micro.versions_BK != self._version)
         same_BK = ~other_BK.any(dim=1, keepdim=True).expand(other_BK.shape) & at_version
         columns = {
@@ -52,7 +52,7 @@ class Diagnostics:
             self._tokens.setdefault(name, []).append(column)
 
     def metrics(self) -> dict[str, float]:
-        """Means and more over the tokens trained on; empty where there were none.
+        """Means and more over the tokens that all ranks trained on; empty where there were none.
 
         `mismatch/` compares the trainer with the policy that sampled, r = trainer / sampler. `behavior_k1` and
         `behavior_k3` estimate KL(sampler || trainer), `ess` is the effective sample size as a fraction, (sum r)² /
@@ -60,7 +60,7 @@ class Diagnostics:
         two ways of computing are apart. Completions under way during an update don't count there: their keys and
         values may be of older weights.
         """
-        tokens = {name: np.concatenate(parts).astype(np.float64) for name, parts in self._tokens.items()}
+        tokens = self._of_all_ranks()
         if not tokens or not len(tokens["age"]):
             return {}
         log_ratio, ages = tokens["log_ratio"], tokens["age"].astype(int)
@@ -69,7 +69,7 @@ class Diagnostics:
             **_off_policy("mismatch/", log_ratio),
             **{f"mismatch/ratio_p{p:02}": value for p, value in zip(_PERCENTILES, percentiles, strict=True)},
             "mismatch/behavior_abs": np.abs(log_ratio).mean(),
-            **{f"trainer/{_LABELS.get(name, name)}": tokens[name].mean() for name in ("entropy", *self._of_loss)},
+            **{f"trainer/{_LABELS.get(name, name)}": tokens[name].mean() for name in tokens if name not in _OWN},
         }
         if (same := tokens["same_version"] > 0).any():
             metrics["mismatch/same_version_abs"] = np.abs(log_ratio[same]).mean()
@@ -79,6 +79,14 @@ class Diagnostics:
             metrics |= {f"{prefix}{name}": tokens[name][those].mean() for name in _BY_AGE if name in tokens}
             metrics[f"{prefix}tokens"] = those.sum()
         return {name: float(value) for name, value in metrics.items()}
+
+    def _of_all_ranks(self) -> dict[str, NDArray[np.float64]]:
+        """Tokens by name; a rank may have had no group, and nothing to say."""
+        own = {name: np.concatenate(parts) for name, parts in self._tokens.items()}
+        found = [tokens for tokens in self._ranks.from_all(own) if tokens]
+        return {
+            name: np.concatenate([tokens[name] for tokens in found], dtype=np.float64) for name in next(iter(found), {})
+        }
 
 
 def _off_policy(prefix: str, log_ratio: NDArray[np.float64]) -> dict[str, float]:

@@ -10,18 +10,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.nn.utils import clip_grad_norm_
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import get_scheduler
 
 from grpo.config import TrainerConfig
+from grpo.learner.balance import balanced
 from grpo.learner.collate import Sample, collate, samples_of
 from grpo.learner.diagnostics import Diagnostics
 from grpo.learner.logprobs import TokenLogprobs
 from grpo.learner.objective import Objective
+from grpo.learner.ranks import Ranks
+from grpo.learner.sharding import sharded
 from grpo.learner.state import StateWriter, TrainerState
 from grpo.telemetry.recording import span
-from grpo.types import Batch, CheckpointError, NonFiniteError, StalenessError
-from grpo.weights import Weights, WeightsWriter
+from grpo.types import Batch, CheckpointError, Floats, NonFiniteError, StalenessError
+from grpo.weights import Weights
 
 if TYPE_CHECKING:  # the module behind it takes a second to import
     from transformers import PreTrainedModel
@@ -31,14 +35,24 @@ _COUNTERS = {"nonfinite_steps", "nonfinite_in_a_row", "schedule_position", "opti
 
 @dataclass(frozen=True)
 class Share:
-    """What one update is made of: the samples that cost a forward pass, and what their loss is divided by."""
+    """What one update is made of: this rank's samples that cost a forward pass, and what their loss is divided by.
+
+    Every rank makes as many passes as the one with the most micro-batches: after its own, `idle_passes` over `filler`,
+    of which nothing comes.
+    """
 
     samples: Sequence[Sample]
     denominator: float
+    idle_passes: int
+    filler: Sequence[Sample]
 
 
 class Learner:
-    """Holds the model in float32 and its optimizer; computes in `compute_dtype`, publishes in the same."""
+    """Holds the model in float32 and its optimizer; computes in `compute_dtype`, publishes in the same.
+
+    One of several `ranks` holds its rows of every parameter, and trains on some groups of every batch. Every call is
+    made on all ranks side by side.
+    """
 
     def __init__(
         self,
@@ -49,9 +63,11 @@ class Learner:
         temperature: float,
         age_bound: int,
         compute_dtype: torch.dtype = torch.float32,
+        ranks: Ranks = Ranks.alone(),
     ) -> None:
-        self.model = model.train()
-        self._logprobs = TokenLogprobs(model, temperature, config.packing)
+        self.model, self._ranks = model.train(), ranks
+        self._logprobs = TokenLogprobs(model, temperature, config.packing)  # tries out the whole model
+        self._sharding = sharded(model, ranks, compute_dtype)
         if config.gradient_checkpointing:
             renamed = hasattr(model, "activation_checkpointing_enable")  # in transformers, after 5.20
             (model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable)()
@@ -59,16 +75,15 @@ class Learner:
         self.nonfinite_steps, self._nonfinite_in_a_row = 0, 0
         self._config, self._age_bound = config, age_bound
         self._compute_dtype = compute_dtype
-        self._device = next(model.parameters()).device
+        self._device = model.device
         self._objective = objective
-        self._writer = WeightsWriter(model, compute_dtype)
         beta1, beta2 = config.betas
         self._optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.lr, betas=(beta1, beta2), weight_decay=config.weight_decay
+            self._sharding.parameters.values(), lr=config.lr, betas=(beta1, beta2), weight_decay=config.weight_decay
         )
         schedule = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
         self._schedule = get_scheduler(schedule, self._optimizer, config.warmup_steps, config.max_steps)
-        self._states = StateWriter(model, self._optimizer)
+        self._states = StateWriter(self._sharding.parameters, self._sharding.rows, self._optimizer, ranks.rank)
 
     def train_step(self, batch: Batch) -> dict[str, float]:
         """Take `updates_per_batch` optimizer steps, each on its share of the groups; returns metrics by name.
@@ -84,7 +99,7 @@ class Learner:
             raise StalenessError(
                 f"a group of age {max(ages)} at version {self.version}; the bound is {self._age_bound}"
             )
-        diagnostics, lr = Diagnostics(self.version), self._schedule.get_last_lr()[0]
+        diagnostics, lr = Diagnostics(self.version, self._ranks), self._schedule.get_last_lr()[0]
         groups = [samples_of(group) for group in batch.groups]
         samples = [sample for group in groups for sample in group]
         updates = [self._update(i, share, diagnostics) for i, share in enumerate(self._shares(groups))]
@@ -103,12 +118,12 @@ class Learner:
             **diagnostics.metrics(),
         }
 
-    def weights(self) -> Weights:
-        """A snapshot to publish; see WeightsWriter.write."""
-        return self._writer.write(self.version)
+    def weights(self) -> Weights | None:
+        """A snapshot to publish, on rank 0; see WeightsWriter.write."""
+        return self._sharding.weights(self.version)
 
     def state(self) -> TrainerState:
-        """A snapshot for another learner to go on from, bit for bit. The next call overwrites its buffer."""
+        """This rank's part of a snapshot for others to go on from, bit for bit. The next call overwrites its buffer."""
         counters = {
             "nonfinite_steps": self.nonfinite_steps,
             "nonfinite_in_a_row": self._nonfinite_in_a_row,
@@ -116,43 +131,63 @@ class Learner:
         }
         return self._states.write(self.version, counters)
 
-    def restore(self, state: TrainerState) -> None:
-        """Go on from a snapshot; the learning rate is the config's at that point of the schedule.
+    def restore(self, states: Sequence[TrainerState]) -> None:
+        """Go on from a snapshot, in the parts of any number of ranks.
 
-        Raises CheckpointError, before anything is changed, when it does not fit the model or holds NaN or infinity.
+        The learning rate is the config's at that point of the schedule. Raises CheckpointError, on every rank and
+        before anything is changed, when the states are not those of all ranks, don't fit the model, or are not finite.
         """
-        counters = state.counters
+        counters = states[0].counters
         if missing := sorted(_COUNTERS - counters.keys()):
             raise CheckpointError(f"the trainer's state lacks {missing}")
-        self._states.check(state)
-        self._states.read(state)
-        self._optimizer.zero_grad(set_to_none=True)  # a step that failed half-way may have left some
+        self._states.check(states)
+        self._states.read(states)
+        for parameter in self._sharding.with_gradients():
+            parameter.grad = None  # a step that failed half-way may have left it
         self._move_schedule(counters["schedule_position"])
         self.nonfinite_steps = counters["nonfinite_steps"]
         self._nonfinite_in_a_row = counters["nonfinite_in_a_row"]
-        self.version = state.version
+        self.version = states[0].version
 
     def _shares(self, groups: Sequence[list[Sample]]) -> list[Share]:
         """One for each update; those after the first know the policy at the start of the step, if need be."""
         scale = self._objective.advantage_scale([sample.advantage for group in groups for sample in group])
         parts = np.array_split(np.arange(len(groups)), min(len(groups), self._config.updates_per_batch))
-        shares = [self._share([sample for i in part for sample in groups[i]], scale) for part in parts]
-        shares = [share for share in shares if share.samples] or shares[:1]  # an update of nothing would count as one
+        shares = [self._share([groups[i] for i in part], scale) for part in parts]
+        shares = [share for share in shares if share.filler] or shares[:1]  # an update of nothing would count as one
         if self._objective.needs_proximal:
-            shares[1:] = [replace(share, samples=self._with_proximal(share.samples)) for share in shares[1:]]
+            shares[1:] = [replace(share, samples=self._with_proximal(share)) for share in shares[1:]]
         return shares
 
-    def _share(self, samples: Sequence[Sample], scale: float) -> Share:
-        trained = [s for s in samples if s.trained and (s.advantage != 0 or self._objective.trains_zero_advantage)]
+    def _share(self, groups: Sequence[list[Sample]], scale: float) -> Share:
+        """Whole groups for each rank, of about as many tokens; every rank knows the plans of all."""
+        lengths = [sample.trained_length for group in groups for sample in group]
+        trained = [self._trained(group, scale) for group in groups]
+        costs = [sum(map(len, group)) for group in trained]
+        by_rank = [[s for i in part for s in trained[i]] for part in balanced(costs, self._ranks.size)]
+        plans = [self._logprobs.plan(samples, self._config.micro_batch_tokens) for samples in by_rank]
         return Share(
-            [replace(sample, advantage=scale * sample.advantage) for sample in trained],
-            self._objective.denominator([sample.trained_length for sample in samples]),
+            samples=by_rank[self._ranks.rank],
+            denominator=self._objective.denominator(lengths),
+            idle_passes=max(map(len, plans)) - len(plans[self._ranks.rank]),
+            filler=sorted((sample for group in trained for sample in group), key=len)[:1],
         )
 
-    def _with_proximal(self, samples: Sequence[Sample]) -> list[Sample]:
-        with span("forward", sequences=len(samples)), self._autocast():
-            logprobs = self._logprobs.of_samples(samples, self._config.micro_batch_tokens)
-        return [replace(sample, proximal_logprobs=found_T) for sample, found_T in zip(samples, logprobs, strict=True)]
+    def _trained(self, group: Sequence[Sample], scale: float) -> list[Sample]:
+        """Those of a group that cost a forward pass, their advantages in the batch's scale."""
+        trained = [s for s in group if s.trained and (s.advantage != 0 or self._objective.trains_zero_advantage)]
+        return [replace(sample, advantage=scale * sample.advantage) for sample in trained]
+
+    def _with_proximal(self, share: Share) -> list[Sample]:
+        def forward() -> list[Floats]:
+            logprobs = self._logprobs.of_samples(share.samples, self._config.micro_batch_tokens)
+            for _ in range(share.idle_passes):
+                self._logprobs(share.filler)
+            return logprobs
+
+        with span("forward", sequences=len(share.samples)), self._autocast(), torch.no_grad():
+            logprobs = self._sharding.compute(forward)
+        return [replace(s, proximal_logprobs=found_T) for s, found_T in zip(share.samples, logprobs, strict=True)]
 
     def _update(self, number: int, share: Share, diagnostics: Diagnostics) -> tuple[float, float]:
         """One optimizer step; returns the loss and the norm of the gradient before it was clipped."""
@@ -160,18 +195,34 @@ class Learner:
         for part in self._logprobs.plan(share.samples, self._config.micro_batch_tokens):
             samples = [share.samples[i] for i in part]
             loss += self._backward(samples, share.denominator, diagnostics, first=number == 0)
+        for _ in range(share.idle_passes):
+            self._pass_idly(share.filler)
         with span("optimizer"):
-            grad_norm = float(clip_grad_norm_(self.model.parameters(), self._config.max_grad_norm))
+            loss, grad_norm = self._clip(loss)
             self._step(loss, grad_norm)
         return loss, grad_norm
+
+    def _clip(self, loss: float) -> tuple[float, float]:
+        """The loss and the gradient's norm, from the parts of all ranks; then the norm is at most `max_grad_norm`."""
+        parameters = self._sharding.with_gradients()
+        part = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        loss, squared = self._ranks.added_up([loss, float(part) * float(part)])
+        norm = math.sqrt(squared)
+        clip_grads_with_norm_(parameters, self._config.max_grad_norm, torch.full_like(part, norm))
+        return loss, norm
+
+    def _pass_idly(self, samples: Sequence[Sample]) -> None:
+        """Take part in what ranks do together during a forward and a backward pass; adds zeros to the gradient."""
+        logprobs_N, _ = self._forward(samples)
+        (0.0 * logprobs_N).sum().backward()
 
     def _backward(
         self, samples: Sequence[Sample], denominator: float, diagnostics: Diagnostics, *, first: bool
     ) -> float:
         """Add a micro-batch's part of the gradient; returns its part of the loss."""
         micro = collate(samples, self._device)
-        with span("forward", sequences=len(samples)), self._autocast():
-            logprobs_BK, entropy_BK = map(micro.spread, self._logprobs(samples))
+        with span("forward", sequences=len(samples)):
+            logprobs_BK, entropy_BK = map(micro.spread, self._forward(samples))
         output = self._objective(logprobs_BK, micro, denominator)
         with span("backward"):
             output.loss.backward()
@@ -180,6 +231,11 @@ class Learner:
         seen_BK = logprobs_BK.detach() if proximal_BK is None else proximal_BK
         diagnostics.add(micro, seen_BK, entropy_BK, output.metrics, at_version=at_version)
         return float(output.loss.detach())
+
+    def _forward(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies; see TokenLogprobs."""
+        with self._autocast():
+            return self._sharding.compute(lambda: self._logprobs(samples))
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._device.type, self._compute_dtype, enabled=self._compute_dtype != torch.float32)

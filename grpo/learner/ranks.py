@@ -66,6 +66,12 @@ def join(ranks: Ranks, rendezvous: tuple[str, int], device: str, timeout_s: floa
     )
 
 
+def device() -> torch.device:
+    """Where this rank computes, as `join` was told."""
+    group = distributed.group.WORLD
+    return (group and group.bound_device_id) or torch.device("cpu")
+
+
 def leave() -> None:
     """End what `join` began."""
     distributed.destroy_process_group()

@@ -19,22 +19,23 @@ from grpo.types import CheckpointError
 def export_model(source: ModelConfig, parameters: Mapping[str, Tensor], dtype: torch.dtype, folder: Path) -> None:
     """Write the model at `source.path` with other parameters, as `dtype`, and its tokenizer.
 
-    `parameters` are named as by `named_parameters`, tied ones once. Raises CheckpointError for those of another model.
+    `parameters` are named as by `named_parameters`, tied ones once; each is asked for once. Raises CheckpointError for
+    those of another model.
     """
     model = load_original(source, dtype)
     targets = dict(model.named_parameters())
-    differing = {n for n in targets.keys() | parameters.keys() if _shape(targets, n) != _shape(parameters, n)}
+    differing = [*(targets.keys() ^ parameters.keys())]
+    for name in targets.keys() & parameters.keys():
+        parameter = parameters[name]
+        if parameter.shape == targets[name].shape:
+            targets[name].copy_(parameter)
+        else:
+            differing.append(name)
     if differing:
         raise CheckpointError(f"the trained parameters don't fit {source.path}; they differ in {sorted(differing)[:4]}")
-    for name, target in targets.items():
-        target.copy_(parameters[name])
     _make_storable(model.generation_config)
     model.save_pretrained(folder)
     load_tokenizer(source).save_pretrained(folder)
-
-
-def _shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
-    return tensors[name].shape if name in tensors else None
 
 
 def _make_storable(generation: GenerationConfig) -> None:

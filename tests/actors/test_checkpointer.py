@@ -12,6 +12,7 @@ from grpo.actors.checkpointer import Checkpointer
 from grpo.actors.trainer import Trainer
 from grpo.config import CheckpointConfig
 from grpo.learner import checkpoint
+from grpo.learner.state import Parameters
 from grpo.types import Batch, CheckpointError
 
 
@@ -70,7 +71,7 @@ async def test_the_model_is_in_the_dtype_of_the_config(trainer, checkpointer, tm
     [path] = checkpoint.checkpoints(tmp_path / "checkpoints")
     assert AutoModelForCausalLM.from_pretrained(path / "model").dtype == torch.bfloat16
     loaded, _ = await checkpointer.load_trainer(str(path))
-    assert {tensor.dtype for tensor in loaded.parameters().values()} == {torch.float32}
+    assert {tensor.dtype for tensor in Parameters([loaded]).values()} == {torch.float32}
 
 
 async def test_only_the_newest_are_kept(trainer, checkpointer, tmp_path):

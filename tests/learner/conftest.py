@@ -1,22 +1,17 @@
-"""Random groups and small learners. Token ids run from 3 on: below are pad, eos and unknown."""
+"""Random groups and small learners."""
 
 from __future__ import annotations
 
+import learner_parts
 import numpy as np
 import pytest
 import torch
 from rank_processes import RankProcesses
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from grpo.config import CorrectionConfig, LossConfig, TrainerConfig
 from grpo.learner import learner as learner_module
 from grpo.learner.collate import collate
-from grpo.learner.learner import Learner
-from grpo.learner.objective import Objective
 from grpo.models.tiny import tiny_llama
-from grpo.types import Completion, Group, Problem, Prompt
-
-EOS = 1
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -38,42 +33,12 @@ def rank_processes():
 
 @pytest.fixture
 def model():
-    """Small, and peaked enough that a wrong position or token shows in its log-probabilities."""
-    model = tiny_llama(width=32, layers=2, heads=2).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter *= 4
-    return model
+    return learner_parts.peaked(tiny_llama(width=32, layers=2, heads=2))
 
 
 @pytest.fixture
 def make_group():
-    def make(prompt_length, lengths, advantages, *, seed=0, version=0, reference=False, eos=EOS):
-        rng = np.random.default_rng(seed)
-
-        def floats(length):
-            return rng.normal(-3, 0.5, size=length).astype(np.float32)
-
-        completions = [
-            Completion(
-                token_ids=np.append(rng.integers(3, 60, size=length - 1), eos),
-                logprobs=floats(length),
-                versions=((version, length),),
-                finish_reason="stop",
-            )
-            for length in lengths
-        ]
-        return Group(
-            prompt=Prompt(seed, Problem("?", "!"), rng.integers(3, 60, size=prompt_length)),
-            completions=completions,
-            reference_logprobs=[floats(length) for length in lengths] if reference else None,
-            rewards=tuple(advantages),
-            advantages=tuple(advantages),
-            oldest_version=version,
-        )
-
-    return make
+    return learner_parts.make_group
 
 
 @pytest.fixture
@@ -92,14 +57,8 @@ def slow_logprobs():
 
 @pytest.fixture
 def make_learner(model):
-    def make(
-        of=None, *, temperature=1.0, age_bound=0, dtype=torch.float32, beta=0.0, loss=None, correction=None, **trainer
-    ):
-        settings = TrainerConfig(**({"lr": 1e-3, "max_grad_norm": 1e9} | trainer))
-        loss = loss or LossConfig(beta=beta, clip_low=0.2, clip_high=0.2)
-        objective = Objective(loss, correction or CorrectionConfig())
-        options = {"temperature": temperature, "age_bound": age_bound, "compute_dtype": dtype}
-        return Learner(of or model, settings, objective, **options)
+    def make(of=None, **settings):
+        return learner_parts.make_learner(of or model, **settings)
 
     return make
 

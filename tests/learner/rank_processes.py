@@ -1,4 +1,4 @@
-"""Processes that play the ranks of a test: started once, as importing torch in each of them takes seconds."""
+"""Processes that play the ranks of a test: started once, from one that has imported what takes seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ import torch
 
 from grpo.learner.ranks import Ranks, join, leave
 
-_CONTEXT = multiprocessing.get_context("spawn")
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    [
+        "grpo.learner.learner",
+        "grpo.learner.choices",
+        "torch.distributed.fsdp",
+        "transformers.models.llama.modeling_llama",
+    ]
+)
 
 
 class Died(Exception):
@@ -25,7 +33,7 @@ class RankProcesses:
     def __init__(self) -> None:
         self._processes: list[tuple[Any, Connection]] = []
 
-    def run(self, size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
+    def run(self, size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 20.0) -> list[Any]:
         """What `function(ranks, *args)` returns on each rank, or the exception that it raised there."""
         answers = self.answers(size, function, *args, timeout_s=timeout_s)
         for answer in answers:
@@ -42,7 +50,7 @@ class RankProcesses:
         rendezvous = ("127.0.0.1", _free_port())
         for rank, (_, pipe) in enumerate(self._processes[:size]):
             pipe.send((Ranks(rank, size), rendezvous, timeout_s, function, args))
-        answers = [_answer(pipe) for _, pipe in self._processes[:size]]
+        answers = [_answer(process, pipe) for process, pipe in self._processes[:size]]
         self._processes = [(process, pipe) for process, pipe in self._processes if process.is_alive()]
         return answers
 
@@ -59,10 +67,11 @@ class RankProcesses:
         return process, ours
 
 
-def _answer(pipe: Connection) -> Any:
+def _answer(process: Any, pipe: Connection) -> Any:
     try:
         return pipe.recv()
-    except EOFError:
+    except (EOFError, ConnectionResetError):
+        process.join()
         return Died()
 
 

@@ -67,7 +67,7 @@ def _export(source, parameters, folder):
 @pytest.fixture
 def save(learner, groups, export, tmp_path):
     def save(step, folder=tmp_path / "checkpoints", *, groups=groups, progress=PROGRESS, export=export):
-        return save_checkpoint(folder, step, learner.state(), groups, progress, export)
+        return save_checkpoint(folder, step, [learner.state()], groups, progress, export)
 
     return save
 
@@ -98,9 +98,9 @@ def test_a_checkpoint_holds_what_the_design_pins(save):
 
 
 def test_a_learner_goes_on_from_a_checkpoint_bit_for_bit(save, learner, make_learner, make_group):
-    state = load_trainer(save(1))
+    states = load_trainer(save(1))
     other = make_learner(tiny_llama(width=32, layers=2, heads=2, seed=5), age_bound=9)
-    other.restore(state)
+    other.restore(states)
     found, expected = dict(other.state().tensors()), dict(learner.state().tensors())
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert (other.state().version, other.state().counters) == (1, learner.state().counters)

@@ -76,7 +76,7 @@ def test_a_restored_learner_goes_on_bit_for_bit(make_learner, batches, settings,
     expected = [learner.train_step(batch) for batch in batches[steps : steps + 3]]
 
     restored = make_learner(other_model(), **settings)
-    restored.restore(state)
+    restored.restore([state])
     assert [restored.train_step(batch) for batch in batches[steps : steps + 3]] == expected
     assert_same(snapshot(restored), snapshot(learner))
     published = zip(restored.weights().tensors(), learner.weights().tensors(), strict=True)
@@ -93,7 +93,7 @@ def test_parameters_that_never_had_a_gradient_go_on_without_moments(make_learner
     state = stored(learner.state())
     assert 0 < len(state.counters["optimizer_steps"]) < len(list(model.parameters()))
     restored = make_learner(frozen(other_model()), **decay)
-    restored.restore(state)
+    restored.restore([state])
     restored.model.requires_grad_(True)
     learner.model.requires_grad_(True)  # from now on they have: their first step, not their second
     assert restored.train_step(batches[1]) == learner.train_step(batches[1])
@@ -109,7 +109,7 @@ def test_steps_without_a_gradient_are_not_counted_as_the_optimizers(make_learner
     assert (state.version, state.counters["schedule_position"]) == (3, 3)
     assert set(state.counters["optimizer_steps"].values()) == {1}
     restored = make_learner(other_model(), lr_schedule="linear", max_steps=6)
-    restored.restore(state)
+    restored.restore([state])
     assert restored.train_step(batches[3]) == learner.train_step(batches[3])
     assert_same(snapshot(restored), snapshot(learner))
 
@@ -121,7 +121,7 @@ def test_restoring_undoes_what_was_trained_since(make_learner, batches):
     before = snapshot(learner)
     expected = learner.train_step(batches[1])
     learner.model.model.norm.weight.grad = torch.ones(32)  # as a step leaves it that failed half-way
-    learner.restore(state)
+    learner.restore([state])
     assert_same(snapshot(learner), before)
     assert learner.train_step(batches[1]) == expected
 
@@ -130,7 +130,7 @@ def test_the_first_state_forgets_later_moments(make_learner, batches):
     learner = make_learner()
     first = stored(learner.state())
     learner.train_step(batches[0])
-    learner.restore(first)
+    learner.restore([first])
     assert stored(learner.state()).counters == first.counters
     assert np.array_equal(learner.state().buffer, first.buffer)
 
@@ -140,7 +140,7 @@ def test_random_numbers_go_on(make_learner):
     with torch.random.fork_rng(devices=[]):
         state = stored(learner.state())
         expected = torch.rand(3)
-        learner.restore(state)
+        learner.restore([state])
         assert torch.equal(torch.rand(3), expected)
 
 
@@ -148,7 +148,7 @@ def test_another_learning_rate_may_go_on_from_a_state(make_learner, idle_batches
     learner = make_learner(lr=0.01, lr_schedule="linear", max_steps=4)
     learner.train_step(idle_batches[0])
     other = make_learner(other_model(), lr=0.1, lr_schedule="linear", max_steps=4)
-    other.restore(stored(learner.state()))
+    other.restore([stored(learner.state())])
     assert other.train_step(idle_batches[1])["trainer/lr"] == pytest.approx(0.075)
 
 
@@ -156,7 +156,7 @@ def test_steps_that_are_not_finite_stay_counted(make_learner, make_group):
     broken = Batch([make_group(3, [2], [math.nan])])
     learner, other = (make_learner(of, age_bound=9, max_nonfinite_steps=1) for of in (None, other_model()))
     learner.train_step(broken)
-    other.restore(stored(learner.state()))
+    other.restore([stored(learner.state())])
     assert other.nonfinite_steps == 1
     with pytest.raises(NonFiniteError):
         other.train_step(broken)
@@ -173,7 +173,7 @@ def test_a_state_of_a_gpu_goes_on_without_one(make_learner):
     learner = make_learner()
     state = stored(learner.state())
     extra = dataclasses.replace(state.specs[-1], name="rng.cuda", shape=(16,))
-    learner.restore(dataclasses.replace(state, specs=(*state.specs, extra)))
+    learner.restore([dataclasses.replace(state, specs=(*state.specs, extra))])
 
 
 def with_first_spec(state, **changes):
@@ -216,7 +216,7 @@ def test_a_state_that_can_not_be_used_is_refused_before_anything_changes(make_le
     other.train_step(batches[0])
     before = snapshot(other)
     with pytest.raises(CheckpointError, match=message):
-        other.restore(change(state))
+        other.restore([change(state)])
     assert_same(snapshot(other), before)
 
 

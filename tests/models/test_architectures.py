@@ -31,6 +31,7 @@ from grpo.learner.collate import samples_of
 from grpo.learner.learner import Learner
 from grpo.learner.logprobs import TokenLogprobs
 from grpo.learner.objective import Objective
+from grpo.learner.state import Parameters
 from grpo.models.export import export_model
 from grpo.models.loading import check_architecture, load_model, load_skeleton, stop_token_ids
 from grpo.models.tiny import character_tokenizer
@@ -172,7 +173,7 @@ async def test_sampled_trained_on_and_published_back(config):
 async def test_trained_on_and_exported(config, tmp_path):
     async with parts_of(config) as parts:
         parts.learner.train_step(Batch([await group_of(parts.engine, length) for length in PROMPT_LENGTHS]))
-    export_model(config, parts.learner.state().parameters(), torch.float32, tmp_path / "exported")
+    export_model(config, Parameters([parts.learner.state()]), torch.float32, tmp_path / "exported")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     tokens_1T = torch.tensor(prompt_of(9).token_ids)[None]
     with torch.no_grad():

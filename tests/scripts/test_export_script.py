@@ -43,7 +43,7 @@ def run(tmp_path, tiny_model_path, learner):
         export_model(ModelConfig(path=tiny_model_path), parameters, torch.bfloat16, folder)
 
     for step in (50, 100):
-        save_checkpoint(tmp_path / "run/checkpoints", step, learner.state(), [], {}, write)
+        save_checkpoint(tmp_path / "run/checkpoints", step, [learner.state()], [], {}, write)
     return tmp_path / "run"
 
 
