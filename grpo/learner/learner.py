@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -15,13 +15,13 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import get_scheduler
 
 from grpo.config import TrainerConfig
-from grpo.learner.balance import balanced
 from grpo.learner.collate import Sample, collate, samples_of
 from grpo.learner.diagnostics import Diagnostics
 from grpo.learner.logprobs import TokenLogprobs
 from grpo.learner.objective import Objective
 from grpo.learner.ranks import Ranks
 from grpo.learner.sharding import sharded
+from grpo.learner.shares import Share, share_of
 from grpo.learner.state import StateWriter, TrainerState
 from grpo.telemetry.recording import span
 from grpo.types import Batch, CheckpointError, Floats, NonFiniteError, StalenessError
@@ -31,20 +31,6 @@ if TYPE_CHECKING:  # the module behind it takes a second to import
     from transformers import PreTrainedModel
 
 _COUNTERS = {"nonfinite_steps", "nonfinite_in_a_row", "schedule_position", "optimizer_steps"}
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one update is made of: this rank's samples that cost a forward pass, and what their loss is divided by.
-
-    Every rank makes as many passes as the one with the most micro-batches: after its own, `idle_passes` over `filler`,
-    of which nothing comes.
-    """
-
-    samples: Sequence[Sample]
-    denominator: float
-    idle_passes: int
-    filler: Sequence[Sample]
 
 
 class Learner:
@@ -153,30 +139,13 @@ class Learner:
         """One for each update; those after the first know the policy at the start of the step, if need be."""
         scale = self._objective.advantage_scale([sample.advantage for group in groups for sample in group])
         parts = np.array_split(np.arange(len(groups)), min(len(groups), self._config.updates_per_batch))
-        shares = [self._share([groups[i] for i in part], scale) for part in parts]
+        shares = [
+            share_of(self._ranks, [groups[i] for i in part], scale, self._objective, self._plan) for part in parts
+        ]
         shares = [share for share in shares if share.filler] or shares[:1]  # an update of nothing would count as one
         if self._objective.needs_proximal:
             shares[1:] = [replace(share, samples=self._with_proximal(share)) for share in shares[1:]]
         return shares
-
-    def _share(self, groups: Sequence[list[Sample]], scale: float) -> Share:
-        """Whole groups for each rank, of about as many tokens; every rank knows the plans of all."""
-        lengths = [sample.trained_length for group in groups for sample in group]
-        trained = [self._trained(group, scale) for group in groups]
-        costs = [sum(map(len, group)) for group in trained]
-        by_rank = [[s for i in part for s in trained[i]] for part in balanced(costs, self._ranks.size)]
-        plans = [self._logprobs.plan(samples, self._config.micro_batch_tokens) for samples in by_rank]
-        return Share(
-            samples=by_rank[self._ranks.rank],
-            denominator=self._objective.denominator(lengths),
-            idle_passes=max(map(len, plans)) - len(plans[self._ranks.rank]),
-            filler=sorted((sample for group in trained for sample in group), key=len)[:1],
-        )
-
-    def _trained(self, group: Sequence[Sample], scale: float) -> list[Sample]:
-        """Those of a group that cost a forward pass, their advantages in the batch's scale."""
-        trained = [s for s in group if s.trained and (s.advantage != 0 or self._objective.trains_zero_advantage)]
-        return [replace(sample, advantage=scale * sample.advantage) for sample in trained]
 
     def _with_proximal(self, share: Share) -> list[Sample]:
         def forward() -> list[Floats]:
@@ -192,7 +161,7 @@ class Learner:
     def _update(self, number: int, share: Share, diagnostics: Diagnostics) -> tuple[float, float]:
         """One optimizer step; returns the loss and the norm of the gradient before it was clipped."""
         loss = 0.0
-        for part in self._logprobs.plan(share.samples, self._config.micro_batch_tokens):
+        for part in self._plan(share.samples):
             samples = [share.samples[i] for i in part]
             loss += self._backward(samples, share.denominator, diagnostics, first=number == 0)
         for _ in range(share.idle_passes):
@@ -231,6 +200,9 @@ class Learner:
         seen_BK = logprobs_BK.detach() if proximal_BK is None else proximal_BK
         diagnostics.add(micro, seen_BK, entropy_BK, output.metrics, at_version=at_version)
         return float(output.loss.detach())
+
+    def _plan(self, samples: Sequence[Sample]) -> list[list[int]]:
+        return self._logprobs.plan(samples, self._config.micro_batch_tokens)
 
     def _forward(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies; see TokenLogprobs."""
