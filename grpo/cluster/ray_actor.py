@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
+from grpo.cluster.endpoints import Process
 from grpo.collection import collect_as_usual, collect_rarely
 from grpo.telemetry.recording import Harvest, Recording, record_in
 from grpo.types import ActorDied, PayloadLost
@@ -82,7 +83,7 @@ class _Host:
         await asyncio.get_running_loop().create_future()
 
 
-class RayEndpoint:
+class RayEndpoint(Process):
     """A Ray actor that hosts an instance of `cls`."""
 
     def __init__(self, name: str, cls: type, actor: Any) -> None:
