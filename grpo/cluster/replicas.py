@@ -128,7 +128,7 @@ class Replica:
         self._death: asyncio.Future[ActorDied] = asyncio.get_running_loop().create_future()
 
     async def attempt(self, call: Call) -> list[Any]:
-        """The answers, by rank. Raises ActorDied when the process died; it is replaced, and the call can be made again."""
+        """The answers, by rank. Raises ActorDied when a process died. It is replaced: the call can be made again."""
         endpoint, death = self.endpoint, self._death
         assert endpoint is not None
         self.in_flight += 1

@@ -1,0 +1,59 @@
+"""Ranks that are processes: they get a place together, and leave it together."""
+
+import asyncio
+import os
+import signal
+
+import pytest
+from ray.util import placement_group_table
+
+from grpo.cluster.launch import _spawn
+from grpo.cluster.plan import ActorSpec
+from grpo.types import ActorDied
+from tests.fakes import MeetingRank
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+SPEC = ActorSpec("trainer", MeetingRank, num_cpus=0.5, ranks=2)
+
+
+def places(name):
+    return [place["state"] for place in placement_group_table().values() if place["name"] == name]
+
+
+async def until_dead(process):
+    with pytest.raises(ActorDied):
+        await asyncio.wait_for(process.until_death(), 20)
+
+
+async def test_ranks_meet_and_are_ended_together_with_their_place():
+    gang = _spawn(SPEC, "trainer")
+    await gang.placed()
+    await gang.invoke("setup")
+    assert places("trainer") == ["CREATED"]
+    assert await gang.call("meet", ("hi",)) == ["0 heard hi from 1", "1 heard hi from 0"]
+    assert [process.name for process in gang.processes()] == ["trainer-0", "trainer-1"]
+    assert len({process.pid for process in gang.processes()}) == 2
+    payloads = [payload for payload, _ in await gang.call("make", (3,))]
+    assert await gang.call("total_of", (tuple(payloads),)) == [3 + 6, 3 + 6]
+    gang.kill()
+    await asyncio.gather(*map(until_dead, gang.processes()))
+    assert places("trainer") == ["REMOVED"]
+    gang.kill()  # which may come twice
+
+
+async def test_a_rank_that_is_killed_in_a_collective_is_the_death_of_all():
+    gang = _spawn(SPEC, "other")
+    await gang.placed()
+    await gang.invoke("setup")
+    meeting = asyncio.ensure_future(gang.call("wait_for_the_other"))
+    hears_of_it = asyncio.ensure_future(gang.until_death())
+    first, second = gang.processes()
+    await first.invoke("waits")
+    os.kill(second.pid, signal.SIGKILL)
+    for call in (meeting, hears_of_it):
+        with pytest.raises(ActorDied):
+            await asyncio.wait_for(call, 20)
+    gang.kill(hung=True)
+    await until_dead(first)
+    assert places("other") == ["REMOVED"]
