@@ -4,6 +4,7 @@ import asyncio
 import os
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -63,8 +64,8 @@ class CountingTrainer:
     async def snapshot(self) -> tuple[int, int]:
         return self.version, self.version
 
-    async def restore(self, state: int) -> None:
-        self.version = state
+    async def restore(self, states: Sequence[int]) -> None:
+        (self.version,) = states
 
 
 class GatedGenerator:
