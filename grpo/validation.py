@@ -274,6 +274,12 @@ def warnings(config: RunConfig) -> list[str]:
             "rollout.top_p and top_k cut the distribution that is sampled from, but not the trainer's: "
             "importance ratios are biased; train with top_p=1 and top_k=0"
         )
+    groups_per_update = config.trainer.groups_per_step // config.trainer.updates_per_batch
+    if config.trainer.ranks > groups_per_update:
+        found.append(
+            f"trainer.ranks={config.trainer.ranks}: an update has {groups_per_update} groups (trainer.groups_per_step, "
+            "updates_per_batch), which are not split between ranks, so some have nothing to do"
+        )
     if config.rollout.temperature == 0:
         found.append("rollout.temperature=0 makes all completions of a group equal: there will be nothing to learn")
     if config.shaping.length_penalty > 0 and config.filter.zero_advantage:

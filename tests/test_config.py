@@ -336,6 +336,12 @@ def test_evaluations_that_will_not_happen_are_warned_about():
     assert "nothing is evaluated" in warning
 
 
+def test_ranks_that_would_have_nothing_to_do_are_warned_about():
+    assert warnings(composed("trainer.ranks=16")) == []
+    (warning,) = warnings(composed("trainer.ranks=16", "trainer.updates_per_batch=2"))
+    assert warning.startswith("trainer.ranks=16: an update has 8 groups")
+
+
 def test_math_verify_that_can_end_the_run_is_warned_about():
     (warning,) = warnings(composed("+reward.functions.math_verify=0.5"))
     assert "reward.on_error=drop" in warning

@@ -141,7 +141,7 @@ def _spawn(spec: ActorSpec, name: str) -> Endpoint:
 def _spawn_gang(spec: ActorSpec, name: str) -> Gang:
     """All ranks find a place or none, on as few nodes as there is room for."""
     needs = {"CPU": spec.num_cpus, "GPU": spec.num_gpus}
-    place = placement_group([{key: share for key, share in needs.items() if share}] * spec.ranks, "PACK", name)
+    place = placement_group([{key: share for key, share in needs.items() if share}] * spec.ranks, "PACK")
     ranks = [
         _start(spec, f"{name}-{rank}", {**spec.kwargs, "rank": rank}, PlacementGroupSchedulingStrategy(place, rank))
         for rank in range(spec.ranks)

@@ -17,8 +17,11 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 SPEC = ActorSpec("trainer", MeetingRank, num_cpus=0.5, ranks=2)
 
 
-def places(name):
-    return [place["state"] for place in placement_group_table().values() if place["name"] == name]
+@pytest.fixture
+def states():
+    """Gives the states of the places that were asked for since."""
+    before = placement_group_table().keys()
+    return lambda: [place["state"] for name, place in placement_group_table().items() if name not in before]
 
 
 async def until_dead(process):
@@ -26,11 +29,11 @@ async def until_dead(process):
         await asyncio.wait_for(process.until_death(), 20)
 
 
-async def test_ranks_meet_and_are_ended_together_with_their_place():
+async def test_ranks_meet_and_are_ended_together_with_their_place(states):
     gang = _spawn(SPEC, "trainer")
     await gang.placed()
     await gang.invoke("setup")
-    assert places("trainer") == ["CREATED"]
+    assert states() == ["CREATED"]
     assert await gang.call("meet", ("hi",)) == ["0 heard hi from 1", "1 heard hi from 0"]
     assert [process.name for process in gang.processes()] == ["trainer-0", "trainer-1"]
     assert len({process.pid for process in gang.processes()}) == 2
@@ -38,12 +41,12 @@ async def test_ranks_meet_and_are_ended_together_with_their_place():
     assert await gang.call("total_of", (tuple(payloads),)) == [3 + 6, 3 + 6]
     gang.kill()
     await asyncio.gather(*map(until_dead, gang.processes()))
-    assert places("trainer") == ["REMOVED"]
+    assert states() == ["REMOVED"]
     gang.kill()  # which may come twice
 
 
-async def test_a_rank_that_is_killed_in_a_collective_is_the_death_of_all():
-    gang = _spawn(SPEC, "other")
+async def test_a_rank_that_is_killed_in_a_collective_is_the_death_of_all(states):
+    gang = _spawn(SPEC, "trainer")
     await gang.placed()
     await gang.invoke("setup")
     meeting = asyncio.ensure_future(gang.call("wait_for_the_other"))
@@ -56,4 +59,4 @@ async def test_a_rank_that_is_killed_in_a_collective_is_the_death_of_all():
             await asyncio.wait_for(call, 20)
     gang.kill(hung=True)
     await until_dead(first)
-    assert places("other") == ["REMOVED"]
+    assert states() == ["REMOVED"]
