@@ -27,17 +27,19 @@ class Trainer:
 
     def __init__(self, config: RunConfig, *, device: str = "cpu", threads: int = 0, rank: int = 0) -> None:
         self._config, self._device, self._threads = config, device, threads
-        self._ranks = Ranks(rank, config.trainer.ranks)
+        self._ranks, self._joined = Ranks(rank, config.trainer.ranks), False
         self._thread = ComputeThread("trainer", threads)
 
     async def setup(self, rendezvous: tuple[str, int] | None = None) -> None:
-        """Load the model. Several ranks meet at `rendezvous`, host and port of rank 0."""
-        config = self._config
+        """Load the model. Several ranks meet at `rendezvous`, host and port of rank 0, and share it out."""
+        config, device = self._config, self._device
         if rendezvous is not None:
-            await self._thread.run(join, self._ranks, rendezvous, self._device, config.recovery.collective_timeout_s)
+            mine = "cuda:0" if device == "cuda" else device  # no other GPU is seen here
+            await self._thread.run(join, self._ranks, rendezvous, mine, config.recovery.collective_timeout_s)
+            self._joined, device = True, "cpu"  # from where each rank takes only its part
         self._learner = await self._thread.run(  # which tries the model out
             Learner,
-            await run_apart(self._threads, load_model, config.model, torch.float32, self._device),
+            await run_apart(self._threads, load_model, config.model, torch.float32, device),
             config.trainer,
             Objective(config.loss, config.correction),
             temperature=config.rollout.temperature or 1.0,
@@ -70,7 +72,7 @@ class Trainer:
         await self._thread.run(self._learner.restore, states)
 
     async def close(self) -> None:
-        if self._ranks.size > 1:
+        if self._joined:
             await self._thread.run(leave)
         self._thread.close()
 
