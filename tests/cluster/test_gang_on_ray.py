@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 from ray.util import placement_group_table
@@ -43,6 +44,19 @@ async def test_ranks_meet_and_are_ended_together_with_their_place(states):
     await asyncio.gather(*map(until_dead, gang.processes()))
     assert states() == ["REMOVED"]
     gang.kill()  # which may come twice
+
+
+async def test_ranks_find_their_places_together_or_not_at_all(states):
+    """There is room for one of two; while they wait for it, they can be taken back."""
+    gang = _spawn(replace(SPEC, num_cpus=0.75 * len(os.sched_getaffinity(0))), "trainer")
+    placed = [asyncio.ensure_future(rank.placed()) for rank in gang.processes()]
+    assert await asyncio.wait(placed, timeout=1.0) == (set(), set(placed))
+    assert states() == ["PENDING"]
+    gang.kill(hung=True)
+    for each in placed:
+        with pytest.raises(ActorDied):
+            await asyncio.wait_for(each, 20)
+    assert states() == ["REMOVED"]
 
 
 async def test_a_rank_that_is_killed_in_a_collective_is_the_death_of_all(states):
