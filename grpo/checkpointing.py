@@ -49,9 +49,9 @@ class Checkpoints:
         """Bring the actors, the ledger and the records to where the checkpoint at `path` was taken."""
         services, pacer = self._run.services, self._run.pacer
         assert services.checkpointer is not None
-        state, _ = await services.checkpointer.load_trainer.call_one(str(path))
-        await services.trainer.restore.call(state)
-        self._recovery.go_on_from(progress["step"], state)
+        states, _ = await services.checkpointer.load_trainer.call_one(str(path))
+        await services.trainer.restore.call(states)
+        self._recovery.go_on_from(progress["step"], states)
         groups, serials = await services.checkpointer.load_groups.call_one(str(path))
         await self._run.prompts.restore(progress["prompts"])
         pacer.restore(progress["ledger"])
@@ -66,7 +66,7 @@ class Checkpoints:
 
     async def _begin(self, step: int) -> None:
         started = time.perf_counter()
-        state = await self._recovery.snapshot(step)
+        states = await self._recovery.snapshot(step)
         groups, _ = await self._run.services.replay_buffer.state.call_one()
         # From here to the next await everything is of one moment; what joined the buffer just now is made again.
         progress = {
@@ -80,14 +80,14 @@ class Checkpoints:
         files = await asyncio.wrap_future(self._recorder.run_dir.sizes())
         self._recorder.checkpoint_taken(time.perf_counter() - started)
         self._writing = self._tasks.create_task(
-            self._write(step, state, groups, progress | {"files": files}), name=f"checkpoint-{step}"
+            self._write(step, states, groups, progress | {"files": files}), name=f"checkpoint-{step}"
         )
 
-    async def _write(self, step: int, state: Any, groups: Any, progress: dict[str, Any]) -> None:
+    async def _write(self, step: int, states: Any, groups: Any, progress: dict[str, Any]) -> None:
         assert self._run.services.checkpointer is not None
         begin_activity("checkpoint")
         try:
-            report = await self._run.services.checkpointer.save.call_one(step, state, groups, progress)
+            report = await self._run.services.checkpointer.save.call_one(step, states, groups, progress)
         except CheckpointError as error:  # a full disk must not end the training
             self._recorder.checkpoint_failed(step, error)
         else:

@@ -147,6 +147,7 @@ class TrainerConfig:
     micro_batch_tokens: int = 16384  # of one forward and backward pass; where rows are padded, with their padding
     gradient_checkpointing: bool = False
     snapshot_every: int = 1  # steps between copies of its state for a new trainer to go on from; 0: none
+    ranks: int = 1  # processes that share the model's state and the batch's work; each has what follows
     num_cpus: float = 1.0
     num_gpus: float = 0.0
     threads: int = 0  # of CPU arithmetic; 0: as many as num_cpus
@@ -228,6 +229,7 @@ class RecoveryConfig:
     max_data_failures: int = 100  # groups dropped between two steps because their reward failed
     health_every_s: float = 10.0  # between two questions whether a process still answers
     health_timeout_s: float = 60.0  # one that does not answer for so long is killed and replaced
+    collective_timeout_s: float = 600.0  # how long ranks of the trainer that are alive wait for each other
 
 
 @dataclass

@@ -13,12 +13,12 @@ from grpo.types import PayloadLost, RecoveryError
 
 
 class Recovery:
-    """Keeps what a new trainer needs: a snapshot of its state, and the batches it was given since.
+    """Keeps what a new trainer needs: a snapshot of its state, in parts by rank, and the batches it was given since.
 
-    Both lie in the object store under the driver's name, so they outlive the trainer's process, and on the driver's
-    node, so they outlive the trainer's. The trainer takes the same steps again, and nothing is lost but time. Where the
-    arithmetic is not reproducible (on most GPUs) generators hold weights of the present version that differ from its
-    own by rounding, until the next ones are published.
+    All of it lies in the object store under the driver's name, so it outlives the trainer's processes, and on the
+    driver's node, so it outlives the trainer's. The trainer takes the same steps again, and nothing is lost but time.
+    Where the arithmetic is not reproducible (on most GPUs) generators hold weights of the present version that differ
+    from its own by rounding, until the next ones are published.
     """
 
     def __init__(self, run: Run) -> None:
@@ -37,10 +37,10 @@ class Recovery:
                 await self.snapshot(step)
 
     async def snapshot(self, step: int) -> Any:
-        """A reference to the trainer's state after `step`, its last one."""
+        """References to the trainer's state after `step`, its last one, in the order of the ranks."""
         if self._snapshot_step == step:
             return self._snapshot
-        (snapshot, _version), *_ = await self._run.services.trainer.snapshot.call()
+        snapshot = tuple(state for state, _version in await self._run.services.trainer.snapshot.call())
         self.go_on_from(step, snapshot)
         return snapshot
 

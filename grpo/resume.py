@@ -26,7 +26,7 @@ _FREE = (
     "filter.max_batches",
     "model.attention", "reference", "rollout.concurrency", "trainer.max_steps", "trainer.micro_batch_tokens",
     "trainer.packing", "trainer.gradient_checkpointing", "trainer.max_nonfinite_steps", "trainer.snapshot_every",
-    "trainer.num_cpus", "trainer.num_gpus", "trainer.threads",
+    "trainer.ranks", "trainer.num_cpus", "trainer.num_gpus", "trainer.threads",
 )  # fmt: skip
 
 

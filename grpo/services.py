@@ -1,7 +1,7 @@
 """What the loop sees of the actors: four verbs on every method, and the six nouns to call.
 
-    await services.trainer.train_step.call(batch)              every rank of a multi-process actor, results by rank
-    await services.dataloader.sample.call_one(16)              the one actor
+    await services.trainer.train_step.call(batch)              every rank of an actor, results by rank
+    await services.dataloader.sample.call_one(16)              the one actor; the result of its rank 0
     await services.generator.generate.route(prompt, params)    one replica of a service, the least loaded
     await services.generator.update_weights.fanout(weights)    every replica, results by replica
 

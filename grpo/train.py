@@ -161,7 +161,8 @@ def print_plan(config: RunConfig, console: Console) -> None:
         f"tickets         {config.ticket_capacity} = (max_policy_age {config.buffer.max_policy_age} + 1) x "
         f"{batch} groups per step\n"
         f"staleness       at most {config.age_bound} versions\n"
-        f"train step      {batch} groups x {config.rollout.group_size} completions\n"
+        f"train step      {batch} groups x {config.rollout.group_size} completions"
+        f"{f', shared by {config.trainer.ranks} ranks' if config.trainer.ranks > 1 else ''}\n"
         f"steps           {config.trainer.max_steps}",
         highlight=False,
     )
@@ -170,7 +171,7 @@ def print_plan(config: RunConfig, console: Console) -> None:
 def plan_table(specs: Sequence[ActorSpec]) -> Table:
     table = Table("actor", "processes", "CPUs each", "GPUs each", title="plan", title_justify="left")
     for spec in specs:
-        table.add_row(spec.name, str(spec.replicas), f"{spec.num_cpus:g}", f"{spec.num_gpus:g}")
+        table.add_row(spec.name, str(spec.processes), f"{spec.num_cpus:g}", f"{spec.num_gpus:g}")
     return table
 
 

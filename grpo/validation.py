@@ -44,6 +44,7 @@ _AT_LEAST = {
     "trainer.micro_batch_tokens": (1, "a sequence longer than this makes a micro-batch of its own"),
     "trainer.max_nonfinite_steps": (0, "0 ends the run at the first one"),
     "trainer.snapshot_every": (0, "0 keeps none: a trainer that dies ends the run"),
+    "trainer.ranks": (1, "1 trains in one process"),
     "trainer.threads": (0, "0 takes as many as num_cpus"),
     "generator.replicas": (1, "somebody has to generate"),
     "generator.threads": (0, "0 takes as many as num_cpus"),
@@ -92,6 +93,7 @@ _POSITIVE = (
     "watchdog.seconds",
     "recovery.health_every_s",
     "recovery.health_timeout_s",
+    "recovery.collective_timeout_s",
     "reward.timeout_s",
     "cluster.start_timeout_s",
     "driver.slow_callback_ms",
@@ -153,6 +155,7 @@ def validate(config: RunConfig) -> None:
     if not config.reward.functions:
         raise ConfigError("is empty; name at least one, for example {task: 1.0}", key="reward.functions")
     _validate_algorithm(config)
+    _validate_ranks(config)
     _validate_generator(config)
     _validate_evaluation(config)
 
@@ -188,6 +191,20 @@ def _validate_algorithm(config: RunConfig) -> None:
         raise ConfigError(
             "max_rl takes rewards of 0 and more, which a penalty for length goes below: take another, or no penalty",
             key="loss.advantages",
+        )
+
+
+def _validate_ranks(config: RunConfig) -> None:
+    ranks, num_cpus, num_gpus = config.trainer.ranks, config.trainer.num_cpus, config.trainer.num_gpus
+    if ranks > 1 and num_gpus not in (0, 1):
+        raise ConfigError(
+            f"is {num_gpus:g}, but each of trainer.ranks={ranks} computes on a GPU of its own, or on none: 1 or 0",
+            key="trainer.num_gpus",
+        )
+    if ranks > 1 and num_cpus == num_gpus == 0:
+        raise ConfigError(
+            f"is 0, but trainer.ranks={ranks} are placed by what each reserves: a part of a core is enough, like 0.5",
+            key="trainer.num_cpus",
         )
 
 
@@ -263,6 +280,12 @@ def warnings(config: RunConfig) -> list[str]:
         found.append(
             "rollout.top_p and top_k cut the distribution that is sampled from, but not the trainer's: "
             "importance ratios are biased; train with top_p=1 and top_k=0"
+        )
+    groups_per_update = config.trainer.groups_per_step // config.trainer.updates_per_batch
+    if config.trainer.ranks > groups_per_update:
+        found.append(
+            f"trainer.ranks={config.trainer.ranks}: an update has {groups_per_update} groups (trainer.groups_per_step, "
+            "updates_per_batch), which are not split between ranks, so some have nothing to do"
         )
     if config.rollout.temperature == 0:
         found.append("rollout.temperature=0 makes all completions of a group equal: there will be nothing to learn")

@@ -2,6 +2,10 @@
 
 import asyncio
 import os
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -60,8 +64,8 @@ class CountingTrainer:
     async def snapshot(self) -> tuple[int, int]:
         return self.version, self.version
 
-    async def restore(self, state: int) -> None:
-        self.version = state
+    async def restore(self, states: Sequence[int]) -> None:
+        (self.version,) = states
 
 
 class GatedGenerator:
@@ -177,6 +181,9 @@ class Worker:
     async def total(self, array, *, times=1):
         return int(array.sum()) * times
 
+    async def totals(self, arrays):
+        return [int(array.sum()) for array in arrays]
+
     async def open(self, parcel):
         return parcel.label, type(parcel.content).__name__, int(parcel.content.sum())
 
@@ -188,6 +195,46 @@ class Worker:
 
     async def die(self):
         os._exit(1)
+
+
+class MeetingRank:
+    """One of two ranks that talk over a socket, which blocks a thread as a collective does."""
+
+    def __init__(self, rank):
+        self._rank, self._waits = rank, asyncio.Event()
+
+    async def setup(self, rendezvous):
+        await asyncio.to_thread(self._connect, rendezvous)
+
+    def _connect(self, rendezvous):
+        if self._rank == 0:
+            with socket.create_server(("", rendezvous[1])) as server:
+                self._peer, _ = server.accept()
+            return
+        while True:
+            with suppress(ConnectionRefusedError):
+                self._peer = socket.create_connection(rendezvous)
+                return
+            time.sleep(0.01)
+
+    async def meet(self, word):
+        self._peer.sendall(f"{word} from {self._rank}".encode())
+        return f"{self._rank} heard {(await asyncio.to_thread(self._peer.recv, 99)).decode()}"
+
+    async def wait_for_the_other(self):
+        self._waits.set()
+        if not await asyncio.to_thread(self._peer.recv, 99):
+            raise ConnectionError("closed by the other")
+
+    async def waits(self):
+        await self._waits.wait()
+
+    @returns_payload
+    async def make(self, size):
+        return np.full(size, self._rank + 1), self._rank
+
+    async def total_of(self, arrays):
+        return sum(int(array.sum()) for array in arrays)
 
 
 def prepare_model(task, folder):

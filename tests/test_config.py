@@ -151,6 +151,11 @@ def test_the_choice_of_a_loss_says_what_the_function_does_by_itself(name):
         ("trainer.max_steps=-5", r"trainer\.max_steps: is -5, must be at least 1"),
         ("trainer.max_grad_norm=0", r"trainer\.max_grad_norm: is 0\.0, must be greater than 0"),
         ("trainer.lr=nan", r"trainer\.lr: is nan"),
+        ("trainer.ranks=0", r"trainer\.ranks: is 0, must be at least 1: 1 trains in one process"),
+        ("trainer.ranks=2 trainer.num_gpus=2", r"trainer\.num_gpus: is 2, but each of trainer\.ranks=2 .*: 1 or 0$"),
+        ("trainer.ranks=2 trainer.num_gpus=0.5", r"trainer\.num_gpus: is 0\.5, but each of trainer\.ranks=2 .*GPU of"),
+        ("trainer.ranks=2 trainer.num_cpus=0", r"trainer\.num_cpus: is 0, but trainer\.ranks=2 are placed by what"),
+        ("recovery.collective_timeout_s=0", r"recovery\.collective_timeout_s: is 0\.0, must be greater than 0"),
         ("trainer.num_cpus=-1", r"trainer\.num_cpus: is -1\.0, must be at least 0"),
         ("trainer.betas=[0.9,1.0]", r"trainer\.betas: .* two numbers in"),
         ("reward.functions.task=nan", r"reward\.functions: the weight of task is nan, must be finite"),
@@ -330,6 +335,12 @@ def test_evaluations_that_will_not_happen_are_warned_about():
     assert "only the start and the end are evaluated" in warning
     (warning,) = warnings(composed("eval.every=10", "eval.prompts=0"))
     assert "nothing is evaluated" in warning
+
+
+def test_ranks_that_would_have_nothing_to_do_are_warned_about():
+    assert warnings(composed("trainer.ranks=16")) == []
+    (warning,) = warnings(composed("trainer.ranks=16", "trainer.updates_per_batch=2"))
+    assert warning.startswith("trainer.ranks=16: an update has 8 groups")
 
 
 def test_math_verify_that_can_end_the_run_is_warned_about():

@@ -18,9 +18,7 @@ def test_a_share_of_a_gpu_is_on_it():
 def test_a_gpu_that_torch_does_not_find_is_one_line_with_the_reason(monkeypatch, built_for, reason):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", built_for)
-    with pytest.raises(
-        ConfigError, match=rf"num_gpus: Ray gave this actor a GPU, but torch .* has none: {reason};"
-    ):
+    with pytest.raises(ConfigError, match=rf"num_gpus: Ray gave this actor a GPU, but torch .* has none: {reason};"):
         check_device("cuda", "float32")
 
 

@@ -311,6 +311,7 @@ def test_all_that_differs_is_listed(config, run_with):
         lambda c: setattr(c.trainer, "micro_batch_tokens", 64),
         lambda c: setattr(c.trainer, "snapshot_every", 0),
         lambda c: setattr(c.trainer, "num_cpus", 2.0),
+        lambda c: setattr(c.trainer, "ranks", 2),
         lambda c: setattr(c.rollout, "concurrency", 64),
         lambda c: setattr(c.generator, "replicas", 2),
         lambda c: setattr(c.generator, "args", {"latency_s": 1.0}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -37,20 +37,24 @@ class Checkpointer:
         self._importing = asyncio.ensure_future(self._thread.run(import_module, "grpo.models.export"))
 
     async def save(
-        self, step: int, state: TrainerState, groups: Iterable[tuple[int, Group]], progress: Mapping[str, Any]
+        self,
+        step: int,
+        states: Sequence[TrainerState],
+        groups: Iterable[tuple[int, Group]],
+        progress: Mapping[str, Any],
     ) -> dict[str, float]:
         """Write the checkpoint of a step, then remove all but the newest ones; how many `seconds` and `bytes` it took.
 
-        `groups` are pairs (ticket serial, group with its values). Raises CheckpointError when it can't be written.
+        `states` are those of the ranks, `groups` pairs (ticket serial, group with its values). Raises CheckpointError
+        when it can't be written.
         """
         with span("save", step=step):
-            return await self._thread.run(self._save, step, state, groups, progress)
+            return await self._thread.run(self._save, step, states, groups, progress)
 
     @returns_payload
-    async def load_trainer(self, path: str) -> tuple[TrainerState, None]:
-        """The learner's state of the checkpoint at `path`. Raises CheckpointError."""
-        [state] = await self._thread.run(checkpoint.load_trainer, Path(path))
-        return state, None
+    async def load_trainer(self, path: str) -> tuple[Sequence[TrainerState], None]:
+        """The learner's state of the checkpoint at `path`, of all ranks. Raises CheckpointError."""
+        return await self._thread.run(checkpoint.load_trainer, Path(path)), None
 
     @returns_payload
     async def load_groups(self, path: str) -> tuple[list[tuple[int, Group]], list[int]]:
@@ -65,7 +69,11 @@ class Checkpointer:
         await asyncio.to_thread(self._thread.close)
 
     def _save(
-        self, step: int, state: TrainerState, groups: Iterable[tuple[int, Group]], progress: Mapping[str, Any]
+        self,
+        step: int,
+        states: Sequence[TrainerState],
+        groups: Iterable[tuple[int, Group]],
+        progress: Mapping[str, Any],
     ) -> dict[str, float]:
         from grpo.models.export import export_model  # a second of imports that only a run with checkpoints needs
 
@@ -75,7 +83,7 @@ class Checkpointer:
         def export(parameters: Mapping[str, torch.Tensor], target: Path) -> None:
             export_model(self._config.model, parameters, dtype, target)
 
-        path = checkpoint.save_checkpoint(self._folder, step, [state], groups, progress, export)
+        path = checkpoint.save_checkpoint(self._folder, step, states, groups, progress, export)
         try:
             checkpoint.prune(self._folder, self._config.checkpoint.keep)
         except OSError as error:  # this one is written all the same

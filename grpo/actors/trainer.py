@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from grpo.compute import ComputeThread, run_apart
 from grpo.config import RunConfig
 from grpo.learner.learner import Learner
 from grpo.learner.objective import Objective
+from grpo.learner.ranks import Ranks, join, leave
 from grpo.learner.state import TrainerState
 from grpo.models.loading import load_model
 from grpo.services import outlives_its_node, returns_payload
@@ -17,22 +20,32 @@ from grpo.weights import Weights
 
 
 class Trainer:
-    """One train step at a time, in a thread of its own."""
+    """One train step at a time, in a thread of its own.
 
-    def __init__(self, config: RunConfig, *, device: str = "cpu", threads: int = 0) -> None:
+    Of `trainer.ranks` processes this is number `rank`: each is given every call, in the same order.
+    """
+
+    def __init__(self, config: RunConfig, *, device: str = "cpu", threads: int = 0, rank: int = 0) -> None:
         self._config, self._device, self._threads = config, device, threads
+        self._ranks, self._joined = Ranks(rank, config.trainer.ranks), False
         self._thread = ComputeThread("trainer", threads)
 
-    async def setup(self) -> None:
-        config = self._config
+    async def setup(self, rendezvous: tuple[str, int] | None = None) -> None:
+        """Load the model. Several ranks meet at `rendezvous`, host and port of rank 0, and share it out."""
+        config, device = self._config, self._device
+        if rendezvous is not None:
+            mine = "cuda:0" if device == "cuda" else device  # no other GPU is seen here
+            await self._thread.run(join, self._ranks, rendezvous, mine, config.recovery.collective_timeout_s)
+            self._joined, device = True, "cpu"  # from where each rank takes only its part
         self._learner = await self._thread.run(  # which tries the model out
             Learner,
-            await run_apart(self._threads, load_model, config.model, torch.float32, self._device),
+            await run_apart(self._threads, load_model, config.model, torch.float32, device),
             config.trainer,
             Objective(config.loss, config.correction),
             temperature=config.rollout.temperature or 1.0,
             age_bound=config.age_bound,
             compute_dtype=getattr(torch, config.model.dtype),
+            ranks=self._ranks,
         )
 
     async def train_step(self, batch: Batch) -> dict[str, float]:
@@ -42,23 +55,25 @@ class Trainer:
     @outlives_its_node
     @returns_payload
     async def push_weights(self) -> tuple[Weights | None, int]:
-        """The present weights, and their version."""
+        """The present weights, of which rank 0 alone has them all, and their version."""
         with span("publish"):
             return await self._thread.run(self._learner.weights), self._learner.version
 
     @outlives_its_node
     @returns_payload
     async def snapshot(self) -> tuple[TrainerState, int]:
-        """All that another trainer needs to go on from here, and the version. See Learner.state."""
+        """This rank's part of all that another trainer needs to go on from here, and the version. See Learner.state."""
         with span("snapshot"):
             state = await self._thread.run(self._learner.state)
         return state, state.version
 
-    async def restore(self, state: TrainerState) -> None:
-        """Go on from a snapshot. Raises CheckpointError, with nothing changed, when it can't be used."""
-        await self._thread.run(self._learner.restore, [state])
+    async def restore(self, states: Sequence[TrainerState]) -> None:
+        """Go on from a snapshot of any number of ranks. Raises CheckpointError, with nothing changed, for a bad one."""
+        await self._thread.run(self._learner.restore, states)
 
     async def close(self) -> None:
+        if self._joined:
+            await self._thread.run(leave)
         self._thread.close()
 
     def _train_step(self, batch: Batch) -> dict[str, float]:

@@ -1,13 +1,14 @@
-"""A process that takes method calls, whatever the transport: Ray's is in ray_actor.py, the one here is an object.
+"""What takes the calls of one actor, whatever the transport: Ray's is in ray_actor.py, the one here is an object.
 
-The object in this process lets tests run the real loop without a cluster; it can be killed like a process.
+Most actors are one process; one of several ranks is a `Gang` of them. The object in this process lets tests run the
+real loop without a cluster; it can be killed like a process.
 """
 
 from __future__ import annotations
 
 import asyncio
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol
 
 from grpo.telemetry.recording import Harvest, Recording, context_for
@@ -15,39 +16,61 @@ from grpo.types import ActorDied
 
 
 class Endpoint(Protocol):
-    """One process. Every call raises ActorDied when the process is gone, also one that is under way as it dies."""
+    """An actor. Every call raises ActorDied when a process of it is gone, also one that is under way as it dies."""
 
-    async def invoke(self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any: ...
+    async def invoke(self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """The answer; that of rank 0 where there are several."""
+        ...
+
+    async def call(self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> list[Any]:
+        """The answers of all ranks, in their order."""
+        ...
 
     async def placed(self) -> None:
-        """Returns when the process runs somewhere: a cluster may have no room for it yet."""
+        """Returns when the actor runs somewhere: a cluster may have no room for it yet."""
         ...
 
     async def ping(self) -> None:
-        """Returns when the process answers."""
+        """Returns when the actor answers."""
         ...
+
+    async def until_death(self) -> NoReturn:
+        """Raises ActorDied as soon as a process is gone."""
+        ...
+
+    def processes(self) -> Sequence[Process]:
+        """All that there are, in the order of their ranks."""
+        ...
+
+    def kill(self, *, hung: bool = False) -> None:
+        """End the actor at once; with `hung`, also one that answers nobody."""
+        ...
+
+
+class Process(Endpoint, Protocol):
+    """An actor of one process, or one rank of it."""
+
+    name: str
 
     async def harvest(self, *, go_on: bool) -> Harvest:
         """What the process has recorded; `go_on` says whether it is to record spans from now on."""
         ...
 
-    async def until_death(self) -> NoReturn:
-        """Raises ActorDied as soon as the process is gone."""
-        ...
+    async def call(self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> list[Any]:
+        return [await self.invoke(method, args, kwargs)]
 
-    def kill(self, *, hung: bool = False) -> None:
-        """End the process at once; with `hung`, also one that answers nobody."""
-        ...
+    def processes(self) -> Sequence[Process]:
+        return (self,)
 
 
-class LocalEndpoint:
+class LocalEndpoint(Process):
     """An object in this process, that can be killed like one of its own; a fake needs neither `setup` nor `close`.
 
     Payloads are copied: actors write to their buffers again, and a process border would have kept them apart.
     """
 
     def __init__(self, actor: Any, name: str = "actor") -> None:
-        self.actor, self._name = actor, name
+        self.actor, self.name = actor, name
         self._recording = Recording()
         self._calls: set[asyncio.Task[Any]] = set()
         self._dead = asyncio.Event()
@@ -102,7 +125,7 @@ class LocalEndpoint:
             raise self._death()
 
     def _death(self) -> ActorDied:
-        return ActorDied(f"{self._name} died: it was killed")
+        return ActorDied(f"{self.name} died: it was killed")
 
 
-Spawn = Callable[[str], Endpoint]  # starts a process of the given name
+Spawn = Callable[[str], Endpoint]  # starts an actor of the given name

@@ -1,7 +1,7 @@
 """The four verbs.
 
     call_one   the one actor behind the handle
-    call       every rank of a multi-process actor, results by rank
+    call       every rank of an actor, and every replica of a service; results by rank
     route      one replica of a service, the one with the fewest calls under way
     fanout     every healthy replica of a service
 
@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 
-from grpo.cluster.endpoints import Endpoint
+from grpo.cluster.endpoints import Endpoint, Process
 from grpo.cluster.replicas import Call, Replica
 from grpo.cluster.services import Service
 from grpo.services import Restore
@@ -46,8 +47,8 @@ class ActorHandle:
     def figures(self) -> dict[str, dict[str, Any]]:
         return self.service.figures()
 
-    def sources(self) -> Sequence[Replica]:
-        return self.service.healthy()
+    def sources(self) -> Sequence[Process]:
+        return self.service.processes()
 
     def scale(self, replicas: int) -> None:
         self.service.scale(replicas)
@@ -67,7 +68,8 @@ class ActorHandle:
             if self._sticky:
                 self._replica = replica
             with suppress(ActorDied):
-                return await replica.attempt(call)
+                answer, *_ = await replica.attempt(call)
+                return answer
 
 
 class BoundMethod:
@@ -89,7 +91,8 @@ class BoundMethod:
     async def call(self, *args: Any, **kwargs: Any) -> list[Any]:
         service, call = self._handle.service, Call(self._method, args, kwargs)
         with waiting_for(f"{self._handle.name}.{self._method}"):
-            return await together(*(service.insist(replica, call) for replica in service.replicas))
+            answers = await together(*(service.insist(replica, call) for replica in service.replicas))
+            return list(chain.from_iterable(answers))
 
     async def fanout(self, *args: Any, **kwargs: Any) -> list[Any]:
         with waiting_for(f"{self._handle.name}.{self._method}"):

@@ -11,11 +11,15 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from grpo.cluster.endpoints import Endpoint
 from grpo.cluster.files import carried
+from grpo.cluster.gang import Gang
 from grpo.cluster.handles import ActorHandle
 from grpo.cluster.joining import nodes_at
 from grpo.cluster.own_code import runtime_env
@@ -141,15 +145,29 @@ def _nodes() -> list[Node]:
     return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in there]
 
 
-def _spawn(spec: ActorSpec, name: str) -> RayEndpoint:
+def _spawn(spec: ActorSpec, name: str) -> Endpoint:
+    if spec.ranks > 1:
+        return _spawn_gang(spec, name)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return _start(spec, name, spec.kwargs, here if spec.beside else "DEFAULT")
+
+
+def _spawn_gang(spec: ActorSpec, name: str) -> Gang:
+    """All ranks find a place or none, on as few nodes as there is room for."""
+    needs = {"CPU": spec.num_cpus, "GPU": spec.num_gpus}
+    place = placement_group([{key: share for key, share in needs.items() if share}] * spec.ranks, "PACK")
+    ranks = [
+        _start(spec, f"{name}-{rank}", {**spec.kwargs, "rank": rank}, PlacementGroupSchedulingStrategy(place, rank))
+        for rank in range(spec.ranks)
+    ]
+    return Gang(ranks, ranks[0].rendezvous, partial(remove_placement_group, place))
+
+
+def _start(spec: ActorSpec, name: str, kwargs: Mapping[str, Any], where: Any) -> RayEndpoint:
     remote = host_class(spec.cls).options(
-        num_cpus=spec.num_cpus,
-        num_gpus=spec.num_gpus,
-        max_concurrency=_CALLS_PER_ACTOR,
-        scheduling_strategy=here if spec.beside else "DEFAULT",
+        num_cpus=spec.num_cpus, num_gpus=spec.num_gpus, max_concurrency=_CALLS_PER_ACTOR, scheduling_strategy=where
     )
-    return RayEndpoint(name, spec.cls, remote.remote(name, name_of(spec.cls), dict(spec.kwargs)))
+    return RayEndpoint(name, spec.cls, remote.remote(name, name_of(spec.cls), dict(kwargs)))
 
 
 async def _all_ready(services: Mapping[str, Service], timeout_s: float) -> None:

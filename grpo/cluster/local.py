@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,10 +26,11 @@ _CLOSE_TIMEOUT_S = 5.0
 async def launch_local(
     config: RunConfig, failures: Failures, fakes: Mapping[str, Any] | None = None
 ) -> AsyncIterator[Services]:
-    """All actors of a run as objects of this process.
+    """All actors of a run as objects of this process; a trainer is one rank here, which computes the same.
 
     `fakes` stand in for actors by name; one that is a function is called for each replica.
     """
+    config = replace(config, trainer=replace(config.trainer, ranks=1))
     claims = Claims()
     services = {
         spec.name: make_service(spec, partial(_spawn, spec, (fakes or {}).get(spec.name)), failures, config, claims)

@@ -29,18 +29,19 @@ def check_placement(specs: Sequence[ActorSpec], nodes: Sequence[Node], where: st
     _check_sum(specs, nodes, where)
     _check_each(specs, nodes, where)
     if homeless := _without_room(specs, nodes):
-        fewer = _fewer_replicas(homeless, specs, nodes)
+        fewer = _fewer(homeless, specs, nodes)
+        key = f"{homeless.config_group}.{homeless.counted_by}"
         raise LaunchError(
             f"{homeless.config_group}.num_{_scarce(homeless)}: {where} has enough in all, but on its nodes "
             f"({_listed(nodes)}) not every {homeless.name} finds {_needs(homeless)} together; "
-            + (f"set {homeless.config_group}.replicas={fewer}" if fewer else "ask for less in each process")
+            + (f"set {key}={fewer}" if fewer else "ask for less in each process")
         )
 
 
 def _check_sum(specs: Sequence[ActorSpec], nodes: Sequence[Node], where: str) -> None:
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     for resource, key, there in (("GPUs", "num_gpus", gpus), ("CPUs", "num_cpus", cpus)):
-        asking = {spec: spec.replicas * getattr(spec, key) for spec in specs}
+        asking = {spec: spec.processes * getattr(spec, key) for spec in specs}
         wanted = sum(asking.values())
         if wanted > there:
             shares = ", ".join(f"{spec.name} {share:g}" for spec, share in asking.items() if share)
@@ -50,7 +51,7 @@ def _check_sum(specs: Sequence[ActorSpec], nodes: Sequence[Node], where: str) ->
                 zeros = " ".join(f"{spec.config_group}.num_gpus=0" for spec, share in asking.items() if share)
                 fix = f"to run without, take +experiment=gsm8k_cpu or set generator.engine=torch {zeros}"
             else:
-                fix = f"lower {group}.{key}" + (f" or {group}.replicas" if most.replicas > 1 else "")
+                fix = f"lower {group}.{key}" + (f" or {group}.{most.counted_by}" if most.processes > 1 else "")
             raise LaunchError(
                 f"{group}.{key}: the actors ask for {wanted:g} {resource} ({shares}) but {where} has {there:g}; {fix}"
             )
@@ -74,7 +75,7 @@ def _without_room(specs: Sequence[ActorSpec], nodes: Sequence[Node]) -> ActorSpe
     cpus = [node.cpus for node in nodes]
     gpus = [[1.0] * int(node.gpus) for node in nodes]
     for spec in sorted(specs, key=lambda spec: (spec.num_gpus, spec.num_cpus), reverse=True):
-        for _ in range(spec.replicas):
+        for _ in range(spec.processes):
             devices = {i: _devices(spec, gpus[i]) for i in range(len(nodes)) if spec.num_cpus <= cpus[i]}
             having = {i: found for i, found in devices.items() if found is not None}
             if not having:
@@ -95,11 +96,12 @@ def _devices(spec: ActorSpec, free: Sequence[float]) -> list[int] | None:
     return fitting[:count] if len(fitting) >= count else None
 
 
-def _fewer_replicas(homeless: ActorSpec, specs: Sequence[ActorSpec], nodes: Sequence[Node]) -> int:
-    """The most replicas of it with which all find room; 0 when that would not help."""
-    for replicas in range(homeless.replicas - 1, 0, -1):
-        if not _without_room([replace(s, replicas=replicas) if s is homeless else s for s in specs], nodes):
-            return replicas
+def _fewer(homeless: ActorSpec, specs: Sequence[ActorSpec], nodes: Sequence[Node]) -> int:
+    """The most processes of it with which all find room; 0 when that would not help."""
+    for count in range(homeless.processes - 1, 0, -1):
+        smaller = replace(homeless, ranks=count) if homeless.ranks > 1 else replace(homeless, replicas=count)
+        if not _without_room([smaller if spec is homeless else spec for spec in specs], nodes):
+            return count
     return 0
 
 

@@ -19,10 +19,11 @@ from grpo.device import device_for
 
 @dataclass(frozen=True, eq=False)
 class ActorSpec:
-    """One noun: its class, how it is built, how many of it, and what each one needs.
+    """One noun: its class, how it is built, how many of it, and what each process of it needs.
 
     Optional replicas are started beyond the others as soon as the cluster has room for them. One that is `beside` the
-    driver runs on its node: what only has little to do is not lost with another one.
+    driver runs on its node: what only has little to do is not lost with another one. Each of several ranks is built
+    with its `rank`.
     """
 
     name: str
@@ -33,11 +34,22 @@ class ActorSpec:
     num_gpus: float = 0.0
     optional_replicas: int = 0
     beside: bool = False
+    ranks: int = 1
 
     @property
     def config_group(self) -> str:
         """Where the config says what this actor gets."""
         return "eval" if self.name == "evaluator" else self.name
+
+    @property
+    def processes(self) -> int:
+        """Those that are not optional."""
+        return self.replicas * self.ranks
+
+    @property
+    def counted_by(self) -> str:
+        """The setting of its group that says how many processes there are."""
+        return "ranks" if self.ranks > 1 else "replicas"
 
 
 def actor_specs(config: RunConfig) -> list[ActorSpec]:
@@ -53,7 +65,7 @@ def actor_specs(config: RunConfig) -> list[ActorSpec]:
     return [
         *specs,
         ActorSpec("replay_buffer", ReplayBuffer, {"window": config.buffer.window}, beside=True),
-        _compute("trainer", Trainer, config, config.trainer, 1),
+        replace(_compute("trainer", Trainer, config, config.trainer, 1), ranks=config.trainer.ranks),
     ]
 
 

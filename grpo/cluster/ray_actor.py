@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import signal
+import socket
 from contextlib import suppress
 from functools import cache, cached_property
 from pkgutil import resolve_name
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
+from grpo.cluster.endpoints import Process
 from grpo.cluster.files import CarriedConfig
 from grpo.collection import collect_as_usual, collect_rarely
 from grpo.telemetry.recording import Harvest, Recording, record_in
@@ -81,6 +83,12 @@ class _Host:
         """The node and the process."""
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
+    async def rendezvous(self) -> tuple[str, int]:
+        """An address of this node that the others reach, and a port that is free there."""
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return ray.util.get_node_ip_address(), free.getsockname()[1]
+
     async def ping(self) -> None:
         """Returns when the actor answers: one that has a process behind it asks that too."""
         if hasattr(self._actor, "ping"):
@@ -94,7 +102,7 @@ class _Host:
         await asyncio.get_running_loop().create_future()
 
 
-class RayEndpoint:
+class RayEndpoint(Process):
     """A Ray actor that hosts an instance of `cls`."""
 
     def __init__(self, name: str, cls: type, actor: Any) -> None:
@@ -125,6 +133,11 @@ class RayEndpoint:
                 self._copy(method, payload)
             return result
         return await self._result(remote.remote((method, args, kwargs), *payloads))
+
+    async def rendezvous(self) -> tuple[str, int]:
+        """Host and port at which this process can wait for others."""
+        host, port = await self._result(self.actor.rendezvous.remote())
+        return host, port
 
     async def ping(self) -> None:
         await self._result(self.actor.ping.remote())
@@ -178,10 +191,12 @@ def _first_line(error: RayError) -> str:
 
 
 def _hoist(arg: Any, payloads: list[ray.ObjectRef]) -> Any:
-    """Replace references in an argument, or in the fields of a dataclass, by slots; collect them in `payloads`."""
+    """Replace references in an argument, or in its items or fields, by slots; collect them in `payloads`."""
     if isinstance(arg, ray.ObjectRef):
         payloads.append(arg)
         return _Slot(len(payloads) - 1)
+    if type(arg) is tuple:
+        return tuple(_hoist(each, payloads) for each in arg)
     if dataclasses.is_dataclass(arg) and not isinstance(arg, type):
         references = {name: _hoist(v, payloads) for name, v in vars(arg).items() if isinstance(v, ray.ObjectRef)}
         return dataclasses.replace(arg, **references) if references else arg
@@ -192,6 +207,8 @@ def _fill(arg: Any, payloads: tuple[Any, ...]) -> Any:
     """The inverse of `_hoist`, once Ray has brought the values."""
     if isinstance(arg, _Slot):
         return payloads[arg.index]
+    if type(arg) is tuple:
+        return tuple(_fill(each, payloads) for each in arg)
     if dataclasses.is_dataclass(arg) and not isinstance(arg, type):
         values = {name: payloads[v.index] for name, v in vars(arg).items() if isinstance(v, _Slot)}
         return dataclasses.replace(arg, **values) if values else arg

@@ -18,7 +18,6 @@ from typing import Any, NoReturn
 from grpo.cluster.endpoints import Endpoint, Spawn
 from grpo.failures import Death, Failures
 from grpo.structured import Signal, cancelled, within
-from grpo.telemetry.recording import Harvest
 from grpo.types import ActorDied, LaunchError, PayloadLost
 
 log = logging.getLogger(__name__)
@@ -128,15 +127,15 @@ class Replica:
         self._common = common
         self._death: asyncio.Future[ActorDied] = asyncio.get_running_loop().create_future()
 
-    async def attempt(self, call: Call) -> Any:
-        """The answer. Raises ActorDied when the process died, which is then replaced: the call can be made again."""
+    async def attempt(self, call: Call) -> list[Any]:
+        """The answers, by rank. Raises ActorDied when a process died. It is replaced: the call can be made again."""
         endpoint, death = self.endpoint, self._death
         assert endpoint is not None
         self.in_flight += 1
         self.requests += 1
         started = time.perf_counter()
         try:
-            return await endpoint.invoke(call.method, call.args, call.kwargs)
+            return await endpoint.call(call.method, call.args, call.kwargs)
         except ActorDied as error:
             self.failures += 1
             if self.endpoint is endpoint:  # else its replacement is there already
@@ -149,12 +148,6 @@ class Replica:
             self.busy_s += time.perf_counter() - started
             if self.state is State.STOPPED:
                 self._common.changed.notify()
-
-    async def harvest(self, *, go_on: bool) -> Harvest:
-        """What its process has recorded. Raises ActorDied when that is gone."""
-        if self.endpoint is None:
-            raise ActorDied(f"{self.name} has no process")
-        return await self.endpoint.harvest(go_on=go_on)
 
     def stop(self) -> None:
         """It gets no more calls, finishes those it has, and leaves."""

@@ -12,7 +12,7 @@ from contextlib import suppress
 from itertools import count
 from typing import Any
 
-from grpo.cluster.endpoints import Spawn
+from grpo.cluster.endpoints import Process, Spawn
 from grpo.cluster.plan import ActorSpec
 from grpo.cluster.replicas import Call, Claims, Common, Replica, State, Timeouts
 from grpo.config import RunConfig
@@ -60,8 +60,8 @@ class Service:
         healthy = self.healthy()
         return preferred if preferred in healthy else min(healthy, key=lambda replica: replica.in_flight)
 
-    async def insist(self, replica: Replica, call: Call) -> Any:
-        """The answer of this very replica, whichever process takes its place. Raises ActorDied when it was removed."""
+    async def insist(self, replica: Replica, call: Call) -> list[Any]:
+        """The answers of this very replica, by rank, whoever takes its place. Raises ActorDied when it was removed."""
         while True:
             await self._until(lambda: replica.state in (State.HEALTHY, State.STOPPED))
             if replica.state is State.STOPPED:
@@ -117,6 +117,11 @@ class Service:
             self.common.failures.end(error)
         self.common.changed.notify()
 
+    def processes(self) -> list[Process]:
+        """Of those that serve at the moment, rank by rank."""
+        endpoints = (replica.endpoint for replica in self.healthy())
+        return [process for endpoint in endpoints if endpoint is not None for process in endpoint.processes()]
+
     def healthy(self) -> list[Replica]:
         """Those that serve at the moment."""
         return [replica for replica in self._lives if replica.state is State.HEALTHY]
@@ -128,9 +133,9 @@ class Service:
 
 
 async def _unless_it_dies(replica: Replica, call: Call) -> list[Any]:
-    """The answer, if there is one."""
+    """The answer, that of rank 0, if there is one."""
     try:
-        return [await replica.attempt(call)]
+        return (await replica.attempt(call))[:1]
     except ActorDied:
         return []
 

@@ -44,7 +44,7 @@ def names(tmp_path):
 async def test_a_trainer_goes_on_from_what_was_saved(config, trainer, checkpointer, make_group, tmp_path):
     await trainer.train_step(Batch([make_group()]))
     state, _ = await trainer.snapshot()
-    report = await checkpointer.save(1, state, [(4, make_group(version=1))], {"step": 1})
+    report = await checkpointer.save(1, [state], [(4, make_group(version=1))], {"step": 1})
     [path] = checkpoint.checkpoints(tmp_path / "checkpoints")
     assert report["seconds"] > 0
     files = [file for file in path.rglob("*") if file.is_file() and file.name != "manifest.json"]
@@ -67,17 +67,17 @@ async def test_a_trainer_goes_on_from_what_was_saved(config, trainer, checkpoint
 
 
 async def test_the_model_is_in_the_dtype_of_the_config(trainer, checkpointer, tmp_path):
-    await checkpointer.save(1, (await trainer.snapshot())[0], [], {})
+    await checkpointer.save(1, [(await trainer.snapshot())[0]], [], {})
     [path] = checkpoint.checkpoints(tmp_path / "checkpoints")
     assert AutoModelForCausalLM.from_pretrained(path / "model").dtype == torch.bfloat16
     loaded, _ = await checkpointer.load_trainer(str(path))
-    assert {tensor.dtype for tensor in Parameters([loaded]).values()} == {torch.float32}
+    assert {tensor.dtype for tensor in Parameters(loaded).values()} == {torch.float32}
 
 
 async def test_only_the_newest_are_kept(trainer, checkpointer, tmp_path):
     state, _ = await trainer.snapshot()
     for step in (1, 2, 3):
-        await checkpointer.save(step, state, [], {})
+        await checkpointer.save(step, [state], [], {})
     assert names(tmp_path) == ["step_000003", "step_000002"]
 
 
@@ -88,7 +88,7 @@ async def test_an_old_one_that_can_not_be_removed_does_not_make_the_new_one_fail
         raise OSError("Stale file handle")
 
     monkeypatch.setattr(checkpoint, "prune", fail)
-    report = await checkpointer.save(1, (await trainer.snapshot())[0], [], {})
+    report = await checkpointer.save(1, [(await trainer.snapshot())[0]], [], {})
     assert report["bytes"] > 0
     assert names(tmp_path) == ["step_000001"]
     assert "can't be removed: Stale file handle" in caplog.text
@@ -105,7 +105,7 @@ async def test_one_checkpoint_is_written_at_a_time_and_closing_waits(trainer, co
         return real(folder, step, *args)
 
     monkeypatch.setattr(checkpoint, "save_checkpoint", slow)
-    saves = [asyncio.create_task(checkpointer.save(step, state, [], {})) for step in (1, 2)]
+    saves = [asyncio.create_task(checkpointer.save(step, [state], [], {})) for step in (1, 2)]
     await asyncio.to_thread(started.wait)
     closing = asyncio.create_task(checkpointer.close())
     await asyncio.sleep(0.01)
@@ -119,7 +119,7 @@ async def test_one_checkpoint_is_written_at_a_time_and_closing_waits(trainer, co
 async def test_what_can_not_be_written_or_read_is_a_typed_error(trainer, checkpointer, tmp_path):
     (tmp_path / "checkpoints").write_text("a file in the way")
     with pytest.raises(CheckpointError, match="step 1 can't be written"):
-        await checkpointer.save(1, (await trainer.snapshot())[0], [], {})
+        await checkpointer.save(1, [(await trainer.snapshot())[0]], [], {})
     with pytest.raises(CheckpointError, match="can't be read"):
         await checkpointer.load_trainer(str(tmp_path / "nowhere"))
     with pytest.raises(CheckpointError, match="can't be read"):

@@ -94,7 +94,7 @@ async def test_a_new_trainer_goes_on_from_a_snapshot(make_trainer, make_group):
     await trainer.train_step(Batch([make_group()]))
     state, version = await trainer.snapshot()
     assert version == state.version == 1
-    await other.restore(state)
+    await other.restore([state])
     again = Batch([make_group(version=1)])
     assert await other.train_step(again) == await trainer.train_step(again)
     (weights, version), (expected, _) = await other.push_weights(), await trainer.push_weights()

@@ -8,7 +8,8 @@ from collections import Counter
 
 
 class Monkey:
-    """SIGKILLs actors of a run on this machine: of every kind in turn, any replica, at moments drawn by the seed."""
+    """SIGKILLs processes of a run on this machine: of every kind in turn, any replica and rank, at moments drawn by the
+    seed."""
 
     def __init__(self, services, failures, *, kinds, kills, seed, pause_s=(0.0, 1.0)):
         self.killed = Counter()
@@ -24,6 +25,6 @@ class Monkey:
             service = getattr(self._services, kind).service
             await service.available()
             replica = self._random.choice([r for r in service.replicas if r.state == "healthy"])
-            os.kill(replica.endpoint.pid, signal.SIGKILL)
+            os.kill(self._random.choice(replica.endpoint.processes()).pid, signal.SIGKILL)
             self.killed[replica.name] += 1
             await between()

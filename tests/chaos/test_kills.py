@@ -15,9 +15,10 @@ KINDS = ("generator", "trainer", "dataloader", "replay_buffer", "reward", "refer
 
 @pytest.fixture
 def config(tiny_config):
-    """Two generators, a reference, and more steps than the monkey leaves time for."""
+    """Two generators, two ranks, a reference, and more steps than the monkey leaves time for."""
     tiny_config.rollout.concurrency = 16
     tiny_config.generator.replicas, tiny_config.generator.num_cpus = 2, 0.5
+    tiny_config.trainer.ranks, tiny_config.trainer.num_cpus = 2, 0.5
     tiny_config.buffer.max_policy_age = 3  # so that groups lie in the replay buffer when it is killed
     tiny_config.reward.workers, tiny_config.reward.replicas = 1, 2
     tiny_config.loss.beta = 0.05

@@ -5,8 +5,8 @@ from grpo.cluster.plan import ActorSpec, actor_specs
 from grpo.types import LaunchError
 
 
-def spec(name, replicas, cpus, gpus=0.0):
-    return ActorSpec(name, object, {}, replicas, cpus, gpus)
+def spec(name, replicas, cpus, gpus=0.0, ranks=1):
+    return ActorSpec(name, object, {}, replicas, cpus, gpus, ranks=ranks)
 
 
 def test_an_evaluator_that_asks_for_too_much_is_named_by_its_key(tiny_config):
@@ -71,6 +71,23 @@ def test_shares_of_a_gpu_have_to_lie_on_one():
     check_placement([spec("trainer", 1, 1, 0.5), spec("generator", 1, 1, 0.5)], [Node(4, 1)], "it")
     with pytest.raises(LaunchError, match=r"not every trainer finds 1 CPUs and 0.4 GPUs together"):
         check_placement([spec("trainer", 1, 1, 0.4), spec("generator", 2, 1, 0.8)], [Node(8, 2)], "it")
+
+
+def test_ranks_are_counted_and_named(tiny_config):
+    tiny_config.trainer.ranks = 2
+    message = (
+        r"^trainer.num_cpus: .* 3 CPUs \(generator 1, trainer 2\) but it has 2; lower .*num_cpus or trainer.ranks$"
+    )
+    with pytest.raises(LaunchError, match=message):
+        check_placement(actor_specs(tiny_config), [Node(2, 0)], "it")
+    check_placement(actor_specs(tiny_config), [Node(2, 0), Node(1, 0)], "it")
+
+
+def test_ranks_may_lie_on_several_nodes_and_come_with_a_number_that_fits():
+    nodes = [Node(16, 3), Node(16, 3)]
+    check_placement([spec("trainer", 1, 4, 1, ranks=6)], nodes, "the cluster")
+    with pytest.raises(LaunchError, match=r"not every trainer finds 8 CPUs and 1 GPUs together; set trainer.ranks=4$"):
+        check_placement([spec("trainer", 1, 8, 1, ranks=5)], [*nodes, Node(8, 0)], "the cluster")
 
 
 def test_one_process_that_finds_no_room_beside_the_others_has_to_ask_for_less():

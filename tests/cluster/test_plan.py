@@ -36,6 +36,12 @@ def test_an_actor_with_a_gpu_computes_on_it(tiny_config):
     assert devices["generator"] == "cpu"
 
 
+def test_every_rank_of_the_trainer_is_a_process(tiny_config):
+    tiny_config.trainer.ranks = 3
+    processes = {spec.name: spec.processes for spec in actor_specs(tiny_config)}
+    assert (processes["trainer"], processes["generator"]) == (3, 1)
+
+
 def test_threads_follow_the_cpus_unless_set(tiny_config):
     tiny_config.generator.num_cpus = 3
     tiny_config.trainer.threads = 5

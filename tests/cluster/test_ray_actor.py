@@ -46,6 +46,17 @@ async def test_a_payload_in_a_field_of_a_dataclass_is_resolved_too(worker):
     assert await worker.open.call_one(Parcel("box", payload)) == ("box", "ndarray", 45)
 
 
+async def test_payloads_in_a_tuple_are_resolved_too(worker):
+    payloads = tuple([(await worker.make.call_one(size))[0] for size in (10, 5)])
+    assert await worker.totals.call_one(payloads) == [45, 10]
+
+
+async def test_a_process_can_be_waited_for_at_an_address_of_its_node(long_lived):
+    host, port = await long_lived.rendezvous()
+    assert host == ray.util.get_node_ip_address()
+    assert 0 < port < 1 << 16
+
+
 async def test_an_exception_arrives_with_its_type(worker):
     with pytest.raises(RewardError, match="reward 'x' failed") as caught:
         await worker.fail.call_one()

@@ -200,7 +200,14 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(type_in, tmp_path):
     assert (code, stderr) == (0, "")
     for text in ("generator", "replay_buffer", "tickets         64", "staleness       at most 3 versions"):
         assert text in stdout
+    assert "ranks" not in stdout
     assert list(tmp_path.glob("outputs/*/*/summary.json")) == []
+
+
+def test_a_dry_run_says_how_many_ranks_train(type_in):
+    code, stdout, _ = type_in("train.py", "dry_run=true", "trainer.ranks=2", "trainer.num_cpus=0.5")
+    assert code == 0
+    assert "16 groups x 8 completions, shared by 2 ranks" in stdout
 
 
 def test_hydra_users_find_what_they_know(type_in):

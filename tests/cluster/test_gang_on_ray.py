@@ -1,0 +1,76 @@
+"""Ranks that are processes: they get a place together, and leave it together."""
+
+import asyncio
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+from ray.util import placement_group_table
+
+from grpo.cluster.launch import _spawn
+from grpo.cluster.plan import ActorSpec
+from grpo.types import ActorDied
+from tests.fakes import MeetingRank
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+SPEC = ActorSpec("trainer", MeetingRank, num_cpus=0.5, ranks=2)
+
+
+@pytest.fixture
+def states():
+    """Gives the states of the places that were asked for since."""
+    before = placement_group_table().keys()
+    return lambda: [place["state"] for name, place in placement_group_table().items() if name not in before]
+
+
+async def until_dead(process):
+    with pytest.raises(ActorDied):
+        await asyncio.wait_for(process.until_death(), 20)
+
+
+async def test_ranks_meet_and_are_ended_together_with_their_place(states):
+    gang = _spawn(SPEC, "trainer")
+    await gang.placed()
+    await gang.invoke("setup")
+    assert states() == ["CREATED"]
+    assert await gang.call("meet", ("hi",)) == ["0 heard hi from 1", "1 heard hi from 0"]
+    assert [process.name for process in gang.processes()] == ["trainer-0", "trainer-1"]
+    assert len({process.pid for process in gang.processes()}) == 2
+    payloads = [payload for payload, _ in await gang.call("make", (3,))]
+    assert await gang.call("total_of", (tuple(payloads),)) == [3 + 6, 3 + 6]
+    gang.kill()
+    await asyncio.gather(*map(until_dead, gang.processes()))
+    assert states() == ["REMOVED"]
+    gang.kill()  # which may come twice
+
+
+async def test_ranks_find_their_places_together_or_not_at_all(states):
+    """There is room for one of two; while they wait for it, they can be taken back."""
+    gang = _spawn(replace(SPEC, num_cpus=0.75 * len(os.sched_getaffinity(0))), "trainer")
+    placed = [asyncio.ensure_future(rank.placed()) for rank in gang.processes()]
+    assert await asyncio.wait(placed, timeout=1.0) == (set(), set(placed))
+    assert states() == ["PENDING"]
+    gang.kill(hung=True)
+    for each in placed:
+        with pytest.raises(ActorDied):
+            await asyncio.wait_for(each, 20)
+    assert states() == ["REMOVED"]
+
+
+async def test_a_rank_that_is_killed_in_a_collective_is_the_death_of_all(states):
+    gang = _spawn(SPEC, "trainer")
+    await gang.placed()
+    await gang.invoke("setup")
+    meeting = asyncio.ensure_future(gang.call("wait_for_the_other"))
+    hears_of_it = asyncio.ensure_future(gang.until_death())
+    first, second = gang.processes()
+    await first.invoke("waits")
+    os.kill(second.pid, signal.SIGKILL)
+    for call in (meeting, hears_of_it):
+        with pytest.raises(ActorDied):
+            await asyncio.wait_for(call, 20)
+    gang.kill(hung=True)
+    await until_dead(first)
+    assert states() == ["REMOVED"]
