@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import signal
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from pkgutil import resolve_name
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
+from grpo.cluster.gathering import Answers, Arguments, GatheredWork, Gathering
 from grpo.collection import collect_as_usual, collect_rarely
 from grpo.telemetry.recording import Harvest, Recording, record_in
 from grpo.types import ActorDied, PayloadLost
@@ -49,6 +51,7 @@ class _Host:
         self._name = name
         self._actor = resolve_name(cls)(**kwargs)
         self._recording = Recording()
+        self._gathered = GatheredWork()
 
     def __repr__(self) -> str:
         """What Ray's dashboard and logs call it."""
@@ -64,6 +67,16 @@ class _Host:
         if method == "setup":
             collect_as_usual()
         return result
+
+    async def invoke_gathered(self, calls: tuple[str, Mapping[int, Arguments]], *payloads: Any) -> Answers:
+        """Several calls of a method, by number; see GatheredWork."""
+        method, arguments = calls
+        return await self._gathered.answers(
+            {number: self.invoke((method, *each), *payloads) for number, each in arguments.items()}
+        )
+
+    async def late(self, number: int) -> Any:
+        return await self._gathered.late(number)
 
     async def where(self) -> tuple[str, int]:
         """The node and the process."""
@@ -91,6 +104,7 @@ class RayEndpoint:
         self._process: int | None = None  # a descriptor of it, which no later process of the same number can take over
         self._cls = cls
         self._copies: dict[str, asyncio.Future[Any]] = {}  # of payloads, by the method that made them
+        self._gathering: dict[str, Gathering] = {}  # by method
 
     async def placed(self) -> None:
         node, pid = await self._result(self.actor.where.remote())
@@ -100,10 +114,11 @@ class RayEndpoint:
             self.pid = pid
 
     async def invoke(self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        payloads: list[ray.ObjectRef] = []
-        args = tuple(_hoist(arg, payloads) for arg in args)
-        kwargs = {name: _hoist(arg, payloads) for name, arg in (kwargs or {}).items()}
         implementation = getattr(self._cls, method, None)
+        if hasattr(implementation, "travels_gathered"):
+            return await self._gathering_of(method).call(args, kwargs or {})
+        payloads: list[ray.ObjectRef] = []
+        args, kwargs = _hoist_all((args, kwargs or {}), payloads)
         returns_payload = getattr(implementation, "returns_payload", False)
         remote = self.actor.invoke.options(num_returns=2 if returns_payload else 1, name=f"{self.name}.{method}")
         if returns_payload:
@@ -113,6 +128,21 @@ class RayEndpoint:
                 self._copy(method, payload)
             return result
         return await self._result(remote.remote((method, args, kwargs), *payloads))
+
+    def _gathering_of(self, method: str) -> Gathering:
+        async def send(calls: Mapping[int, Arguments]) -> Answers:
+            payloads: list[ray.ObjectRef] = []
+            hoisted = {number: _hoist_all(arguments, payloads) for number, arguments in calls.items()}
+            remote = self.actor.invoke_gathered.options(name=f"{self.name}.{method}")
+            answers: Answers = await self._result(remote.remote((method, hoisted), *payloads))
+            return answers
+
+        async def late(number: int) -> Any:
+            return await self._result(self.actor.late.options(name=f"{self.name}.{method}").remote(number))
+
+        if method not in self._gathering:
+            self._gathering[method] = Gathering(send, late)
+        return self._gathering[method]
 
     async def ping(self) -> None:
         await self._result(self.actor.ping.remote())
@@ -163,6 +193,11 @@ class RayEndpoint:
 
 def _first_line(error: RayError) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _hoist_all(arguments: Arguments, payloads: list[ray.ObjectRef]) -> Arguments:
+    args, kwargs = arguments
+    return tuple(_hoist(arg, payloads) for arg in args), {name: _hoist(arg, payloads) for name, arg in kwargs.items()}
 
 
 def _hoist(arg: Any, payloads: list[ray.ObjectRef]) -> Any:
