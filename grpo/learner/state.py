@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from grpo.flat_buffer import TensorSpec, buffer_for, lay_out, views
+from grpo.flat_buffer import TensorSpec, all_finite, buffer_for, lay_out, views
 from grpo.types import CheckpointError
 
 MODEL, MOMENTS = "model", ("exp_avg", "exp_avg_sq")  # prefixes of a parameter's name
@@ -93,9 +93,10 @@ class StateWriter:
             raise CheckpointError(f"the trainer's state does not fit the model; it differs in {differing[:4]}")
         if unknown := sorted(state.counters["optimizer_steps"].keys() - self._parameters.keys()):
             raise CheckpointError(f"the trainer's state counts steps of unknown parameters: {unknown[:4]}")
-        for name, tensor in state.tensors():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise CheckpointError(f"{name} holds NaN or infinity in the trainer's state: not restored")
+        for spec in state.specs:
+            content = state.buffer[spec.offset : spec.offset + spec.nbytes]
+            if spec.dtype.is_floating_point and not all_finite(content, spec.dtype):
+                raise CheckpointError(f"{spec.name} holds NaN or infinity in the trainer's state: not restored")
 
     def _layout(self) -> Iterator[tuple[str, Tensor]]:
         for kind in (MODEL, *MOMENTS):
