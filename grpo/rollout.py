@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,28 +54,30 @@ async def rollout(prompt: Prompt, params: SamplingParams, services: Services, co
         services.reward.score.route(prompt, completions, _detail(prompt, config.observe)),
         _reference_logprobs(services, prompt, completions),
     )
-    shaped_G = shaped_rewards(scores, report, params, config.shaping)
+    shaped = shaped_rewards(scores, report, params, config.shaping)
     group = Group(
         prompt=prompt,
         completions=completions,
         reference_logprobs=reference_logprobs,
         rewards=scores.rewards,
-        advantages=_advantages(shaped_G, config.loss),
+        advantages=_advantages(shaped, config.loss),
         oldest_version=report.oldest_version,
         masked=_masked(report, config.shaping),
     )
-    finished = Rollout(group, scores, report, tuple(shaped_G.tolist()))
+    finished = Rollout(group, scores, report, shaped)
     note(lengths=report.lengths, signal=group.has_signal)
     if config.filter.zero_advantage and not group.has_signal:
         raise ZeroAdvantage(finished)
     return finished
 
 
-def shaped_rewards(scores: Scores, report: GenerationReport, params: SamplingParams, config: ShapingConfig) -> Tensor:
+def shaped_rewards(
+    scores: Scores, report: GenerationReport, params: SamplingParams, config: ShapingConfig
+) -> tuple[float, ...]:
     """What the advantages of a group are taken of."""
     return shape(
-        torch.tensor(scores.rewards, dtype=torch.float64),
-        torch.tensor(report.lengths),
+        scores.rewards,
+        report.lengths,
         params.max_tokens,
         scale=config.scale,
         clip_low=config.clip_low,
@@ -91,7 +93,8 @@ def advantage_function(config: LossConfig) -> Callable[[Tensor], Tensor]:
     return named_function(config.advantages, ADVANTAGES, key="loss.advantages")
 
 
-def _advantages(shaped_G: Tensor, config: LossConfig) -> tuple[float, ...]:
+def _advantages(shaped: Sequence[float], config: LossConfig) -> tuple[float, ...]:
+    shaped_G = torch.tensor(shaped, dtype=torch.float64)
     found_G = advantage_function(config)(shaped_G)
     if found_G.shape != shaped_G.shape:
         raise ConfigError(

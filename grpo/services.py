@@ -128,6 +128,15 @@ def returns_payload(method: F) -> F:
     return method
 
 
+def travels_gathered(method: F) -> F:
+    """Mark an actor method that many call side by side: calls made at about the same time travel together.
+
+    It returns no payload.
+    """
+    method.travels_gathered = True  # type: ignore[attr-defined]
+    return method
+
+
 def outlives_its_node(method: F) -> F:
     """Mark an actor method whose last payload is still needed when the node that made it is lost.
 

@@ -18,7 +18,7 @@ from grpo.cluster.replicas import Claims, Common, Replica, State, Timeouts
 from grpo.cluster.services import Service
 from grpo.config import RecoveryConfig
 from grpo.failures import Failures
-from grpo.services import returns_payload
+from grpo.services import returns_payload, travels_gathered
 from grpo.structured import Signal
 from grpo.types import Batch, GenerationReport, GeneratorStats, RewardError, SamplingParams, Scores
 from grpo.weights import Weights
@@ -192,6 +192,12 @@ class Worker:
 
     async def fail(self):
         raise RewardError("reward 'x' failed")
+
+    @travels_gathered
+    async def score(self, parcel, *, right=True):
+        if not right:
+            raise RewardError(f"{parcel.label} is not right")
+        return parcel.label, int(parcel.content.sum())
 
     async def die(self):
         os._exit(1)

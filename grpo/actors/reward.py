@@ -12,6 +12,7 @@ from grpo.config import RunConfig
 from grpo.models.token_texts import tokens_as_json
 from grpo.models.tokenizer import load_tokenizer
 from grpo.rewards.killable import Killable
+from grpo.services import travels_gathered
 from grpo.telemetry.recording import measure
 from grpo.types import Completion, Detail, Prompt, Scores
 
@@ -38,6 +39,7 @@ class Reward:
         self._tokenizer = load_tokenizer(self._config.model)
         await self._scorer.start()
 
+    @travels_gathered
     async def score(self, prompt: Prompt, completions: Sequence[Completion], detail: Detail = "rewards") -> Scores:
         """Scores of one group, with its texts and tokens where `detail` asks for them.
 

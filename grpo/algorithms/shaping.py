@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import math
+from collections.abc import Sequence
 
 
 def shape(
-    rewards_G: Tensor,
-    lengths_G: Tensor,
+    rewards: Sequence[float],
+    lengths: Sequence[int],
     max_tokens: int,
     *,
     scale: float = 1.0,
@@ -16,19 +17,20 @@ def shape(
     length_penalty: float = 0.0,
     overlong_zone: float = 0.0,
     overlong_penalty: float = 0.0,
-) -> Tensor:
+) -> tuple[float, ...]:
     """`scale` x reward, held within [clip_low, clip_high], less what the length of the answer costs.
 
-    `lengths_G` are in tokens, of at most `max_tokens`. An answer costs `length_penalty` x length / max_tokens. In the
+    `lengths` are in tokens, of at most `max_tokens`. An answer costs `length_penalty` x length / max_tokens. In the
     last `overlong_zone` tokens before the limit it also costs from 0 to `overlong_penalty`, linearly, so that long
     answers learn to end before they are cut off. (Soft overlong punishment: DAPO, arXiv:2503.14476, equation 13.)
     """
-    lengths_G = lengths_G.to(rewards_G.dtype)  # integers would be divided in single precision
-    shaped_G = scale * rewards_G
-    if clip_low is not None or clip_high is not None:
-        shaped_G = shaped_G.clamp(clip_low, clip_high)
-    shaped_G = shaped_G - length_penalty * lengths_G / max_tokens
-    if overlong_zone:
-        into_zone_G = (lengths_G - (max_tokens - overlong_zone)).clamp(0, overlong_zone)
-        shaped_G = shaped_G - overlong_penalty * into_zone_G / overlong_zone
-    return shaped_G
+    low = -math.inf if clip_low is None else clip_low
+    high = math.inf if clip_high is None else clip_high
+    shaped = []
+    for reward, length in zip(rewards, lengths, strict=True):
+        value = min(max(scale * reward, low), high) - length_penalty * length / max_tokens
+        if overlong_zone:
+            into_zone = min(max(length - (max_tokens - overlong_zone), 0), overlong_zone)
+            value -= overlong_penalty * into_zone / overlong_zone
+        shaped.append(value)
+    return tuple(shaped)

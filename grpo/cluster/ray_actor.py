@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache, cached_property
 from pkgutil import resolve_name
@@ -18,6 +19,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskErro
 
 from grpo.cluster.endpoints import Process
 from grpo.cluster.files import CarriedConfig
+from grpo.cluster.gathering import Answers, Arguments, GatheredWork, Gathering
 from grpo.collection import collect_as_usual, collect_rarely
 from grpo.telemetry.recording import Harvest, Recording, record_in
 from grpo.types import ActorDied, PayloadLost
@@ -57,6 +59,7 @@ class _Host:
         self._name = name
         self._cls, self._kwargs = resolve_name(cls), kwargs
         self._recording = Recording()
+        self._gathered = GatheredWork()
 
     @cached_property
     def _actor(self) -> Any:
@@ -78,6 +81,16 @@ class _Host:
         if method == "setup":
             collect_as_usual()
         return result
+
+    async def invoke_gathered(self, calls: tuple[str, Mapping[int, Arguments]], *payloads: Any) -> Answers:
+        """Several calls of a method, by number; see GatheredWork."""
+        method, arguments = calls
+        return await self._gathered.answers(
+            {number: self.invoke((method, *each), *payloads) for number, each in arguments.items()}
+        )
+
+    async def late(self, number: int) -> Any:
+        return await self._gathered.late(number)
 
     async def where(self) -> tuple[str, int]:
         """The node and the process."""
@@ -111,6 +124,7 @@ class RayEndpoint(Process):
         self._process: int | None = None  # a descriptor of it, which no later process of the same number can take over
         self._cls = cls
         self._copies: dict[str, asyncio.Future[Any]] = {}  # of payloads, by the method that made them
+        self._gathering: dict[str, Gathering] = {}  # by method
 
     async def placed(self) -> None:
         node, pid = await self._result(self.actor.where.remote())
@@ -120,10 +134,11 @@ class RayEndpoint(Process):
             self.pid = pid
 
     async def invoke(self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        payloads: list[ray.ObjectRef] = []
-        args = tuple(_hoist(arg, payloads) for arg in args)
-        kwargs = {name: _hoist(arg, payloads) for name, arg in (kwargs or {}).items()}
         implementation = getattr(self._cls, method, None)
+        if hasattr(implementation, "travels_gathered"):
+            return await self._gathering_of(method).call(args, kwargs or {})
+        payloads: list[ray.ObjectRef] = []
+        args, kwargs = _hoist_all((args, kwargs or {}), payloads)
         returns_payload = getattr(implementation, "returns_payload", False)
         remote = self.actor.invoke.options(num_returns=2 if returns_payload else 1, name=f"{self.name}.{method}")
         if returns_payload:
@@ -138,6 +153,21 @@ class RayEndpoint(Process):
         """Host and port at which this process can wait for others."""
         host, port = await self._result(self.actor.rendezvous.remote())
         return host, port
+
+    def _gathering_of(self, method: str) -> Gathering:
+        async def send(calls: Mapping[int, Arguments]) -> Answers:
+            payloads: list[ray.ObjectRef] = []
+            hoisted = {number: _hoist_all(arguments, payloads) for number, arguments in calls.items()}
+            remote = self.actor.invoke_gathered.options(name=f"{self.name}.{method}")
+            answers: Answers = await self._result(remote.remote((method, hoisted), *payloads))
+            return answers
+
+        async def late(number: int) -> Any:
+            return await self._result(self.actor.late.options(name=f"{self.name}.{method}").remote(number))
+
+        if method not in self._gathering:
+            self._gathering[method] = Gathering(send, late)
+        return self._gathering[method]
 
     async def ping(self) -> None:
         await self._result(self.actor.ping.remote())
@@ -188,6 +218,11 @@ class RayEndpoint(Process):
 
 def _first_line(error: RayError) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _hoist_all(arguments: Arguments, payloads: list[ray.ObjectRef]) -> Arguments:
+    args, kwargs = arguments
+    return tuple(_hoist(arg, payloads) for arg in args), {name: _hoist(arg, payloads) for name, arg in kwargs.items()}
 
 
 def _hoist(arg: Any, payloads: list[ray.ObjectRef]) -> Any:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
-from grpo.flat_buffer import TensorSpec, buffer_for, lay_out, views
+from grpo.flat_buffer import TensorSpec, all_finite, buffer_for, lay_out, views
 from grpo.learner.ranks import Ranks
 from grpo.learner.rows import Rows
 from grpo.types import CheckpointError
@@ -140,8 +140,11 @@ class StateWriter:
             raise CheckpointError(f"the trainer's state counts steps of unknown parameters: {unknown[:4]}")
         for name, parts in _parts(states).items():
             _check_cover(name, [rows for rows, _ in parts])
-            if not all(torch.isfinite(tensor).all() for _, tensor in parts if tensor.is_floating_point()):
-                raise CheckpointError(f"{name} holds NaN or infinity in the trainer's state: not restored")
+        for state in states:
+            for spec in state.specs:
+                content = state.buffer[spec.offset : spec.offset + spec.nbytes]
+                if spec.dtype.is_floating_point and not all_finite(content, spec.dtype):
+                    raise CheckpointError(f"{spec.name} holds NaN or infinity in the trainer's state: not restored")
 
     def _layout(self) -> Iterator[tuple[str, Tensor]]:
         for kind in (MODEL, *MOMENTS):

@@ -22,8 +22,6 @@ _SCRIPTS = Path(__file__).parents[1]
 # torch may lie on the machine as a build for CPUs, which PyPI's newest is not
 _TRL = ("trl==1.16.0", "transformers==5.24.0", "torch>=2.11,<2.14")
 _INSTALL_S, _TRAIN_S = 1800, 900
-# Small micro-batches fit into a core's cache, and those of completions of like lengths pad little
-_FOR_TWO_CORES = ("trainer.micro_batch_tokens=1024",)
 _NOT_MEASURED = ("eval.prompts=0", "observe.report=false")
 
 
@@ -55,7 +53,6 @@ def train_ours(case: Case, folder: Path) -> Training:
         f"seed={case.seed}",
         f"checkpoint.every={case.save_every}",
         f"checkpoint.keep={max(1, case.steps)}",
-        *_FOR_TWO_CORES,
         *_NOT_MEASURED,
         f"hydra.run.dir={run_dir}",
     ]

@@ -63,12 +63,24 @@ async def test_an_exception_arrives_with_its_type(worker):
     assert type(caught.value) is RewardError
 
 
+async def test_calls_that_travel_together_bring_their_payloads_and_get_their_own_answers(worker):
+    payload, _ = await worker.make.call_one(10)
+    labels = [f"box {i}" for i in range(5)]
+    scores = (worker.score.call_one(Parcel(label, payload)) for label in labels)
+    wrong = worker.score.call_one(Parcel("the wrong one", payload), right=False)
+    *answers, error = await asyncio.gather(*scores, wrong, return_exceptions=True)
+    assert answers == [(label, 45) for label in labels]
+    assert type(error) is RewardError
+    assert "the wrong one is not right" in str(error)
+
+
 async def test_a_dead_process_is_an_error_of_its_own():
     endpoint = process()
     hears_of_it = asyncio.ensure_future(endpoint.until_death())
     with pytest.raises(ActorDied, match="worker"):
         await endpoint.invoke("die")
-    for call in (hears_of_it, endpoint.invoke("total", (np.ones(1),)), endpoint.ping()):
+    gathered = endpoint.invoke("score", (Parcel("box", np.ones(1)),))
+    for call in (hears_of_it, endpoint.invoke("total", (np.ones(1),)), gathered, endpoint.ping()):
         with pytest.raises(ActorDied):
             await call
 
