@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks import gpu_run
 from benchmarks.figures import Figure
 from grpo.config import CorrectionConfig, LossConfig, TrainerConfig
 from grpo.engines.base import Limits
@@ -45,7 +46,7 @@ def run(quick: bool) -> list[Figure]:
             torch.cuda.empty_cache()
         figures += _weights(name)
         torch.cuda.empty_cache()
-    return figures
+    return [*figures, *gpu_run.run("0.5B", make_model("0.5B", torch.bfloat16), steps=12 if quick else 40)]
 
 
 @dataclass(frozen=True)
