@@ -146,6 +146,7 @@ class TrainerConfig:
     packing: str = "auto"  # auto: rows without padding, prompts once for their group, where the model allows; never
     micro_batch_tokens: int = 16384  # of one forward and backward pass; where rows are padded, with their padding
     gradient_checkpointing: bool = False
+    compile: bool = False  # the layers, with torch.compile: slow first steps, then less of the time outside of products
     snapshot_every: int = 1  # steps between copies of its state for a new trainer to go on from; 0: none
     ranks: int = 1  # processes that share the model's state and the batch's work; each has what follows
     num_cpus: float = 1.0

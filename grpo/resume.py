@@ -25,7 +25,8 @@ _FREE = (
     "reward.on_error", "reward.timeout_s", "reward.memory_gb", "reward.workers", "reward.replicas", "reward.num_cpus",
     "filter.max_batches",
     "model.attention", "reference", "rollout.concurrency", "trainer.max_steps", "trainer.micro_batch_tokens",
-    "trainer.packing", "trainer.gradient_checkpointing", "trainer.max_nonfinite_steps", "trainer.snapshot_every",
+    "trainer.packing", "trainer.gradient_checkpointing", "trainer.compile", "trainer.max_nonfinite_steps",
+    "trainer.snapshot_every",
     "trainer.ranks", "trainer.num_cpus", "trainer.num_gpus", "trainer.threads",
 )  # fmt: skip
 

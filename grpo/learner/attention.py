@@ -62,7 +62,7 @@ def take(values_ND: Tensor, index_M: Tensor) -> Tensor:
     return values_ND.gather(0, index_M[:, None].expand(-1, values_ND.shape[1]))
 
 
-def _packed_attention(
+def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """[1, N, heads, D] from query, key and value of shape [1, heads, N, D]; plain SDPA where nothing is packed."""
@@ -84,5 +84,5 @@ def _split(values_NHD: Tensor, rows: AttentionRows) -> list[Tensor]:
     return [copy.view(*shape, heads, width).transpose(1, 2) for copy, shape in zip(copies, rows.shapes, strict=True)]
 
 
-AttentionInterface.register(PACKED_ATTENTION, _packed_attention)
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)

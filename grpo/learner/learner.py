@@ -17,6 +17,7 @@ from transformers import get_scheduler
 from grpo.config import TrainerConfig
 from grpo.learner.collate import Sample, collate, samples_of
 from grpo.learner.diagnostics import Diagnostics
+from grpo.learner.layers import compile_layers
 from grpo.learner.logprobs import TokenLogprobs
 from grpo.learner.objective import Objective
 from grpo.learner.ranks import Ranks
@@ -53,6 +54,8 @@ class Learner:
     ) -> None:
         self.model, self._ranks = model.train(), ranks
         self._logprobs = TokenLogprobs(model, temperature, config.packing)  # tries out the whole model
+        if config.compile:
+            compile_layers(model)
         self._sharding = sharded(model, ranks, compute_dtype)
         if config.gradient_checkpointing:
             renamed = hasattr(model, "activation_checkpointing_enable")  # in transformers, after 5.20

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
+from grpo.learner.layers import layers_of
 from grpo.learner.ranks import Ranks, device
 from grpo.learner.rows import Rows
 from grpo.weights import Weights, WeightsWriter
@@ -78,7 +79,7 @@ class FullySharded:
         self._ranks, self._dtype, self._device = ranks, dtype, device()
         mesh = init_device_mesh(self._device.type, (ranks.size,))
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for layer in _layers(model):
+        for layer in layers_of(model):
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         root = _Root(model)
         self._root: Any = fully_shard(root, mesh=mesh)
@@ -163,9 +164,3 @@ class _Root(nn.Module):
 
     def forward(self, function: Callable[[], R]) -> R:
         return function()
-
-
-def _layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Inner ones first, where they are nested."""
-    names = {*(model._no_split_modules or ())}
-    return [module for module in reversed([*model.modules()]) if type(module).__name__ in names]

@@ -1,0 +1,41 @@
+import copy
+
+import pytest
+import torch
+from transformers import AttentionInterface
+
+from grpo.learner.attention import PACKED_ATTENTION, packed_attention
+from grpo.learner.collate import samples_of
+from grpo.learner.layers import compile_layers, layers_of
+from grpo.learner.logprobs import TokenLogprobs
+
+
+@pytest.fixture
+def attention_as_before():
+    yield
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+
+
+def gradients(model, groups, packing, *, compiled=False):
+    logprobs = TokenLogprobs(model, 1.0, packing)
+    if compiled:
+        compile_layers(model, backend="eager")  # it traces as others do, and generates no code
+    for group in groups:  # each of another shape
+        logprobs_N, _ = logprobs(samples_of(group))
+        logprobs_N.sum().backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def test_a_model_has_layers(model):
+    assert len(layers_of(model)) == model.config.num_hidden_layers
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch looks for it itself
+@pytest.mark.usefixtures("attention_as_before")
+@pytest.mark.parametrize("packing", ["auto", "never"])
+def test_compiled_layers_have_the_gradients_of_others(model, make_group, packing):
+    torch.compiler.reset()
+    groups = [make_group(4, lengths, [1.0] * len(lengths)) for lengths in ((3, 1), (2, 9, 5), (7,))]
+    found = gradients(copy.deepcopy(model), groups, packing, compiled=True)
+    for one, other in zip(found, gradients(model, groups, packing), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
