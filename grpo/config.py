@@ -15,10 +15,24 @@ class ModelConfig:
     path: str | None = None  # a Hugging Face folder or hub name
     prepare: str | None = None  # or `module:function` that makes the folder, called with the task and `args`
     args: dict[str, Any] = field(default_factory=dict)
-    dtype: str = "float32"  # of generators, reference and published weights
+    dtype: str = "float32"  # of generators, reference and published weights; with lora.rank, of the trainer's base
     attention: str = "auto"  # transformers' for all but vLLM: sdpa, with FlashAttention's kernels on GPUs; eager; auto
     trust_remote_code: bool = False
     pickled_weights: bool = False  # where there are no safetensors, load pytorch_model.bin (tensors only, no code)
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters: with a rank, they are all that is trained and published. Needs peft (extra `lora`)."""
+
+    rank: int = 0  # R of a matrix [O, I], which gets A [R, I] and B [O, R]; 0: all weights are trained
+    alpha: float = 32.0  # the model computes with W + alpha / rank * B A
+    dropout: float = 0.0  # of what A is given, in the trainer
+    target_modules: Any = "all-linear"  # every linear layer but the output head; or a list: [q_proj, v_proj]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
 
 
 @dataclass
@@ -83,7 +97,7 @@ class LossConfig:
     tau_negative: float | None = None
     max_tv: float | None = None  # ppo_tv: how far the probability of a token may move
     args: dict[str, Any] = field(default_factory=dict)  # further ones, of a loss of your own
-    beta: float = 0.0  # weight of the KL term to the reference model; 0: there is no reference
+    beta: float = 0.0  # weight of the KL term to the model before training; 0: there is no reference
     kl: str = "k3"  # its estimate: k1, k2, k3
 
 
@@ -174,7 +188,7 @@ class GeneratorConfig:
 
 @dataclass
 class ReferenceConfig:
-    """The frozen model of the KL term; started only when loss.beta > 0."""
+    """The frozen model of the KL term; started only when loss.beta > 0, and not with lora.rank."""
 
     replicas: int = 1
     micro_batch_tokens: int = 16384
@@ -267,6 +281,7 @@ class RunConfig:
     shaping: ShapingConfig = field(default_factory=ShapingConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
     buffer: BufferConfig = field(default_factory=BufferConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
@@ -300,8 +315,13 @@ class RunConfig:
         return self.dataloader.sampling == "difficulty"
 
     @property
+    def uses_adapters(self) -> bool:
+        return self.lora.rank > 0
+
+    @property
     def uses_reference(self) -> bool:
-        return self.loss.beta > 0
+        """Whether the KL term needs a model of its own: a trainer of adapters has it, with those switched off."""
+        return self.loss.beta > 0 and not self.uses_adapters
 
     @property
     def uses_evaluator(self) -> bool:

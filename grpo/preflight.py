@@ -14,7 +14,7 @@ from grpo.cluster.launch import check_dashboard
 from grpo.cluster.placement import Node, check_placement
 from grpo.cluster.plan import ActorSpec
 from grpo.composition import to_yaml
-from grpo.config import ModelConfig, RunConfig
+from grpo.config import LoraConfig, ModelConfig, RunConfig
 from grpo.device import gpus_here
 from grpo.engines.simulated import SimulatedEngine
 from grpo.engines.vllm_words import check_installed
@@ -22,6 +22,7 @@ from grpo.imports import check_arguments, import_target
 from grpo.learner.checkpoint import checkpoints
 from grpo.learner.objective import Objective
 from grpo.models.loading import check_architecture, check_weights, context_length, load_settings, load_skeleton
+from grpo.models.lora import ADAPTER_CONFIG, adapted_base, check_peft, check_targets
 from grpo.models.tokenizer import load_tokenizer
 from grpo.observe.run_dir import RunDirectory
 from grpo.resume import ResumePoint, check_compatible, is_completed, leave_newer_behind
@@ -92,6 +93,7 @@ def check_names(config: RunConfig) -> Task:
     advantage_function(config.loss)
     check_sinks(config.observe.sinks)
     check_dashboard(config.cluster)
+    check_peft(config.lora)
     if config.generator.engine == "simulated":
         check_arguments(SimulatedEngine, config.generator.args, key="generator.args")
     elif config.generator.engine == "vllm":
@@ -124,7 +126,8 @@ def check_resources(config: RunConfig, specs: Sequence[ActorSpec]) -> None:
 def prepare_model(config: RunConfig, task: Task) -> RunConfig:
     """The config that the actors get: with `model.path`, and prompts limited to what the model's context has room for.
 
-    The folder is made by `model.prepare` where the config names it. Paths are made absolute: actors start elsewhere.
+    The folder is made by `model.prepare` where the config names it; of adapters, it is that of the model which they
+    make of theirs. Paths are made absolute: actors start elsewhere.
     """
     if config.model.prepare is None:
         path = os.path.expanduser(str(config.model.path))
@@ -133,6 +136,8 @@ def prepare_model(config: RunConfig, task: Task) -> RunConfig:
         prepare = import_target(config.model.prepare, key="model.prepare")
         path = str(prepare(task, **config.model.args))
     model = dataclasses.replace(config.model, path=path, prepare=None)
+    if adapted_base(model) is not None:
+        model = dataclasses.replace(model, path=_merged(model))
     file = config.task.path and os.path.abspath(os.path.expanduser(config.task.path))
     return _within_context(dataclasses.replace(config, model=model, task=dataclasses.replace(config.task, path=file)))
 
@@ -153,7 +158,24 @@ def check_runnable(config: RunConfig) -> None:
     Apart from the other checks since it imports the model's code, which takes as long as all of them: that is done
     while Ray starts.
     """
-    check_architecture(_found(load_skeleton, config.model), config.generator.engine)
+    skeleton = _found(load_skeleton, config.model)
+    check_architecture(skeleton, config.generator.engine)
+    if config.uses_adapters:
+        check_targets(skeleton, config.lora)
+
+
+def _merged(model: ModelConfig) -> str:
+    from grpo.models.export import whole_model  # a second of imports that few runs need
+
+    check_peft(LoraConfig(rank=1))
+    try:
+        return whole_model(model)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"can't merge the adapters at {str(model.path)!r} into their base: {' '.join(str(error).split())}; "
+            f"{ADAPTER_CONFIG} there names the base",
+            key="model.path",
+        ) from error
 
 
 def _within_context(config: RunConfig) -> RunConfig:

@@ -166,6 +166,10 @@ def print_plan(config: RunConfig, console: Console) -> None:
         f"steps           {config.trainer.max_steps}",
         highlight=False,
     )
+    if config.uses_adapters:
+        console.print(f"trained         adapters of rank {config.lora.rank}; the base stays as it is", highlight=False)
+    if config.uses_adapters and config.loss.beta > 0:
+        console.print("reference       the trainer's model with its adapters off", highlight=False)
 
 
 def plan_table(specs: Sequence[ActorSpec]) -> Table:

@@ -29,6 +29,7 @@ _CHOICES = {
 
 # key -> smallest value allowed, and why
 _AT_LEAST = {
+    "lora.rank": (0, "0 trains all weights"),
     "rollout.group_size": (2, "advantages compare the completions of one prompt, so a group needs 2 or more"),
     "rollout.temperature": (0, "0 is greedy"),
     "rollout.top_k": (0, "0 switches the filter off"),
@@ -89,6 +90,7 @@ _AT_LEAST = {
 }
 
 _POSITIVE = (
+    "lora.alpha",
     "trainer.max_grad_norm",
     "watchdog.seconds",
     "recovery.health_every_s",
@@ -154,10 +156,23 @@ def validate(config: RunConfig) -> None:
         )
     if not config.reward.functions:
         raise ConfigError("is empty; name at least one, for example {task: 1.0}", key="reward.functions")
+    _validate_lora(config)
     _validate_algorithm(config)
     _validate_ranks(config)
     _validate_generator(config)
     _validate_evaluation(config)
+
+
+def _validate_lora(config: RunConfig) -> None:
+    targets = config.lora.target_modules
+    listed = isinstance(targets, list) and targets and all(isinstance(name, str) and name for name in targets)
+    if targets != "all-linear" and not listed:
+        raise ConfigError(
+            f"is {targets!r}, must be all-linear or a list of module names like [q_proj, v_proj]",
+            key="lora.target_modules",
+        )
+    if not 0 <= config.lora.dropout < 1:
+        raise ConfigError(f"is {config.lora.dropout}, must be in [0, 1); 0 switches it off", key="lora.dropout")
 
 
 def _validate_algorithm(config: RunConfig) -> None:
@@ -293,6 +308,11 @@ def warnings(config: RunConfig) -> list[str]:
         found.append(
             "filter.zero_advantage: with shaping.length_penalty above 0 answers of other lengths have other rewards, "
             "so groups that are always right or never are hardly ever dropped"
+        )
+    if config.uses_adapters and config.lora.dropout > 0:
+        found.append(
+            f"lora.dropout={config.lora.dropout:g}: the trainer sees another distribution than was sampled from, so "
+            "importance ratios are noisy; 0 is usual"
         )
     if config.loss.kl == "k1" and config.loss.beta > 0:
         found.append(

@@ -50,16 +50,21 @@ class _Part:
     target: torch.Tensor
 
 
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Those that have gradients, by name, tied ones once: what is trained, kept and published."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 class WeightsWriter:
-    """Copies a model's parameters into a host buffer that is allocated once and reused.
+    """Copies the trained parameters of a model into a host buffer that is allocated once and reused.
 
     Memory is what this waits for. So every piece of the buffer is filled and checked while it is in the cache, and as
     many threads as torch may use share the pieces.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        self._model, self._dtype = model, dtype
-        self._specs = lay_out((name, parameter.shape, dtype) for name, parameter in model.named_parameters())
+        self._parameters, self._dtype = trained_parameters(model), dtype
+        self._specs = lay_out((name, parameter.shape, dtype) for name, parameter in self._parameters.items())
         self._buffer = buffer_for(self._specs)
         self._pieces = pieces(self._buffer.nbytes)
         self._parts: list[list[_Part]] = [[] for _ in self._pieces]
@@ -75,7 +80,7 @@ class WeightsWriter:
         Raises WeightsError when a parameter is not finite, or not in the published dtype: such weights are never
         published.
         """
-        sources = [parameter.detach().reshape(-1) for parameter in self._model.parameters()]
+        sources = [parameter.detach().reshape(-1) for parameter in self._parameters.values()]
         return self._finish(version, partial(self._fill, version, sources))
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -119,15 +124,15 @@ def _shared_out(work: Callable[[int], R], count: int, threads: int) -> list[R]:
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shapes of a model's parameters by name; tied ones appear once."""
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    """The shapes of the parameters that a trainer of the whole model publishes, by name."""
+    return {name: tuple(parameter.shape) for name, parameter in trained_parameters(model).items()}
 
 
 def check_fit(expected: Mapping[str, tuple[int, ...]], weights: Weights) -> None:
     """Raise WeightsError when the names or shapes of published weights are not exactly the expected ones."""
     published = {spec.name: spec.shape for spec in weights.specs}
     if expected != published:
-        differing = sorted(name for name, _ in set(expected.items()) ^ set(published.items()))
+        differing = sorted({name for name, _ in expected.items() ^ published.items()})
         raise WeightsError(f"version {weights.version} does not fit the model; it differs in {differing[:4]}")
 
 
@@ -148,6 +153,12 @@ def load_weights(model: nn.Module, weights: Weights) -> None:
     Raises WeightsError, before anything is changed, when names or shapes are not exactly the model's.
     """
     check_fit(parameter_shapes(model), weights)
+    load_part(model, weights)
+
+
+@torch.no_grad()
+def load_part(model: nn.Module, weights: Weights) -> None:
+    """As load_weights, for weights that are some of the model's."""
     parameters = dict(model.named_parameters())
     for name, tensor in weights.tensors():
         parameter = parameters[name]

@@ -55,7 +55,7 @@ def test_every_experiment_composes(experiment):
     composed(f"+experiment={experiment}", *(["model.path=x"] if needs_a_model else []))
 
 
-GROUPS = ("model", "task", "dataloader", "loss", "correction", "shaping", "filter")
+GROUPS = ("model", "lora", "task", "dataloader", "loss", "correction", "shaping", "filter")
 GOES_WITH = {  # what a choice can't do without
     ("model", "hf"): ["model.path=x"],
     ("shaping", "overlong_penalty"): ["task=gsm8k"],  # answers with room for its zone
@@ -242,6 +242,13 @@ def test_the_choice_of_a_loss_says_what_the_function_does_by_itself(name):
         ("shaping.length_penalty=-1", r"shaping\.length_penalty: is -1\.0, must be at least 0"),
         ("filter.max_batches=0", r"filter\.max_batches: is 0, must be at least 1"),
         ("eval.samples=0", r"eval\.samples: is 0, must be at least 1"),
+        ("lora.rank=-1", r"lora\.rank: is -1, must be at least 0: 0 trains all weights"),
+        ("lora.alpha=0", r"lora\.alpha: is 0\.0, must be greater than 0"),
+        ("lora.dropout=1", r"lora\.dropout: is 1\.0, must be in \[0, 1\)"),
+        ("lora.target_modules=attention", r"lora\.target_modules: is 'attention', must be all-linear or a list of"),
+        ("lora.target_modules=[]", r"lora\.target_modules: is \[\], must be"),
+        ("lora.target_modules=[3]", r"lora\.target_modules: is \[3\], must be"),
+        ("lora=r7", r"Could not find 'lora/r7' Available options in 'lora': .*r16"),
         ("eval.samples=512", r"eval\.samples: is 512, but .* generator\.max_sequences=256"),
         ("cluster.dashboard=true cluster.address=auto", r"cluster\.dashboard: is for a cluster of the run's own"),
         ("cluster.address=ray://head:10001", r"cluster\.address: is 'ray://head:10001', must be auto or HOST:PORT"),
@@ -347,6 +354,11 @@ def test_math_verify_that_can_end_the_run_is_warned_about():
     (warning,) = warnings(composed("+reward.functions.math_verify=0.5"))
     assert "reward.on_error=drop" in warning
     assert warnings(composed("+reward.functions.math_verify=0.5", "reward.on_error=drop")) == []
+
+
+def test_dropout_of_adapters_is_warned_of():
+    assert "lora.dropout=0.1: the trainer sees" in " ".join(warnings(checked("lora=r16", "lora.dropout=0.1")))
+    assert not any("lora" in warning for warning in warnings(checked("lora=r16", "lora.target_modules=[q_proj]")))
 
 
 def test_yaml_round_trip():

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "full_attention": set(),
     "fused": set(),
     "weights": {"types", "checksum", "flat_buffer"},
+    "adapters": {"types", "flat_buffer", "weights"},
     "compute": set(),
     "device": {"types"},
     "collection": set(),
@@ -33,8 +34,10 @@ MAY_IMPORT = {
     "algorithms": {"types"},
     "rewards": {"types", "telemetry"},
     "tasks": {"types", "config", "imports", "rewards"},
-    "models": {"types", "config", "device", "tasks"},
-    "engines": {"types", "flat_buffer", "full_attention", "fused", "weights", "compute", "telemetry", "structured"},
+    "models": {"types", "config", "device", "checksum", "weights", "adapters", "tasks"},
+    "engines": {
+        "types", "flat_buffer", "full_attention", "fused", "weights", "adapters", "compute", "telemetry", "structured",
+    },
     "learner": {
         "types", "config", "imports", "checksum", "flat_buffer", "full_attention", "fused", "telemetry", "weights",
         "algorithms",
@@ -43,7 +46,7 @@ MAY_IMPORT = {
     "watchdog": {"types", "config", "structured", "waiting"},
     "observe": {"types", "imports", "telemetry", "waiting", "structured", "pacing", "failures"},
     "actors": {
-        "types", "services", "config", "imports", "weights", "compute", "telemetry",
+        "types", "services", "config", "imports", "weights", "adapters", "compute", "telemetry",
         "rewards", "tasks", "models", "engines", "learner",
     },
     "cluster": {
@@ -85,7 +88,8 @@ ONLY_IN = {
     "reasoning_gym": {"tasks"},
     "vllm": {"engines"},
     "triton": {"engines"},
-    "safetensors": {"learner"},
+    "safetensors": {"learner", "models"},
+    "peft": {"models"},
     "xxhash": {"checksum"},
     "datasets": {"tasks"},
     "huggingface_hub": {"tasks"},

@@ -71,6 +71,18 @@ async def sequential(config):
     return losses, weights
 
 
+async def test_adapters_are_trained_against_their_own_base(tiny_config, make_recorder):
+    """Without a reference actor, of which the KL term is 0 at the first step and then is not."""
+    tiny_config.lora.rank, tiny_config.loss.beta = 4, 0.1
+    tiny_config.buffer.max_policy_age = 0
+    _, recorder, path, weights = await run_loop(tiny_config, make_recorder)
+    steps = lines(path, "metrics.jsonl")
+    assert steps[0]["trainer/reference_kl"] == 0 < steps[-1]["trainer/reference_kl"]
+    assert all(step["mismatch/same_version_abs"] < 1e-4 for step in steps)
+    assert all(".lora_" in spec.name for spec in weights.specs)
+    assert "reference" not in recorder.replicas()
+
+
 async def test_synchronous_with_one_rollout_equals_a_sequential_loop_bit_for_bit(tiny_config, make_recorder):
     tiny_config.buffer.max_policy_age = 0
     tiny_config.rollout.concurrency = 1

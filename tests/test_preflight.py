@@ -2,13 +2,19 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import CLIPConfig, GPTNeoConfig, MambaConfig
 
 from grpo import preflight
 from grpo.cluster.plan import actor_specs
+from grpo.config import LoraConfig, ModelConfig
 from grpo.models import loading
+from grpo.models.export import export_adapters
+from grpo.models.loading import load_model
+from grpo.models.lora import add_adapters
 from grpo.models.tiny import character_tokenizer, tiny_llama
 from grpo.types import GRPOError
+from grpo.weights import trained_parameters
 
 
 @pytest.mark.parametrize(
@@ -183,3 +189,36 @@ def test_a_vllm_that_is_not_there_is_named_with_the_line_to_type(tiny_config, mo
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(GRPOError, match=r"^generator\.engine: vllm is not installed: pip install 'grpo\[vllm\]'"):
         preflight.check_names(tiny_config)
+
+
+def test_a_peft_that_is_not_there_is_named_with_the_line_to_type(tiny_config, monkeypatch):
+    tiny_config.lora.rank = 4
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(GRPOError, match=r"^lora\.rank: needs peft: pip install -e '\.\[lora\]'"):
+        preflight.check_names(tiny_config)
+
+
+def test_adapters_of_what_the_model_has_not_are_refused(tiny_config, checked):
+    tiny_config.lora.rank, tiny_config.lora.target_modules = 4, ["query"]
+    with pytest.raises(GRPOError, match=r"^lora\.target_modules: 'query' is no nn\.Linear of LlamaForCausalLM"):
+        checked()
+    tiny_config.lora.target_modules = "all-linear"
+    checked()
+
+
+def test_a_folder_of_adapters_is_merged_before_the_actors_see_it(tiny_config, tiny_model_path, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = load_model(ModelConfig(path=tiny_model_path), torch.float32, "cpu")
+    add_adapters(model, LoraConfig(rank=2))
+    export_adapters(ModelConfig(path=tiny_model_path), LoraConfig(rank=2), trained_parameters(model), tmp_path / "a")
+    tiny_config.model.path = str(tmp_path / "a")
+    task = preflight.check_names(tiny_config)
+    prepared = preflight.prepare_model(tiny_config, task)
+    assert Path(prepared.model.path).parent == tmp_path / "cache/grpo"
+    preflight.check_model(tiny_config, task)
+    change_json(tmp_path / "a/adapter_config.json", base_model_name_or_path="/gone")
+    (tmp_path / "a/adapter_model.safetensors").write_bytes(
+        (tmp_path / "a/adapter_model.safetensors").read_bytes() + b" "
+    )
+    with pytest.raises(GRPOError, match=r"^model\.path: can't merge the adapters at .*adapter_config.json there names"):
+        preflight.prepare_model(tiny_config, task)

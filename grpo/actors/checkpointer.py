@@ -75,17 +75,18 @@ class Checkpointer:
         groups: Iterable[tuple[int, Group]],
         progress: Mapping[str, Any],
     ) -> dict[str, float]:
-        from grpo.models.export import export_model  # a second of imports that only a run with checkpoints needs
-
         started = time.perf_counter()
-        dtype = getattr(torch, self._config.model.dtype)
-
-        def export(parameters: Mapping[str, torch.Tensor], target: Path) -> None:
-            export_model(self._config.model, parameters, dtype, target)
-
-        path = checkpoint.save_checkpoint(self._folder, step, states, groups, progress, export)
+        path = checkpoint.save_checkpoint(self._folder, step, states, groups, progress, self._export)
         try:
             checkpoint.prune(self._folder, self._config.checkpoint.keep)
         except OSError as error:  # this one is written all the same
             log.warning("checkpoints before %s can't be removed: %s", path, error)
         return {"seconds": time.perf_counter() - started, "bytes": float(total_bytes(path))}
+
+    def _export(self, parameters: Mapping[str, torch.Tensor], folder: Path) -> None:
+        from grpo.models import export  # a second of imports that only a run with checkpoints needs
+
+        if self._config.uses_adapters:
+            export.export_adapters(self._config.model, self._config.lora, parameters, folder)
+        else:
+            export.export_model(self._config.model, parameters, getattr(torch, self._config.model.dtype), folder)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from grpo.adapters import Merge, base_of
 from grpo.compute import run_apart
 from grpo.config import RunConfig
 from grpo.engines.base import Engine, Limits
@@ -66,6 +67,11 @@ async def make_engine(config: RunConfig, device: str, threads: int) -> Engine:
         return SimulatedEngine(**settings.args)
     limits = Limits(config.rollout.max_prompt_tokens, config.rollout.max_completion_tokens, settings.max_sequences)
     tokenizer = load_tokenizer(config.model)
+    dtype = getattr(torch, config.model.dtype)
+    merge = None
+    if settings.engine == "torch" or config.uses_adapters:
+        model = await run_apart(threads, load_model, config.model, dtype, "cpu")
+        merge = Merge(base_of(model), config.lora.scale) if config.uses_adapters else None
     if settings.engine == "vllm":
         skeleton = load_skeleton(config.model)
         return await VLLMEngine.start(
@@ -86,13 +92,14 @@ async def make_engine(config: RunConfig, device: str, threads: int) -> Engine:
                 "distributed_executor_backend": "mp" if settings.tensor_parallel > 1 else None,
                 **settings.args,
             },
+            merge=merge,
         )
-    model = await run_apart(threads, load_model, config.model, getattr(torch, config.model.dtype), device)
     return TorchEngine(
-        model,
+        model.to(device),
         stop_token_ids=stop_token_ids(model, tokenizer),
         limits=limits,
         weight_update=settings.weight_update,  # type: ignore[arg-type]  # validated by the config
         cuda_graphs=settings.cuda_graphs,
         threads=threads,
+        merge=merge,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -12,9 +13,9 @@ from grpo.learner.learner import Learner
 from grpo.learner.objective import Objective
 from grpo.learner.ranks import Ranks, join, leave
 from grpo.learner.state import TrainerState
-from grpo.models.loading import load_model
+from grpo.models.lora import adapters_off, load_policy
 from grpo.services import outlives_its_node, returns_payload
-from grpo.telemetry.recording import span
+from grpo.telemetry.recording import measure, span
 from grpo.types import Batch
 from grpo.weights import Weights
 
@@ -37,15 +38,17 @@ class Trainer:
             mine = "cuda:0" if device == "cuda" else device  # no other GPU is seen here
             await self._thread.run(join, self._ranks, rendezvous, mine, config.recovery.collective_timeout_s)
             self._joined, device = True, "cpu"  # from where each rank takes only its part
+        model = await run_apart(self._threads, load_policy, config, device)
         self._learner = await self._thread.run(  # which tries the model out
             Learner,
-            await run_apart(self._threads, load_model, config.model, torch.float32, device),
+            model,
             config.trainer,
             Objective(config.loss, config.correction),
             temperature=config.rollout.temperature or 1.0,
             age_bound=config.age_bound,
             compute_dtype=getattr(torch, config.model.dtype),
             ranks=self._ranks,
+            as_reference=partial(adapters_off, model) if config.uses_adapters and config.loss.beta > 0 else None,
         )
 
     async def train_step(self, batch: Batch) -> dict[str, float]:
@@ -57,7 +60,10 @@ class Trainer:
     async def push_weights(self) -> tuple[Weights | None, int]:
         """The present weights, of which rank 0 alone has them all, and their version."""
         with span("publish"):
-            return await self._thread.run(self._learner.weights), self._learner.version
+            weights = await self._thread.run(self._learner.weights)
+        if weights is not None:
+            measure("trainer/published_bytes", weights.buffer.nbytes)
+        return weights, self._learner.version
 
     @outlives_its_node
     @returns_payload

@@ -12,13 +12,14 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from grpo.compute import ComputeThread
+from grpo.adapters import Merge
+from grpo.compute import ComputeThread, run_apart
 from grpo.engines.base import Limits, WeightUpdate
 from grpo.engines.decode_batch import DecodeBatch
 from grpo.engines.requests import Request
 from grpo.telemetry.recording import measure, span
 from grpo.types import Completion, GeneratorStats, Ints, SamplingParams
-from grpo.weights import Weights, check_intact, load_weights
+from grpo.weights import Weights, check_intact, load_part, load_weights
 
 if TYPE_CHECKING:  # the module behind it takes a second to import
     from transformers import PreTrainedModel
@@ -29,7 +30,8 @@ class TorchEngine:
 
     `weight_update` says what a swap means for completions under way: `in_flight` goes on with the keys and values of
     the old weights, `in_flight_recompute` recomputes them under the new ones, `drain` finishes the running groups
-    under the old weights first, while new groups wait. `cuda_graphs` are for models on a GPU that allow them.
+    under the old weights first, while new groups wait. With `merge` the weights that come are adapters. `cuda_graphs`
+    are for models on a GPU that allow them.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class TorchEngine:
         weight_update: WeightUpdate = "in_flight",
         cuda_graphs: bool = True,
         threads: int = 0,
+        merge: Merge | None = None,
     ) -> None:
         self._batch = DecodeBatch(
             model,
@@ -50,7 +53,8 @@ class TorchEngine:
             max_completion_tokens=limits.max_completion_tokens,
             cuda_graphs=cuda_graphs,
         )
-        self._limits, self._weight_update = limits, weight_update
+        self._limits, self._weight_update, self._merge = limits, weight_update, merge
+        self._threads = threads
         self._waiting: deque[Request] = deque()
         self._futures: dict[Request, asyncio.Future[list[Completion]]] = {}
         self._aborted: list[Request] = []
@@ -90,6 +94,8 @@ class TorchEngine:
         """
         async with self._checking:  # one after another, so they come into use in the order of the calls
             await asyncio.to_thread(check_intact, weights)  # generation goes on meanwhile
+            if self._merge is not None:
+                weights = await run_apart(self._threads, self._merge, weights)
         loaded = asyncio.get_running_loop().create_future()
         self._updates.append((weights, loaded))
         self._work.set()
@@ -157,7 +163,7 @@ class TorchEngine:
 
     def _load(self, weights: Weights) -> None:
         with span("load", version=weights.version):
-            load_weights(self._batch.model, weights)
+            (load_part if self._merge else load_weights)(self._batch.model, weights)
         self._batch.version = weights.version
         if self._weight_update == "in_flight_recompute":
             self._batch.recompute()

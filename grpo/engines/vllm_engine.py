@@ -19,7 +19,8 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 
-from grpo.compute import BusyClock
+from grpo.adapters import Merge
+from grpo.compute import BusyClock, run_apart
 from grpo.engines.base import Limits, WeightUpdate
 from grpo.engines.shared_buffer import SharedBuffer
 from grpo.engines.vllm_words import as_completion, check_installed, cpu_settings, sampling_params, set_environment
@@ -57,10 +58,13 @@ class VLLMEngine:
         shapes: Mapping[str, tuple[int, ...]],
         limits: Limits,
         weight_update: WeightUpdate,
+        merge: Merge | None = None,
+        threads: int = 0,
     ) -> None:
         self.version = 0
         self._llm, self._processes = llm, processes
         self._shapes, self._limits, self._weight_update = shapes, limits, weight_update
+        self._merge, self._threads = merge, threads
         self._stop_token_ids = tuple(stop_token_ids)
         self._memory: SharedBuffer | None = None
         self._places = asyncio.Semaphore(limits.max_sequences)
@@ -88,12 +92,14 @@ class VLLMEngine:
         device: str = "cpu",
         threads: int = 0,
         settings: Mapping[str, Any],
+        merge: Merge | None = None,
     ) -> Self:
         """Load the model folder or hub name `path` into an engine process. Blocks the event loop meanwhile.
 
-        `shapes` are the model's parameters, which published weights have to fit. `threads` are for a CPU; 0 takes
-        every core. `settings` are vLLM's own engine arguments. Raises ConfigError when vLLM is missing, was built for
-        another device, or refuses a setting; ActorDied when the engine process ends while it starts.
+        `shapes` are the model's parameters, which published weights have to fit; with `merge` those are adapters.
+        `threads` are for a CPU; 0 takes every core. `settings` are vLLM's own engine arguments. Raises ConfigError when
+        vLLM is missing, was built for another device, or refuses a setting; ActorDied when the engine process ends
+        while it starts.
         """
         check_installed()
         set_environment(device, threads)
@@ -126,7 +132,14 @@ class VLLMEngine:
         await llm.update_weight_version("0")
         processes = [child for child in multiprocessing.active_children() if child not in before]
         return cls(
-            llm, processes, stop_token_ids=stop_token_ids, shapes=shapes, limits=limits, weight_update=weight_update
+            llm,
+            processes,
+            stop_token_ids=stop_token_ids,
+            shapes=shapes,
+            limits=limits,
+            weight_update=weight_update,
+            merge=merge,
+            threads=threads,
         )
 
     async def generate(self, prompt_ids: Ints, params: SamplingParams) -> list[Completion]:
@@ -154,7 +167,10 @@ class VLLMEngine:
         fails later the engine answers no more: half of its weights may be new.
         """
         self._raise_if_ended()
-        check_fit(self._shapes, weights)
+        if self._merge is None:
+            check_fit(self._shapes, weights)
+        else:
+            self._merge.check_fit(weights)
         update = asyncio.ensure_future(self._unless_ended(self._update(weights)))
         # Shielded: a caller that gives up must not leave the engine paused. Nobody hears of its error then.
         update.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -198,11 +214,13 @@ class VLLMEngine:
     async def _update(self, weights: Weights) -> None:
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        layout = [(s.name, list(s.shape), str(s.dtype).removeprefix("torch."), s.offset) for s in weights.specs]
-        async with self._updating:
+        async with self._updating:  # up to the pause, generation goes on
             await asyncio.to_thread(check_intact, weights)
+            if self._merge is not None:
+                weights = await run_apart(self._threads, self._merge, weights)
             memory = await self._shared_memory(weights.buffer.nbytes)
-            await asyncio.to_thread(memory.write, weights.buffer)  # generation goes on meanwhile
+            await asyncio.to_thread(memory.write, weights.buffer)
+            layout = [(s.name, list(s.shape), str(s.dtype).removeprefix("torch."), s.offset) for s in weights.specs]
             self._accepting.clear()
             try:
                 await self._llm.pause_generation(**_PAUSE[self._weight_update])

@@ -1,8 +1,8 @@
 """Checkpoints: folders that a run goes on from, written whole or not at all.
 
     checkpoints/step_000100/
-        model/                              an ordinary Hugging Face folder
-        trainer.safetensors, trainer.json   the learner's state: tensors in float32, by rank; version and counters
+        model/                              an ordinary Hugging Face folder; of adapters, one that peft loads
+        trainer.safetensors, trainer.json   what is trained, in float32, by rank; version and counters
         groups.safetensors, groups.json     finished groups that wait to be trained on
         progress.json                       the driver's own
         manifest.json                       size and checksum of every other file; written last
@@ -31,12 +31,13 @@ from grpo.types import CheckpointError, Group
 
 MODEL = "model"
 _PROGRESS = "progress.json"
-_PARTS = (f"{MODEL}/config.json", state_file.COUNTERS, group_file.TENSORS, group_file.RECORDS, _PROGRESS)
+_PARTS = (state_file.COUNTERS, group_file.TENSORS, group_file.RECORDS, _PROGRESS)
+_WHOLE, _ADAPTERS = f"{MODEL}/config.json", f"{MODEL}/adapter_config.json"
 _NAME = re.compile(r"step_\d{6,}")
 _UNFINISHED, _REPLACED = "unfinished", "replaced"
 
 ExportModel = Callable[[Mapping[str, Tensor], Path], None]
-"""Writes an ordinary Hugging Face folder that holds the given parameters."""
+"""Writes a folder that holds the given parameters, and that Hugging Face's libraries load."""
 
 
 def save_checkpoint(
@@ -87,7 +88,7 @@ def load_progress(path: Path) -> dict[str, Any]:
 
 def verify(path: Path) -> None:
     """Raise CheckpointError, naming the file, when one is missing, short, or not what was written."""
-    check_manifest(path, _PARTS)
+    check_manifest(path, (*_PARTS, _ADAPTERS if (path / _ADAPTERS).is_file() else _WHOLE))
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import transformers  # get_scheduler by its full name: where peft is, it imports all there is
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from transformers import get_scheduler
 
 from grpo.config import TrainerConfig
 from grpo.learner.collate import Sample, collate, samples_of
@@ -35,10 +36,11 @@ _COUNTERS = {"nonfinite_steps", "nonfinite_in_a_row", "schedule_position", "opti
 
 
 class Learner:
-    """Holds the model in float32 and its optimizer; computes in `compute_dtype`, publishes in the same.
+    """Holds the model, what is trained of it in float32, and its optimizer; computes and publishes in `compute_dtype`.
 
     One of several `ranks` holds its rows of every parameter, and trains on some groups of every batch. Every call is
-    made on all ranks side by side.
+    made on all ranks side by side. With `as_reference` the KL term needs no reference model: inside that context the
+    model is it.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Learner:
         age_bound: int,
         compute_dtype: torch.dtype = torch.float32,
         ranks: Ranks = Ranks.alone(),
+        as_reference: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
         self.model, self._ranks = model.train(), ranks
         self._logprobs = TokenLogprobs(model, temperature, config.packing)  # tries out the whole model
@@ -65,13 +68,13 @@ class Learner:
         self._config, self._age_bound = config, age_bound
         self._compute_dtype = compute_dtype
         self._device = model.device
-        self._objective = objective
+        self._objective, self._as_reference = objective, as_reference
         beta1, beta2 = config.betas
         self._optimizer = torch.optim.AdamW(
             self._sharding.parameters.values(), lr=config.lr, betas=(beta1, beta2), weight_decay=config.weight_decay
         )
         schedule = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
-        self._schedule = get_scheduler(schedule, self._optimizer, config.warmup_steps, config.max_steps)
+        self._schedule = transformers.get_scheduler(schedule, self._optimizer, config.warmup_steps, config.max_steps)
         self._states = StateWriter(self._sharding.parameters, self._sharding.rows, self._optimizer, ranks.rank)
 
     def train_step(self, batch: Batch) -> dict[str, float]:
@@ -185,6 +188,8 @@ class Learner:
 
     def _pass_idly(self, samples: Sequence[Sample]) -> None:
         """Take part in what ranks do together during a forward and a backward pass; adds zeros to the gradient."""
+        if self._as_reference is not None:
+            self._reference_logprobs(samples)
         logprobs_N, _ = self._forward(samples)
         (0.0 * logprobs_N).sum().backward()
 
@@ -193,6 +198,8 @@ class Learner:
     ) -> float:
         """Add a micro-batch's part of the gradient; returns its part of the loss."""
         micro = collate(samples, self._device)
+        if self._as_reference is not None:
+            micro = replace(micro, reference_logprobs_BK=micro.spread(self._reference_logprobs(samples)))
         with span("forward", sequences=len(samples)):
             logprobs_BK, entropy_BK = map(micro.spread, self._forward(samples))
         output = self._objective(logprobs_BK, micro, denominator)
@@ -203,6 +210,13 @@ class Learner:
         seen_BK = logprobs_BK.detach() if proximal_BK is None else proximal_BK
         diagnostics.add(micro, seen_BK, entropy_BK, output.metrics, at_version=at_version)
         return float(output.loss.detach())
+
+    @torch.no_grad()
+    def _reference_logprobs(self, samples: Sequence[Sample]) -> Tensor:
+        """float32 [N], in the very layout in which the samples are trained on: equal weights give equal numbers."""
+        assert self._as_reference is not None
+        with span("reference", sequences=len(samples)), self._as_reference():
+            return self._forward(samples)[0]
 
     def _plan(self, samples: Sequence[Sample]) -> list[list[int]]:
         return self._logprobs.plan(samples, self._config.micro_batch_tokens)

@@ -12,7 +12,7 @@ from torch import Tensor, distributed, nn
 from grpo.learner.layers import layers_of
 from grpo.learner.ranks import Ranks, device
 from grpo.learner.rows import Rows
-from grpo.weights import Weights, WeightsWriter
+from grpo.weights import Weights, WeightsWriter, trained_parameters
 
 if TYPE_CHECKING:  # the module behind it takes a second to import
     from transformers import PreTrainedModel
@@ -24,7 +24,7 @@ _BUCKET = 32 << 20  # elements that a rank sends at a time
 class Sharding(Protocol):
     """What the learner knows of where its model is; another backend is one more class with these members.
 
-    `parameters` are this rank's rows of every parameter, by name: the float32 masters that an optimizer steps on.
+    `parameters` are this rank's rows of every trained parameter, by name: the float32 masters of an optimizer.
     `rows` says which rows, of those parameters that are not here as a whole.
     """
 
@@ -50,7 +50,7 @@ class Whole:
     """One rank: the model as it is."""
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
-        self.parameters: Mapping[str, Tensor] = dict(model.named_parameters())
+        self.parameters: Mapping[str, Tensor] = trained_parameters(model)
         self.rows: Mapping[str, Rows] = {}
         self._writer = WeightsWriter(model, dtype)
 
@@ -89,7 +89,7 @@ class FullySharded:
                 module.set_force_sum_reduction_for_comms(True)
         with torch.no_grad():
             self.compute(lambda: None)  # from now on FSDP leaves the rows where they are
-        self._sharded: dict[str, Any] = dict(model.named_parameters())
+        self._sharded: dict[str, Any] = {**trained_parameters(model)}
         self._shapes = {name: tuple(parameter.shape) for name, parameter in self._sharded.items()}
         self.parameters: Mapping[str, Tensor] = {
             name: parameter.to_local().detach() for name, parameter in self._sharded.items()

@@ -49,7 +49,7 @@ class TrainerState:
 
 
 class Parameters(Mapping[str, Tensor]):
-    """A model's whole parameters by their own names, from the states of all ranks.
+    """What is trained, whole, by their own names, from the states of all ranks.
 
     With one rank they are views into its buffer. With several each is put together when it is asked for.
     """

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from grpo.config import ModelConfig
+from grpo.checksum import file_checksum
+from grpo.config import LoraConfig, ModelConfig
+from grpo.models.cache import cached
 from grpo.models.loading import load_original
+from grpo.models.lora import TENSORS, adapted_base, merge_folder, write_adapters
 from grpo.models.tokenizer import load_tokenizer
 from grpo.types import CheckpointError
+from grpo.weights import trained_parameters
+
+if TYPE_CHECKING:  # the module behind it takes a second to import
+    from transformers import PreTrainedModel
 
 
 @torch.no_grad()
@@ -23,7 +31,7 @@ def export_model(source: ModelConfig, parameters: Mapping[str, Tensor], dtype: t
     those of another model.
     """
     model = load_original(source, dtype)
-    targets = dict(model.named_parameters())
+    targets = trained_parameters(model)
     differing = [*(targets.keys() ^ parameters.keys())]
     for name in targets.keys() & parameters.keys():
         parameter = parameters[name]
@@ -33,6 +41,36 @@ def export_model(source: ModelConfig, parameters: Mapping[str, Tensor], dtype: t
             differing.append(name)
     if differing:
         raise CheckpointError(f"the trained parameters don't fit {source.path}; they differ in {sorted(differing)[:4]}")
+    _write(model, source, folder)
+
+
+def export_adapters(source: ModelConfig, config: LoraConfig, adapters: Mapping[str, Tensor], folder: Path) -> None:
+    """Write adapters of the model at `source.path`, in the form that peft loads, and the tokenizer."""
+    write_adapters(source, config, adapters, folder)
+    load_tokenizer(source).save_pretrained(folder)
+
+
+def export_merged(adapters: ModelConfig, dtype: torch.dtype, folder: Path) -> None:
+    """Write the model that the adapters at `adapters.path` are for, with them in its weights, as `dtype`.
+
+    Merged in float32 and rounded once.
+    """
+    base = adapted_base(adapters)
+    assert base is not None
+    model = merge_folder(load_original(base, torch.float32), Path(str(adapters.path)))
+    _write(model.to(dtype), base, folder)
+
+
+def whole_model(config: ModelConfig) -> str:
+    """The path of an ordinary model: that of the config, or of what its adapters make of theirs, kept in the cache."""
+    path = str(config.path)
+    if adapted_base(config) is None:
+        return path
+    name = f"merged-{config.dtype}-{file_checksum(Path(path, TENSORS))}"
+    return str(cached(name, lambda folder: export_merged(config, getattr(torch, config.dtype), folder)))
+
+
+def _write(model: PreTrainedModel, source: ModelConfig, folder: Path) -> None:
     _make_storable(model.generation_config)
     model.save_pretrained(folder)
     load_tokenizer(source).save_pretrained(folder)

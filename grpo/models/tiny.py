@@ -16,11 +16,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import transformers  # LlamaForCausalLM by its full name: a second to import, for nothing where the cache has it
+import transformers  # what takes a second to import by its full name: for nothing where the cache has the model
 from rich.progress import Progress
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional
-from transformers import LlamaConfig, PreTrainedTokenizerFast, get_scheduler
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from grpo.models.cache import cached
 from grpo.tasks.base import Task
@@ -101,7 +101,7 @@ def _warm_start(
     rng = np.random.default_rng(0)
     problems = task.problems("train")
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
+    schedule = transformers.get_scheduler("cosine", optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
     model.train()
     with Progress() as progress:
         for _ in progress.track(range(steps), description="warm start: teaching a tiny model the format"):

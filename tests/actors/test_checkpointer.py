@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from grpo.actors.checkpointer import Checkpointer
 from grpo.actors.trainer import Trainer
-from grpo.config import CheckpointConfig
+from grpo.config import CheckpointConfig, LoraConfig, LossConfig
 from grpo.learner import checkpoint
 from grpo.learner.state import Parameters
 from grpo.types import Batch, CheckpointError
@@ -129,3 +129,23 @@ async def test_what_can_not_be_written_or_read_is_a_typed_error(trainer, checkpo
 async def test_states_and_groups_are_payloads():
     assert Checkpointer.load_trainer.returns_payload
     assert Checkpointer.load_groups.returns_payload
+
+
+async def test_of_adapters_only_they_are_kept_and_gone_on_from(config, make_group, tmp_path):
+    config = replace(config, lora=LoraConfig(rank=4), loss=LossConfig(beta=0.1))
+    trainer, other, checkpointer = Trainer(config), Trainer(config), Checkpointer(config, str(tmp_path / "checkpoints"))
+    for actor in (trainer, other, checkpointer):
+        await actor.setup()
+    await trainer.train_step(Batch([make_group()]))
+    await checkpointer.save(1, [(await trainer.snapshot())[0]], [], {})
+    [path] = checkpoint.checkpoints(tmp_path / "checkpoints")
+    checkpoint.verify(path)
+    assert {file.name for file in (path / "model").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert not (path / "model/config.json").exists()
+    states, _ = await checkpointer.load_trainer(str(path))
+    assert all(".lora_" in name for name in Parameters(states))
+    await other.restore(states)
+    again = Batch([make_group(version=1)])
+    assert await other.train_step(again) == await trainer.train_step(again)
+    for actor in (trainer, other, checkpointer):
+        await actor.close()

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from grpo.actors.generator import Generator
-from grpo.config import GeneratorConfig
+from grpo.actors.trainer import Trainer
+from grpo.config import GeneratorConfig, LoraConfig
 from grpo.models.loading import load_model
-from grpo.types import ConfigError, SamplingParams
+from grpo.types import Batch, ConfigError, SamplingParams
 from grpo.weights import WeightsWriter
 
 SIMULATED = GeneratorConfig(engine="simulated", args={"mean_tokens": 3.0})
@@ -116,3 +117,26 @@ async def test_the_models_own_eos_ends_a_completion(make_generator, config, prom
 async def test_unknown_engine_arguments_are_refused(make_generator):
     with pytest.raises(ConfigError, match=r"generator\.args.*'latency'.*latency_s"):
         await make_generator(GeneratorConfig(engine="simulated", args={"latency": 1.0}))
+
+
+async def test_a_trainers_adapters_are_merged_into_the_base_from_disk(config, prompt, make_group):
+    """Two generators agree with the trainer, whichever version they heard of first."""
+    config = replace(config, lora=LoraConfig(rank=4))
+    trainer, first, late = Trainer(config), Generator(config), Generator(config)
+    for actor in (trainer, first, late):
+        await actor.setup()
+    await first.update_weights((await trainer.push_weights())[0])
+    await trainer.train_step(Batch([make_group()]))
+    weights, _ = await trainer.push_weights()
+    params = SamplingParams(n=2, max_tokens=6, seed=1)
+    answers = []
+    for generator in (first, late):
+        await generator.update_weights(weights)
+        answers.append((await generator.generate(prompt, params))[0])
+    for a, b in zip(*answers, strict=True):
+        assert a.token_ids.tolist() == b.token_ids.tolist()
+        np.testing.assert_array_equal(a.logprobs, b.logprobs)
+    group = replace(make_group(version=1), completions=answers[0])
+    assert (await trainer.train_step(Batch([group])))["mismatch/same_version_abs"] < 1e-4
+    for actor in (trainer, first, late):
+        await actor.close()

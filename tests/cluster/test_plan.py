@@ -10,6 +10,11 @@ def test_the_reference_exists_only_with_a_kl_term(tiny_config):
     assert "reference" in [spec.name for spec in actor_specs(tiny_config)]
 
 
+def test_a_trainer_of_adapters_is_its_own_reference(tiny_config):
+    tiny_config.loss.beta, tiny_config.lora.rank = 0.1, 4
+    assert "reference" not in [spec.name for spec in actor_specs(tiny_config)]
+
+
 @pytest.mark.parametrize(
     ("prompts", "every", "replicas", "there"), [(8, 5, 2, True), (0, 5, 2, False), (8, 0, 2, False), (8, 5, 0, False)]
 )

@@ -60,10 +60,12 @@ def make_learner(
     loss=None,
     correction=None,
     ranks=None,
+    as_reference=None,
     **trainer,
 ):
     settings = TrainerConfig(**({"lr": 1e-3, "max_grad_norm": 1e9} | trainer))
     loss = loss or LossConfig(beta=beta, clip_low=0.2, clip_high=0.2)
     objective = Objective(loss, correction or CorrectionConfig())
     options = {"temperature": temperature, "age_bound": age_bound, "compute_dtype": dtype}
+    options["as_reference"] = as_reference
     return Learner(model, settings, objective, **options, **({"ranks": ranks} if ranks else {}))

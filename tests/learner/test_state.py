@@ -84,15 +84,15 @@ def test_a_restored_learner_goes_on_bit_for_bit(make_learner, batches, settings,
 
 
 def test_parameters_that_never_had_a_gradient_go_on_without_moments(make_learner, batches, model):
-    def frozen(model):
-        model.model.layers[1].requires_grad_(False)
-        return model
+    def frozen(learner):
+        learner.model.model.layers[1].requires_grad_(False)
+        return learner
 
-    learner, decay = make_learner(frozen(model), weight_decay=0.1), {"weight_decay": 0.1}
+    learner, decay = frozen(make_learner(weight_decay=0.1)), {"weight_decay": 0.1}
     learner.train_step(batches[0])
     state = stored(learner.state())
     assert 0 < len(state.counters["optimizer_steps"]) < len(list(model.parameters()))
-    restored = make_learner(frozen(other_model()), **decay)
+    restored = frozen(make_learner(other_model(), **decay))
     restored.restore([state])
     restored.model.requires_grad_(True)
     learner.model.requires_grad_(True)  # from now on they have: their first step, not their second

@@ -20,3 +20,23 @@ def test_the_default_experiment_learns(tmp_path):
     assert summary["max_policy_age_seen"] <= 1
     steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert max(step["mismatch/same_version_abs"] for step in steps if "mismatch/same_version_abs" in step) < 1e-3
+
+
+def test_adapters_alone_learn_it_too(tmp_path):
+    """On the same path; what is published at every step are the adapters, to the last byte."""
+    overrides = ["lora=r16", "trainer.lr=3e-3", "trainer.max_steps=60", "seed=11", f"hydra.run.dir={tmp_path}/run"]
+    subprocess.run([sys.executable, str(ROOT / "scripts/train.py"), *overrides], cwd=tmp_path, check=True, timeout=300)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["status"], summary["max_policy_age_seen"] <= 1) == ("completed", True)
+    assert 0.2 <= summary["eval_first"] <= 0.5
+    assert summary["eval_last"] >= 0.85
+    steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    shapes = [*[(128, 128)] * 4, *[(384, 128)] * 2, (128, 384)]  # of a layer's matrices
+    adapters = 4 * 4 * sum(16 * (rows + columns) for rows, columns in shapes)
+    assert {step["trainer/published_bytes/mean"] for step in steps if "trainer/published_bytes/mean" in step} == {
+        adapters
+    }
+    assert max(step["mismatch/same_version_abs"] for step in steps if "mismatch/same_version_abs" in step) < 1e-3
+    [checkpoint] = (tmp_path / "run/checkpoints").glob("step_000060")
+    kept = 3 * adapters  # with both of Adam's moments
+    assert kept < (checkpoint / "trainer.safetensors").stat().st_size < 1.2 * kept

@@ -9,16 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo.config import CorrectionConfig, LossConfig, ModelConfig, TrainerConfig
+from grpo.config import CorrectionConfig, LoraConfig, LossConfig, ModelConfig, TrainerConfig
 from grpo.export import export
 from grpo.learner.checkpoint import find_checkpoint, save_checkpoint
 from grpo.learner.learner import Learner
 from grpo.learner.objective import Objective
-from grpo.models.export import export_model
+from grpo.models.export import export_adapters, export_model
 from grpo.models.loading import load_model
+from grpo.models.lora import add_adapters
 from grpo.types import CheckpointError
+from grpo.weights import trained_parameters
 
 SCRIPT = Path(__file__).parents[2] / "scripts/export.py"
 TOKENS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -118,4 +121,44 @@ def test_what_can_not_be_written_leaves_nothing(run, tmp_path, monkeypatch):
     monkeypatch.setattr("grpo.export.export_model", failing)
     with pytest.raises(CheckpointError, match="exported can't be written: two lines"):
         export(run, tmp_path / "exported", torch.bfloat16)
+    assert not (tmp_path / "exported").exists()
+
+
+@pytest.fixture
+def adapted(tmp_path, tiny_model_path):
+    """A run's folder with a checkpoint of adapters, and the model with them."""
+    base, lora = ModelConfig(path=tiny_model_path), LoraConfig(rank=4)
+    model = load_model(base, torch.float32, "cpu")
+    add_adapters(model, lora)
+    learner = Learner(model, TrainerConfig(), Objective(LossConfig(), CorrectionConfig()), temperature=1.0, age_bound=0)
+    with torch.no_grad():
+        for parameter in trained_parameters(model).values():
+            parameter.add_(0.05)
+
+    def write(parameters, folder):
+        export_adapters(base, lora, parameters, folder)
+
+    save_checkpoint(tmp_path / "adapted/checkpoints", 3, [learner.state()], [], {}, write)
+    return tmp_path / "adapted", model
+
+
+def test_adapters_are_merged_into_their_model(adapted, tmp_path):
+    run, model = adapted
+    assert export(run, tmp_path / "exported", torch.float32) == (run / "checkpoints/step_000003", [])
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    torch.testing.assert_close(logits(exported), logits(model), rtol=0, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path / "exported").eos_token == "<eos>"
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft, under transformers 5.24
+def test_adapters_alone_are_what_peft_loads(adapted, tmp_path, tiny_model_path):
+    run, model = adapted
+    export(run, tmp_path / "exported", torch.bfloat16, adapters=True)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / "exported")), logits(model))
+
+
+def test_the_whole_of_a_model_is_no_adapter(run, tmp_path):
+    with pytest.raises(CheckpointError, match="is of a whole model, not of adapters: leave out --adapters"):
+        export(run, tmp_path / "exported", torch.bfloat16, adapters=True)
     assert not (tmp_path / "exported").exists()

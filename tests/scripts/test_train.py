@@ -210,6 +210,13 @@ def test_a_dry_run_says_how_many_ranks_train(type_in):
     assert "16 groups x 8 completions, shared by 2 ranks" in stdout
 
 
+def test_a_dry_run_says_what_is_trained_and_who_is_the_reference(type_in):
+    code, stdout, stderr = type_in("train.py", "dry_run=true", "lora=r16", "loss.beta=0.1")
+    assert (code, stderr) == (0, "")
+    assert "trained         adapters of rank 16" in stdout
+    assert "reference       the trainer's model with its adapters off" in stdout
+
+
 def test_hydra_users_find_what_they_know(type_in):
     code, stdout, _ = type_in("train.py", "--cfg", "job", "rollout.concurrency=7")
     assert code == 0
