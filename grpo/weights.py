@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TypeVar
 
 import numpy as np
@@ -65,7 +66,8 @@ class WeightsWriter:
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self._parameters, self._dtype = trained_parameters(model), dtype
         self._specs = lay_out((name, parameter.shape, dtype) for name, parameter in self._parameters.items())
-        self._buffer = buffer_for(self._specs)
+        self._on_gpu = any(parameter.is_cuda for parameter in self._parameters.values())
+        self._buffer = buffer_for(self._specs, pinned=self._on_gpu)
         self._pieces = pieces(self._buffer.nbytes)
         self._parts: list[list[_Part]] = [[] for _ in self._pieces]
         for i, (spec, (_, tensor)) in enumerate(zip(self._specs, views(self._specs, self._buffer), strict=True)):
@@ -80,8 +82,17 @@ class WeightsWriter:
         Raises WeightsError when a parameter is not finite, or not in the published dtype: such weights are never
         published.
         """
+        if self._on_gpu:
+            return self._write_from_gpu(version)
         sources = [parameter.detach().reshape(-1) for parameter in self._parameters.values()]
         return self._finish(version, partial(self._fill, version, sources))
+
+    def _write_from_gpu(self, version: int) -> Weights:
+        """A GPU converts and copies all of it faster than threads do piece by piece."""
+        for (_, target), parameter in zip(self.tensors(), self._parameters.values(), strict=True):
+            target.copy_(parameter.detach(), non_blocking=True)
+        torch.cuda.synchronize()
+        return self.seal(version)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Views into the buffer by name, for one who writes there without this class; then comes `seal`."""
@@ -142,27 +153,64 @@ def check_intact(weights: Weights) -> None:
         raise WeightsError(f"version {weights.version} was damaged on its way: its checksum is another; not loaded")
 
 
-@torch.no_grad()
-def load_weights(model: nn.Module, weights: Weights) -> None:
-    """Have a model compute with published weights, which `check_intact` has let pass.
+class StagedWeights:
+    """Published weights, which `check_intact` has let pass, where a model needs them; `swap` brings them into use.
 
-    A buffer that nobody can write to any more, as the object store hands it out, becomes the memory of the parameters:
-    nothing is copied, all models of a node share it, and it is freed when they have the next. Such parameters must not
-    be written to. Everything else is copied: a buffer that may be used again, and what goes to a GPU or another dtype.
+    Getting them there is the slow part, and a model can compute meanwhile. A buffer that nobody can write to any more,
+    as the object store hands it out, becomes the memory of the parameters: nothing is copied, all models of a node
+    share it, and it is freed when they have the next. Such parameters must not be written to. Everything else is
+    copied: a buffer that may be used again, and what goes to a GPU, which holds the model twice for a moment, or to
+    another dtype.
 
-    Raises WeightsError, before anything is changed, when names or shapes are not exactly the model's.
+    Raises WeightsError when names or shapes are not exactly the model's, or, for a `part`, not its.
     """
-    check_fit(parameter_shapes(model), weights)
-    load_part(model, weights)
 
+    def __init__(self, model: nn.Module, weights: Weights, *, part: bool = False) -> None:
+        if not part:
+            check_fit(parameter_shapes(model), weights)
+        self._owned = weights.buffer.flags.writeable
+        parameters = dict(model.named_parameters())
+        with _copying_beside(next(iter(parameters.values())).device):
+            self._pairs = [
+                (parameters[name], self._put(tensor, parameters[name])) for name, tensor in weights.tensors()
+            ]
 
-@torch.no_grad()
-def load_part(model: nn.Module, weights: Weights) -> None:
-    """As load_weights, for weights that are some of the model's."""
-    parameters = dict(model.named_parameters())
-    for name, tensor in weights.tensors():
-        parameter = parameters[name]
+    def _put(self, tensor: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
         if (parameter.device, parameter.dtype) != (tensor.device, tensor.dtype):
-            parameter.copy_(tensor)
-        else:  # never into the old memory, which may be the store's
-            parameter.data = tensor.clone() if weights.buffer.flags.writeable else tensor
+            return tensor.to(parameter.device, parameter.dtype)
+        return tensor.clone() if self._owned else tensor
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """From now on the model computes with them."""
+        for parameter, tensor in self._pairs:
+            if parameter.is_cuda:
+                parameter.copy_(tensor)  # recorded graphs read this very memory
+            else:  # never into the old memory, which may be the store's
+                parameter.data = tensor
+        if any(parameter.is_cuda for parameter, _ in self._pairs):
+            torch.cuda.current_stream().synchronize()  # before the memory of what was copied is used again
+        self._pairs.clear()
+
+
+def load_weights(model: nn.Module, weights: Weights, *, part: bool = False) -> None:
+    """Stage and swap in one go."""
+    StagedWeights(model, weights, part=part).swap()
+
+
+@contextmanager
+def _copying_beside(device: torch.device) -> Iterator[None]:
+    """On a GPU, copies that do not wait for what computes there, nor keep it waiting; done at the end."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = _copy_stream(device)
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """Always the same: torch keeps the memory that was allocated on a stream for that stream."""
+    return torch.cuda.Stream(device)

@@ -11,7 +11,7 @@ from grpo.adapters import Merge, base_of
 from grpo.flat_buffer import buffer_for, lay_out, views
 from grpo.models.tiny import tiny_llama
 from grpo.types import WeightsError
-from grpo.weights import Weights, load_part
+from grpo.weights import Weights, load_weights
 
 SCALE, RANK = 0.7, 3
 
@@ -68,7 +68,7 @@ def test_versions_do_not_add_up(model):
     merge, adapters = Merge(base_of(model), SCALE), published(adapters_of(model, "proj"))
     once = merge(adapters)
     for seed in range(3):
-        load_part(model, merge(published(adapters_of(model, "proj", seed=seed))))
+        load_weights(model, merge(published(adapters_of(model, "proj", seed=seed))), part=True)
     assert (merge(adapters).buffer == once.buffer).all()
 
 

@@ -19,7 +19,7 @@ from grpo.engines.decode_batch import DecodeBatch
 from grpo.engines.requests import Request
 from grpo.telemetry.recording import measure, span
 from grpo.types import Completion, GeneratorStats, Ints, SamplingParams
-from grpo.weights import Weights, check_intact, load_part, load_weights
+from grpo.weights import StagedWeights, Weights, check_intact
 
 if TYPE_CHECKING:  # the module behind it takes a second to import
     from transformers import PreTrainedModel
@@ -58,7 +58,7 @@ class TorchEngine:
         self._waiting: deque[Request] = deque()
         self._futures: dict[Request, asyncio.Future[list[Completion]]] = {}
         self._aborted: list[Request] = []
-        self._updates: deque[tuple[Weights, asyncio.Future[None]]] = deque()
+        self._updates: deque[tuple[int, StagedWeights, asyncio.Future[None]]] = deque()
         self._checking = asyncio.Lock()
         self._work = asyncio.Event()
         self._tokens = 0
@@ -96,8 +96,9 @@ class TorchEngine:
             await asyncio.to_thread(check_intact, weights)  # generation goes on meanwhile
             if self._merge is not None:
                 weights = await run_apart(self._threads, self._merge, weights)
+            staged = await asyncio.to_thread(StagedWeights, self._batch.model, weights, part=self._merge is not None)
         loaded = asyncio.get_running_loop().create_future()
-        self._updates.append((weights, loaded))
+        self._updates.append((weights.version, staged, loaded))
         self._work.set()
         self._raise_if_stopped()
         await loaded
@@ -149,10 +150,10 @@ class TorchEngine:
     async def _swap_weights(self) -> None:
         if not self._updates or (self._weight_update == "drain" and self._group_under_way):
             return
-        weights, loaded = self._updates[0]  # stays listed while it loads: closing has to reach its caller
+        version, staged, loaded = self._updates[0]  # stays listed while it loads: closing has to reach its caller
         try:
             if not loaded.cancelled():
-                await self._thread.run(self._load, weights)
+                await self._thread.run(self._swap, version, staged)
         except Exception as error:
             if not loaded.cancelled():
                 loaded.set_exception(error)  # the caller decides; the old weights stay in use
@@ -161,10 +162,10 @@ class TorchEngine:
                 loaded.set_result(None)
         self._updates.popleft()
 
-    def _load(self, weights: Weights) -> None:
-        with span("load", version=weights.version):
-            (load_part if self._merge else load_weights)(self._batch.model, weights)
-        self._batch.version = weights.version
+    def _swap(self, version: int, staged: StagedWeights) -> None:
+        with span("load", version=version):
+            staged.swap()
+        self._batch.version = version
         if self._weight_update == "in_flight_recompute":
             self._batch.recompute()
 
@@ -183,7 +184,7 @@ class TorchEngine:
     def _fail_pending(self, task: asyncio.Task[None]) -> None:
         """When the stepping task ends, nobody may go on waiting for it."""
         error = _failure(task) or RuntimeError("the engine was closed")
-        pending: list[asyncio.Future[Any]] = [*self._futures.values(), *(loaded for _, loaded in self._updates)]
+        pending: list[asyncio.Future[Any]] = [*self._futures.values(), *(loaded for *_, loaded in self._updates)]
         for future in pending:
             if not future.done():
                 future.set_exception(error)

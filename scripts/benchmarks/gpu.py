@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from grpo.engines.torch_engine import TorchEngine
 from grpo.learner.learner import Learner
 from grpo.learner.objective import Objective
 from grpo.types import Batch, Completion, Group, Problem, Prompt, SamplingParams
-from grpo.weights import WeightsWriter, check_intact, load_weights
+from grpo.weights import StagedWeights, WeightsWriter, check_intact
 
 # The shapes of Qwen2.5's, with random weights: width, inner width, layers, heads, heads for keys and values.
 SHAPES = {"0.5B": (896, 4864, 24, 14, 2), "1.5B": (1536, 8960, 28, 12, 2)}
@@ -41,8 +42,8 @@ def run(quick: bool) -> list[Figure]:
                 figures += _decoding(model, name, sequences, ragged, peak)
         del model
         torch.cuda.empty_cache()
-        for checkpointing in (False, True):
-            figures += _training(name, checkpointing, peak, steps=2 if quick else 4)
+        for settings in ({}, {"compile": True}, {"compile": True, "gradient_checkpointing": True}):
+            figures += _training(name, settings, peak, steps=2 if quick else 4)
             torch.cuda.empty_cache()
         figures += _weights(name)
         torch.cuda.empty_cache()
@@ -142,8 +143,8 @@ def _prompt(seed: int) -> np.ndarray:
 # --- training ---
 
 
-def _training(name: str, checkpointing: bool, peak: _Peak, steps: int) -> list[Figure]:
-    config = TrainerConfig(gradient_checkpointing=checkpointing, lr=1e-6)
+def _training(name: str, settings: dict[str, Any], peak: _Peak, steps: int) -> list[Figure]:
+    config = TrainerConfig(lr=1e-6, **settings)
     learner = Learner(
         make_model(name, torch.float32),
         config,
@@ -157,7 +158,7 @@ def _training(name: str, checkpointing: bool, peak: _Peak, steps: int) -> list[F
     learner.train_step(batch)
     seconds = min(_timed(lambda: learner.train_step(batch)) for _ in range(steps))
     tokens = sum(len(made.token_ids) for group in batch.groups for made in group.completions)
-    what = f"{name}, training{', activations computed again' if checkpointing else ''}"
+    what = f"{', '.join([name, 'training', *settings])}"
     return [
         Figure("gpu", f"{what}: completion tokens", tokens / seconds, "tokens/s"),
         Figure("gpu", f"{what}: model FLOPs utilization", _flops(learner.model, batch) / seconds / peak.flops),
@@ -206,11 +207,13 @@ def _weights(name: str) -> list[Figure]:
     on_host = torch.from_numpy(weights.buffer)
     pinned = torch.empty_like(on_host, pin_memory=True)
     on_gpu = on_host.to("cuda")
+    staged: list[StagedWeights] = []
     ways: dict[str, Callable[[], object]] = {
         "a copy to pinned memory": lambda: pinned.copy_(on_gpu),
         "publishing": lambda: writer.write(1),
         "verifying": lambda: check_intact(weights),
-        "loading, while generation waits": lambda: load_weights(receiver, weights),
+        "bringing them to the GPU": lambda: staged.append(StagedWeights(receiver, weights)),
+        "swapping, while generation waits": lambda: staged.pop().swap(),
     }
     figures = [Figure("gpu", f"{name}, weights in bf16", weights.buffer.nbytes / 2**30, "GiB")]
     for what, work in ways.items():

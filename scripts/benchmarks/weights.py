@@ -19,7 +19,7 @@ from grpo.cluster.plan import ActorSpec
 from grpo.config import ClusterConfig, RunConfig
 from grpo.failures import Failures
 from grpo.services import brings_up_to_date, returns_payload
-from grpo.weights import Weights, WeightsWriter, check_intact, load_weights
+from grpo.weights import StagedWeights, Weights, WeightsWriter, check_intact
 
 _WIDTH = 1024
 _COPIED = 2**28  # bytes, much more than the caches hold
@@ -77,7 +77,7 @@ class Receiver:
     async def update_weights(self, weights: Weights) -> float:
         """Seconds in which nothing could be generated."""
         await asyncio.to_thread(check_intact, weights)
-        return _timed(lambda: load_weights(self._model, weights))
+        return _timed((await asyncio.to_thread(StagedWeights, self._model, weights)).swap)
 
 
 def run(quick: bool) -> list[Figure]:

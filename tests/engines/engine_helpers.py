@@ -178,6 +178,6 @@ async def begin(coroutine):
 async def begin_update(engine, weights):
     """A task that updates an engine, once the weights are checked and the next step will take them or has."""
     task = await begin(engine.update_weights(weights))
-    while not task.done() and all(queued is not weights for queued, _ in engine._updates):
+    while not task.done() and all(version != weights.version for version, *_ in engine._updates):
         await asyncio.to_thread(time.sleep, 0.001)
     return task

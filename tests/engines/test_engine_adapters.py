@@ -21,7 +21,7 @@ from grpo.engines.torch_engine import TorchEngine
 from grpo.flat_buffer import buffer_for, lay_out, views
 from grpo.models.tiny import tiny_llama
 from grpo.types import SamplingParams, WeightsError
-from grpo.weights import Weights, load_part, parameter_shapes
+from grpo.weights import Weights, load_weights, parameter_shapes
 
 LIMITS = Limits(max_prompt_tokens=16, max_completion_tokens=24, max_sequences=8)
 SCALE, RANK = 0.5, 4
@@ -64,7 +64,7 @@ def adapters(model, endings, version, seed):
 
 def merged_model(model, weights):
     merged = copy.deepcopy(model)
-    load_part(merged, Merge(base_of(model), SCALE)(weights))
+    load_weights(merged, Merge(base_of(model), SCALE)(weights), part=True)
     return merged
 
 

@@ -215,11 +215,11 @@ async def test_a_cancelled_update_does_not_stop_the_engine():
 async def test_closing_while_weights_load_raises_at_the_update(monkeypatch):
     loop, loading, gate = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
 
-    def slow_load(_model, _weights):
+    def slow_swap(_staged):
         loop.call_soon_threadsafe(loading.set)
         gate.wait(30)
 
-    monkeypatch.setattr(torch_engine, "load_weights", slow_load)
+    monkeypatch.setattr(torch_engine.StagedWeights, "swap", slow_swap)
     async with serving(llama()) as engine:
         update = await begin_update(engine, weights_of(llama(seed=2), 1))
         await loading.wait()

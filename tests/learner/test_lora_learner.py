@@ -21,7 +21,7 @@ from grpo.learner.logprobs import TokenLogprobs
 from grpo.models.lora import adapters_off, add_adapters
 from grpo.models.tiny import character_tokenizer
 from grpo.types import Batch, CheckpointError, Problem, Prompt, SamplingParams
-from grpo.weights import load_part, trained_parameters
+from grpo.weights import load_weights, trained_parameters
 
 LORA = LoraConfig(rank=4, alpha=8.0)
 
@@ -82,7 +82,7 @@ def test_gradients_are_those_of_the_merged_model_through_the_product(
     trained, whole = adapted(zero=False), copy.deepcopy(model)
     adapters = trained_parameters(trained)
     base = make_learner(adapted(zero=False)).weights()
-    load_part(whole, Merge(base_of(model), LORA.scale)(base))
+    load_weights(whole, Merge(base_of(model), LORA.scale)(base), part=True)
     names = list(dict(whole.named_parameters()))
     before = {name: each.detach().clone() for name, each in adapters.items()}
     if settings.pop("beta", 0):

@@ -13,7 +13,7 @@ from grpo.models.export import export_adapters, export_merged, whole_model
 from grpo.models.loading import load_model
 from grpo.models.lora import adapted_base, adapters_off, add_adapters, check_targets, load_policy
 from grpo.types import ConfigError
-from grpo.weights import WeightsWriter, load_part, trained_parameters
+from grpo.weights import WeightsWriter, load_weights, trained_parameters
 
 TOKENS = torch.tensor([[5, 6, 7, 8, 9]])
 LORA = LoraConfig(rank=4, alpha=6.0)
@@ -83,7 +83,7 @@ def test_what_generators_merge_computes_what_the_trainer_does(model, tiny_model_
     adapted(model)
     generator = load_model(ModelConfig(path=tiny_model_path), torch.float32, "cpu")
     weights = WeightsWriter(model, torch.float32).write(1)
-    load_part(generator, Merge(base_of(generator), LORA.scale)(weights))
+    load_weights(generator, Merge(base_of(generator), LORA.scale)(weights), part=True)
     torch.testing.assert_close(logits(generator), logits(model), rtol=0, atol=1e-5)
 
 
