@@ -11,9 +11,11 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -72,15 +74,16 @@ def _connect(config: ClusterConfig) -> str | None:
     if address is not None:
         nodes_at(address)
     try:
-        there = ray.init(
-            address=address or "local",
-            include_dashboard=None if address else config.dashboard,
-            dashboard_host="127.0.0.1",
-            runtime_env=runtime_env() if address else None,
-            log_to_driver=True,  # into the run's log: the driver's own stdout leads there
-            logging_level=logging.WARNING,
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        with TemporaryDirectory() as empty:
+            there = ray.init(
+                address=address or "local",
+                include_dashboard=None if address else config.dashboard,
+                dashboard_host="127.0.0.1",
+                runtime_env=runtime_env(empty) if address else None,
+                log_to_driver=True,  # into the run's log: the driver's own stdout leads there
+                logging_level=logging.WARNING,
+            )
+    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())  # of versions that differ, it lists them line by line
         raise LaunchError(f"cluster.address: can't reach Ray at {address or 'local'}: {reason}") from error
     except SystemExit as ended:  # by Ray's handler of SIGTERM, which it puts in the place of ours

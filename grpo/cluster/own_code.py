@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import sysconfig
 from collections.abc import Iterable, Mapping
@@ -14,13 +16,17 @@ _PACKAGE = Path(__file__).parents[1]
 _EXCLUDED = ["__pycache__/", "*.pyc", ".git/", ".venv/", "/outputs/", "/multirun/"]
 
 
-def runtime_env() -> dict[str, Any]:
+def runtime_env(empty: str) -> dict[str, Any]:
     """Has every node run this very code: Ray brings it there, once for each state that it is in.
 
-    Installed libraries do not travel, except this package where it is one: it must be the same everywhere.
+    Installed libraries do not travel, except this package where it is one: it must be the same everywhere. Actors work
+    in a copy of the `empty` folder: else Ray has them look for modules where the driver works, ahead of all others, and
+    a node may have another version there. A job that was submitted has a folder already.
     """
     places = {_PACKAGE, *own_places(sys.modules, _libraries())}
-    return {"py_modules": sorted(map(str, places)), "excludes": _EXCLUDED}
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
+    folder = {} if "working_dir" in job else {"working_dir": empty}
+    return {"py_modules": sorted(map(str, places)), "excludes": _EXCLUDED, **folder}
 
 
 def own_places(modules: Mapping[str, Any], libraries: Iterable[Path]) -> set[Path]:

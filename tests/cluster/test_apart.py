@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,17 @@ def own_code(tmp_path):
     return folder
 
 
-def test_a_node_gets_code_model_and_problems_without_a_shared_file_system(nodes, own_code, tmp_path, tiny_model_path):
+@pytest.fixture
+def other_version():
+    """A folder of the driver's machine that the node sees, with another module of the same name."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "own_words.py").write_text("raise ImportError('another version')")
+        yield folder
+
+
+def test_a_node_gets_code_model_and_problems_without_a_shared_file_system(
+    nodes, own_code, other_version, tmp_path, tiny_model_path
+):
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
         pytest.skip("needs to mount, to hide the driver's files from a node")
     nodes.start(cpus=0)
@@ -67,6 +78,7 @@ def test_a_node_gets_code_model_and_problems_without_a_shared_file_system(nodes,
             "trainer.groups_per_step=2", "eval.prompts=0", "checkpoint.every=2",
         ],
         env=os.environ | ENVIRONMENT | {"PYTHONPATH": f"{ROOT}:{own_code}"},
+        cwd=other_version,
         capture_output=True,
         text=True,
         timeout=150,

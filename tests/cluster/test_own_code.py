@@ -1,6 +1,7 @@
 """Which code travels."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def disk(tmp_path, monkeypatch):
 
 
 def test_what_is_imported_and_not_installed_travels(disk):
-    there = {Path(place) for place in runtime_env()["py_modules"]}
+    there = {Path(place) for place in runtime_env("/empty")["py_modules"]}
     assert there >= {disk / "mine/my_package", disk / "mine/my_module.py", disk / "mine/my_folder"}
     assert not [place for place in there if disk / "libraries" in place.parents]
     assert Path(grpo.__file__).parent in there
@@ -43,3 +44,14 @@ def test_a_package_that_is_a_library_stays(disk):
     modules = {"my_package": sys.modules["my_package"], "__main__": sys.modules["my_module"]}
     assert own_places(modules, []) == {disk / "mine/my_package"}
     assert own_places(modules, [disk / "mine"]) == set()
+
+
+@pytest.mark.parametrize(
+    ("job", "folder"),
+    [(None, "/empty"), ({"runtime_env": {}}, "/empty"), ({"runtime_env": {"working_dir": "x"}}, None)],
+)
+def test_actors_work_in_an_empty_folder_or_in_that_of_the_job(monkeypatch, job, folder):
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    if job is not None:
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    assert runtime_env("/empty").get("working_dir") == folder

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-GPUS = {"gsm8k": 8, "gsm8k_1gpu": 1}
+GPUS = {"gsm8k": 8, "gsm8k_1gpu": 1, "gsm8k_multinode": 16}
 
 
 @pytest.fixture
