@@ -33,7 +33,7 @@ class RankProcesses:
     def __init__(self) -> None:
         self._processes: list[tuple[Any, Connection]] = []
 
-    def run(self, size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 20.0) -> list[Any]:
+    def run(self, size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
         """What `function(ranks, *args)` returns on each rank, or the exception that it raised there."""
         answers = self.answers(size, function, *args, timeout_s=timeout_s)
         for answer in answers:
@@ -50,7 +50,7 @@ class RankProcesses:
         rendezvous = ("127.0.0.1", _free_port())
         for rank, (_, pipe) in enumerate(self._processes[:size]):
             pipe.send((Ranks(rank, size), rendezvous, timeout_s, function, args))
-        answers = [_answer(process, pipe) for process, pipe in self._processes[:size]]
+        answers = [_answer(process, pipe, 2 * timeout_s + 30) for process, pipe in self._processes[:size]]
         self._processes = [(process, pipe) for process, pipe in self._processes if process.is_alive()]
         return answers
 
@@ -67,12 +67,15 @@ class RankProcesses:
         return process, ours
 
 
-def _answer(process: Any, pipe: Connection) -> Any:
+def _answer(process: Any, pipe: Connection, patience_s: float) -> Any:
     try:
-        return pipe.recv()
+        if pipe.poll(patience_s):
+            return pipe.recv()
     except (EOFError, ConnectionResetError):
-        process.join()
-        return Died()
+        pass
+    process.kill()  # one that hangs must not be given the next test
+    process.join()
+    return Died()
 
 
 def _free_port() -> int:
