@@ -29,7 +29,7 @@ def run(name: str, model: PreTrainedModel, steps: int) -> list[Figure]:
         settings = {
             "model.path": f"{folder}/model",
             "task.template": "plain",
-            "reward.functions": "{benchmarks.gpu_reward.brevity:1.0}",
+            "++reward.functions": "{benchmarks.gpu_reward.brevity:1.0}",
             "rollout.max_prompt_tokens": 64,
             "rollout.max_completion_tokens": MOST_TOKENS,
             "generator.engine": "torch",

@@ -75,7 +75,7 @@ async def test_graphs_say_what_plain_decoding_says(shape):
 async def test_logprobs_are_those_of_a_forward_pass_before_and_after_an_update(dtype, tolerance):
     model, new = make_model(dtype), make_model(dtype, seed=5)
     weights = WeightsWriter(copy.deepcopy(new), dtype).write(1)
-    requests = some_requests(20, temperature=1.0)
+    requests = [(np.arange(8, 20), SamplingParams(max_tokens=2)), *some_requests(20, temperature=1.0)]
     completions, _ = await generate(copy.deepcopy(model), requests, cuda_graphs=True, update=weights)
     prompts = [prompt for prompt, params in requests for _ in range(params.n)]
     checked = {0: 0, 1: 0}
