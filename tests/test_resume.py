@@ -43,7 +43,7 @@ def run_with(config, tmp_path):
 
 
 def write_checkpoint(path, step, run_folder, config):
-    for part in ("model/config.json", *_PARTS):
+    for part in ("model/config.json", "trainer.safetensors", *_PARTS):
         (path / part).parent.mkdir(parents=True, exist_ok=True)
         (path / part).write_text("{}")
     progress = {"step": step, "run_folder": str(run_folder), "config": dataclasses.asdict(config), "files": {}}
