@@ -42,7 +42,7 @@ class DecodeBatch:
         self.version = 0
         self.max_rows, self.max_prompt_tokens = max_rows, max_prompt_tokens
         self.device = next(model.parameters()).device
-        self._stop_token_ids = tuple(stop_token_ids)
+        self._stops_S = torch.tensor(list(stop_token_ids), dtype=torch.long, device=self.device)
         columns = max_prompt_tokens + max_completion_tokens + _SLACK_COLUMNS
         self._kv = KVGrid(max_rows, columns)
         self._decoding = decoding_for(model, self._kv, cuda_graphs=cuda_graphs)
@@ -175,4 +175,4 @@ class DecodeBatch:
         """After rows have joined, left or moved."""
         self._kv.rows = len(self._rows)
         self._kv.first = min((row.start for row in self._rows), default=self._kv.end)
-        self._of_rows = RowTensors(self._rows, self._stop_token_ids, self.device)
+        self._of_rows = RowTensors(self._rows, self._stops_S)

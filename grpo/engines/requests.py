@@ -47,18 +47,18 @@ class Row:
 
 
 class RowTensors:
-    """What a decode step has to know of each of its B rows."""
+    """What a decode step has to know of each of its B rows; `stops_S` end any of them."""
 
-    def __init__(self, rows: Sequence[Row], stop_token_ids: tuple[int, ...], device: torch.device) -> None:
-        params = [row.request.params for row in rows]
+    def __init__(self, rows: Sequence[Row], stops_S: Tensor) -> None:
+        params, device = [row.request.params for row in rows], stops_S.device
         self.start_B = torch.tensor([row.start for row in rows], device=device)
         self.begin_B = torch.tensor([row.begin for row in rows], device=device)
         self.sampler = RowSampler(params, device)
         self._limit_B = torch.tensor([p.max_tokens for p in params], device=device)
-        stops = [stop_token_ids + p.stop_token_ids for p in params]
-        longest = max((len(ids) for ids in stops), default=0)
-        padded = [ids + (-1,) * (longest - len(ids)) for ids in stops]
-        self._stops_BS = torch.tensor(padded, dtype=torch.long, device=device).view(len(rows), longest)
+        longest = max((len(p.stop_token_ids) for p in params), default=0)
+        own = [p.stop_token_ids + (-1,) * (longest - len(p.stop_token_ids)) for p in params]
+        own_BS = torch.tensor(own, dtype=torch.long, device=device).view(len(rows), longest)
+        self._stops_BS = torch.cat([stops_S.expand(len(rows), -1), own_BS], dim=1)
 
     def endings(self, tokens_B: Tensor, position_B: Tensor) -> dict[int, bool]:
         """The rows that end with these tokens: whether by a stop token, or else at their limit."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.figures import Figure
@@ -69,12 +69,14 @@ def _figures(name: str, lines: list[dict[str, Any]], began_s: float, busy: list[
 
 
 def _save(model: PreTrainedModel, folder: Path) -> None:
-    """One token in `MEAN_TOKENS` ends an answer. Every token is a word of its own."""
+    """One token in `MEAN_TOKENS` ends an answer. Questions are read byte by byte; other tokens are words."""
     words = model.config.vocab_size
     model.generation_config.eos_token_id = list(range(words // MEAN_TOKENS))
     model.save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(words)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(f"w{i}" for i in range(words - len(letters)))]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w0", pad_token="w0").save_pretrained(folder)
 
 

@@ -89,4 +89,5 @@ async def test_logprobs_are_those_of_a_forward_pass_before_and_after_an_update(d
         found = torch.log_softmax(logits, -1).gather(1, ids[0, len(prompt) :, None])[:, 0].cpu().numpy()
         assert np.abs(found - made.logprobs).max() < tolerance
         checked[version] += count
-    assert min(checked.values()) > 100
+    assert checked[0] >= 2
+    assert checked[1] > 100
