@@ -44,7 +44,8 @@ def main() -> None:
         found = bench.run(args.quick)
         took_s = round(time.perf_counter() - began)
         console.print(f"{name} took {took_s} s", style="dim")
-        save_figures(name, found, {"quick": args.quick, "took_s": took_s}, args.out)
+        if found:
+            save_figures(name, found, {"quick": args.quick, "took_s": took_s}, args.out)
         figures += found
     print_figures(figures, console)
     if args.markdown:
