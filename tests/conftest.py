@@ -30,11 +30,12 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    """With two workers, one takes all tests that start processes: two Rays on two cores would wait for each other."""
+    """With two workers, one takes all tests that start Ray: two of it on two cores would wait for each other."""
     for item in items:
-        folder = item.path.relative_to(TESTS).parts[0]
-        if folder in ("chaos", "cluster", "learning", "scripts") or "rank_processes" in item.fixturenames:
+        if item.path.relative_to(TESTS).parts[0] in ("chaos", "cluster", "learning", "scripts"):
             item.add_marker(pytest.mark.xdist_group("processes"))
+        elif "rank_processes" in item.fixturenames:  # of which there is one set for all
+            item.add_marker(pytest.mark.xdist_group("ranks"))
 
 
 @pytest.fixture

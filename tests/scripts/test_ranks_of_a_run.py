@@ -11,8 +11,8 @@ SMALL = (
 )  # fmt: skip
 
 
-def test_a_run_goes_on_with_more_ranks_and_with_fewer(train, tmp_path):
-    for ranks, steps in ((2, 2), (1, 4), (2, 6)):
+def test_a_run_goes_on_with_more_ranks(train, tmp_path):
+    for ranks, steps in ((1, 2), (2, 4)):
         resume = ("resume=run",) if steps > 2 else ()
         settings = (*SMALL, *resume, f"trainer.ranks={ranks}", f"trainer.max_steps={steps}")
         code, _, stderr = finish(train(*settings))
@@ -20,7 +20,7 @@ def test_a_run_goes_on_with_more_ranks_and_with_fewer(train, tmp_path):
         newest = tmp_path / f"run/checkpoints/step_{steps:06d}"
         assert len(list(newest.glob("trainer*.safetensors"))) == ranks
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert all(line["trainer/grad_norm"] > 0 for line in lines)
     processes = {
         event["args"]["name"]
