@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+import torch
+from torch import Tensor
+
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the logits' size; what is wrong is wrong by more
+_ROUNDED = 0.05  # with 16 bits
+
 
 def why_not_full_attention(model: Any, attention: Collection[str] = ("sdpa",)) -> str | None:
     """What the config of a transformers model says against it; a short trial would not show a window.
@@ -20,3 +26,10 @@ def why_not_full_attention(model: Any, attention: Collection[str] = ("sdpa",)) -
     if model.config._attn_implementation not in attention:
         return f"its attention is {model.config._attn_implementation}, not sdpa"
     return None
+
+
+def why_other_logits(found: Tensor, expected: Tensor) -> str | None:
+    """By how much logits differ from those of the usual way, where that is more than rounding."""
+    tolerance = _TOLERANCE.get(expected.dtype, _ROUNDED)
+    gap = float((found.double() - expected.double()).norm() / expected.double().norm())
+    return f"off by {gap:.1%}" if gap > tolerance else None

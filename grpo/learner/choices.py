@@ -7,15 +7,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grpo.full_attention import why_not_full_attention
+from grpo.full_attention import why_not_full_attention, why_other_logits
 from grpo.learner.attention import PACKED_ATTENTION
 from grpo.learner.collate import Sample
 from grpo.learner.layout import Layout
 from grpo.learner.packing import PACKED
 from grpo.learner.padding import PADDED
-
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the logits' size; what is wrong is wrong by more
-_ROUNDED = 0.05  # with 16 bits
 
 
 def layout_for(model: PreTrainedModel, packing: str) -> tuple[Layout, str | None]:
@@ -69,14 +66,12 @@ def _differs(model: PreTrainedModel) -> str | None:
         packed_NV, padded_NV = (_logits(model, layout, samples) for layout in (PACKED, PADDED))
     except (TypeError, ValueError, RuntimeError) as error:
         return f"a packed row fails: {type(error).__name__}: {error}".partition("\n")[0]
-    gap = float((packed_NV - padded_NV).norm() / padded_NV.norm())
-    if gap > _TOLERANCE.get(model.dtype, _ROUNDED):
-        return f"logits of packed rows are off by {gap:.1%}"
-    return None
+    reason = why_other_logits(packed_NV, padded_NV)
+    return reason and f"logits of packed rows are {reason}"
 
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel, layout: Layout, samples: list[Sample]) -> Tensor:
     inputs = layout.lay_out(samples, model.device)
     logits = model(**inputs.arguments, use_cache=False, logits_to_keep=inputs.columns_K).logits
-    return logits.flatten(0, 1)[inputs.places_N].double()
+    return logits.flatten(0, 1)[inputs.places_N]
