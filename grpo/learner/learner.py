@@ -71,7 +71,11 @@ class Learner:
         self._objective, self._as_reference = objective, as_reference
         beta1, beta2 = config.betas
         self._optimizer = torch.optim.AdamW(
-            self._sharding.parameters.values(), lr=config.lr, betas=(beta1, beta2), weight_decay=config.weight_decay
+            self._sharding.parameters.values(),
+            lr=config.lr,
+            betas=(beta1, beta2),
+            weight_decay=config.weight_decay,
+            fused=True,  # one pass over memory instead of a dozen
         )
         schedule = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
         self._schedule = transformers.get_scheduler(schedule, self._optimizer, config.warmup_steps, config.max_steps)

@@ -116,7 +116,10 @@ class StateWriter:
                 moments = {kind: torch.empty_like(parameter) for kind in MOMENTS}
                 for kind, target in moments.items():
                     _copy_rows(target, own, parts[f"{kind}.{name}"])
-                self._optimizer.state[parameter] = {"step": torch.tensor(float(steps[name])), **moments}
+                self._optimizer.state[parameter] = {
+                    "step": torch.tensor(float(steps[name]), device=parameter.device),
+                    **moments,
+                }
         by_rank = {state.rank: state for state in states}
         random = dict(by_rank.get(self._rank, states[0]).tensors())
         torch.set_rng_state(random[RNG_CPU].clone())
