@@ -65,6 +65,7 @@ class Checkpoints:
         self._newest = progress["step"]
 
     async def _begin(self, step: int) -> None:
+        await self._run.weights.done()  # then the tickets of the step are back: what was trained on is not begun again
         started = time.perf_counter()
         states = await self._recovery.snapshot(step)
         groups, _ = await self._run.services.replay_buffer.state.call_one()

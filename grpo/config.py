@@ -144,6 +144,16 @@ class BufferConfig:
 
 
 @dataclass
+class WeightsConfig:
+    """How new weights get from the trainer to the generators."""
+
+    transport: str = "object_store"  # Ray's, on any cluster; collective: a broadcast of torch.distributed
+    backend: str = "auto"  # of the broadcast. gloo: between CPUs; nccl: between GPUs, where they have whole ones; auto
+    bucket_mb: float = 32.0  # megabytes that travel at a time
+    timeout_s: float = 60.0  # how long a bucket may take, or the processes to meet; then the object store is taken
+
+
+@dataclass
 class TrainerConfig:
     """The optimizer and its steps."""
 
@@ -283,6 +293,7 @@ class RunConfig:
     buffer: BufferConfig = field(default_factory=BufferConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import torch
 
+from grpo.config import RunConfig
 from grpo.types import ConfigError
 
 
 def device_for(num_gpus: float) -> str:
     """Of an actor that asks for so many GPUs, or for a share of one. Ray shows it those that it got, as the first."""
     return "cuda" if num_gpus > 0 else "cpu"
+
+
+def broadcast_backend(config: RunConfig) -> str:
+    """Of torch.distributed, for weights on their way to the generators: `weights.backend`, or which one `auto` is.
+
+    NCCL has a GPU in one process of a group only, so none that is shared; and vLLM's is that of processes of its own.
+    """
+    if config.weights.backend != "auto":
+        return config.weights.backend
+    whole_gpus = config.trainer.num_gpus >= 1 and config.generator.num_gpus >= 1
+    return "nccl" if whole_gpus and config.generator.engine == "torch" else "gloo"
 
 
 def gpus_here() -> int:

@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
-from typing import Any
 
 from grpo.config import RunConfig
 from grpo.rollout import sampling_params
@@ -51,26 +50,26 @@ class Evaluation:
         services = run.services
         generator = services.evaluator or services.generator
         self._services = EvaluationServices(services.dataloader, generator, services.reward)
-        self._evaluator, self._tasks = services.evaluator, tasks
+        self._evaluator, self._weights, self._tasks = services.evaluator, run.weights, tasks
         self._config, self._recorder, self._shutdown = run.config, run.recorder, run.shutdown
         self._prompts: Sequence[Prompt] = ()
         self._running: asyncio.Task[None] | None = None
 
-    async def after(self, step: int, weights: Any) -> None:
+    async def after(self, step: int) -> None:
         """Evaluate the policy after `step`, whose weights the generators hold, if it is due.
 
         Waits until the evaluator has loaded the weights, and at the last step, or without an evaluator, until the
         evaluation is finished. One that is due while another still runs is skipped and counted, the last one never.
         Raises Interrupted when the shutdown comes first.
         """
-        last = step == self._config.trainer.max_steps
-        if not self._is_due(step, last):
+        if not self.is_due(step):
             return
+        last = step == self._config.trainer.max_steps
         if self._running is not None and not self._running.done() and not last:
             self._recorder.evaluation_skipped(step)
             return
         with self._recorder.evaluation_wait():
-            await unless(self._shutdown, self._load(weights))
+            await unless(self._shutdown, self._load())
             if self._evaluator is None or last:
                 await unless(self._shutdown, self._evaluate(step))
             else:
@@ -82,18 +81,18 @@ class Evaluation:
         if self._running is not None:
             self._running.cancel()
 
-    def _is_due(self, step: int, last: bool) -> bool:
-        every = self._config.eval.every
+    def is_due(self, step: int) -> bool:
+        every, last = self._config.eval.every, step == self._config.trainer.max_steps
         if any(report.step == step for report in self._recorder.evaluations):
             return False  # a resumed run begins with a step that was evaluated before
         return self._config.eval.prompts > 0 and (step == 0 or last or (every > 0 and step % every == 0))
 
-    async def _load(self, weights: Any) -> None:
+    async def _load(self) -> None:
         """Bring the weights into the evaluator, once it is free; the buffer they lie in is written to again later."""
         if self._running is not None:
             await asyncio.wait([self._running])
         if self._evaluator is not None:
-            await self._evaluator.update_weights.fanout(weights)
+            await self._evaluator.update_weights.fanout(await self._weights.reference())
 
     async def _evaluate_beside(self, step: int) -> None:
         begin_activity("evaluation")

@@ -13,23 +13,23 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from typing import Any
 
 from grpo.checkpointing import Checkpoints
 from grpo.config import RunConfig
 from grpo.evaluation import Evaluation
-from grpo.observe.recorder import Recorder
+from grpo.observe.recorder import Recorder, TrainedStep
 from grpo.prompts import PromptQueue
 from grpo.recovery import Recovery
 from grpo.resume import ResumePoint
 from grpo.rollout import rollout, sampling_params
 from grpo.run import Run
 from grpo.services import Services
-from grpo.structured import Interrupted, raise_first, task_name, together, unless
+from grpo.structured import Interrupted, cancelled, raise_first, task_name, together, unless
 from grpo.telemetry.recording import span
-from grpo.types import GeneratorStats, PayloadLost, RewardError, Ticket, ZeroAdvantage
+from grpo.types import PayloadLost, RewardError, Ticket, ZeroAdvantage
 from grpo.waiting import begin_activity
 from grpo.watchdog import Watchdog
+from grpo.weight_sync import WeightSync
 
 
 async def run(
@@ -45,31 +45,31 @@ async def run(
     replaced behind `services`; what only the driver knows of them is in `Recovery`.
     """
     prompts = PromptQueue(services.dataloader, recorder.pacer, config.trainer.groups_per_step, config.uses_difficulty)
-    shared = Run(services, recorder.pacer, prompts, config, recorder, shutdown)
-    recovery = Recovery(shared)
     begin_activity("training")
     watchdog = Watchdog(config.watchdog, recorder.failures.progress, recorder.warn)
     try:
         async with asyncio.TaskGroup() as tasks:
             watching = [tasks.create_task(watch) for watch in (watchdog.watch(), recorder.failures.until_fatal())]
             background = [tasks.create_task(recorder.watch(config.driver.slow_callback_ms), name="recorder")]
+            weights = WeightSync(services, config, recorder.warn, tasks)
+            shared = Run(services, recorder.pacer, prompts, weights, config, recorder, shutdown)
+            recovery = Recovery(shared)
             evaluation, checkpoints = Evaluation(shared, tasks), Checkpoints(shared, recovery, tasks)
             if resume is not None:
                 await checkpoints.restore(resume.path, resume.progress)
-            weights, stats = await publish_weights(services)
-            recorder.training_begins(stats)
+            await weights.publish()
+            recorder.training_begins(await weights.live())
             for i in range(shared.pacer.concurrency.most):
                 background.append(tasks.create_task(continuous_rollouts(shared, i), name=f"rollouts-{i}"))
             with suppress(Interrupted):
-                await evaluation.after(recorder.step, weights)
-                del weights  # they take up room in the object store for as long as they are held
+                await evaluation.after(recorder.step)
                 await continuous_training(shared, recovery, evaluation, checkpoints)
+            await weights.done()
             evaluation.cancel()
             for task in background:
                 task.cancel()
             await checkpoints.finish(recorder.step)
-            for task in watching:
-                task.cancel()
+            await cancelled(watching)
     except BaseExceptionGroup as group:
         raise_first(group)
     finally:
@@ -79,8 +79,8 @@ async def run(
 async def continuous_rollouts(run: Run, number: int) -> None:
     """Make groups, one after another, until `shutdown` is set or the training ends and cancels it.
 
-    Consumes tickets. Waits for its turn, for a ticket (woken when a step has been trained and published, or a group
-    was lost or dropped), then for its group.
+    Consumes tickets. Waits for its turn, for a ticket (woken when new weights are in use, or a group was lost or
+    dropped), then for its group.
     """
     begin_activity("rollouts", track=task_name())
     while not run.shutdown.is_set():
@@ -106,35 +106,35 @@ async def make_group(ticket: Ticket, run: Run) -> None:
 
 
 async def continuous_training(run: Run, recovery: Recovery, evaluation: Evaluation, checkpoints: Checkpoints) -> None:
-    """Train on batch after batch, publish the weights, hand the tickets back; evaluate and keep what is due.
+    """Train on batch after batch; publish the weights beside the next step, evaluate and keep what is due.
 
-    Waits for a batch (woken when its P-th group is in the replay buffer), for the trainer, and for every generator to
-    acknowledge the new weights: only then are tickets released, so new work is born fresh. A shutdown ends the wait for
-    a batch or an evaluation with Interrupted, but lets a step that has begun finish.
+    Waits for a batch (woken when its P-th group is in the replay buffer), for the trainer, and until the weights before
+    are in use. A shutdown ends the wait for a batch or an evaluation with Interrupted, but lets a step finish.
     """
-    services, pacer, config, recorder = run.services, run.pacer, run.config, run.recorder
-    for step in range(recorder.step + 1, config.trainer.max_steps + 1):
-        times = recorder.stopwatch()
-        sample = services.replay_buffer.sample.call_one(config.trainer.groups_per_step)
+    buffer, trainer, config = run.services.replay_buffer, run.services.trainer, run.config
+    for step in range(run.recorder.step + 1, config.trainer.max_steps + 1):
+        times = run.recorder.stopwatch()
         with times("time/trainer_wait_s"):
-            batch, taken = await unless(run.shutdown, sample)
-        pacer.are_training(taken.tickets)
+            batch, taken = await unless(run.shutdown, buffer.sample.call_one(config.trainer.groups_per_step))
+        run.pacer.are_training(taken.tickets)
         with times("time/train_step_s", step=step, tickets=[ticket.serial for ticket in taken.tickets]):
-            metrics, *_ = await services.trainer.train_step.call(batch)
-        with times("time/weight_sync_s"):  # the trainer's state is copied while the generators load
-            (weights, stats), _ = await together(publish_weights(services), recovery.step_trained(step, batch))
-        with recorder.metrics_line(step, metrics, taken, stats, times):
-            pacer.release(taken.tickets)
-            pacer.concurrency.step_trained(times.seconds)
-            await evaluation.after(step, weights)
-        del weights, batch
+            metrics, *_ = await trainer.train_step.call(batch)
+        with times("time/weight_sync_s"):
+            await together(run.weights.publish(), recovery.step_trained(step, batch))
+        del batch  # it takes up room in the object store for as long as it is held
+        run.pacer.concurrency.step_trained(times.seconds)
+        finished = finish_step(TrainedStep(step, metrics, taken, times), run, evaluation)
+        await run.weights.beside_next_step(finished, unless=evaluation.is_due(step))
         await checkpoints.after(step)
 
 
-async def publish_weights(services: Services) -> tuple[Any, list[GeneratorStats]]:
-    """Bring the trainer's weights into every generator; returns once all of them have acknowledged the version.
+async def finish_step(trained: TrainedStep, run: Run, evaluation: Evaluation) -> None:
+    """Bring the new weights into use and hand the step's tickets back; evaluate if that is due.
 
-    The weights are a reference to them, good until the next call: their buffer is written to again.
+    Waits for every generator to acknowledge the weights: only then are tickets released, so new work is born fresh.
     """
-    (weights, _), *_ = await services.trainer.push_weights.call()
-    return weights, await services.generator.update_weights.fanout(weights)
+    with trained.times("time/weights_live_s"):
+        stats = await run.weights.live()
+    with run.recorder.metrics_line(trained, stats):
+        run.pacer.release(trained.batch.tickets)
+        await evaluation.after(trained.number)

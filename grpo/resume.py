@@ -21,7 +21,7 @@ _DATED = re.compile(r"\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d$")  # the folder that a run
 
 # Keys, or groups of them, that a resumed run may have otherwise. Everything else shapes what is learned.
 _FREE = (
-    "cluster", "watchdog", "recovery", "checkpoint", "observe", "eval", "generator", "resume", "dry_run",
+    "cluster", "watchdog", "recovery", "checkpoint", "observe", "eval", "generator", "weights", "resume", "dry_run",
     "reward.on_error", "reward.timeout_s", "reward.memory_gb", "reward.workers", "reward.replicas", "reward.num_cpus",
     "filter.max_batches",
     "model.attention", "reference", "rollout.concurrency", "trainer.max_steps", "trainer.micro_batch_tokens",

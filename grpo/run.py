@@ -13,6 +13,7 @@ from grpo.pacing import Pacer
 from grpo.prompts import PromptQueue
 from grpo.services import Services
 from grpo.types import PayloadLost, RewardError, Rollout, Ticket, ZeroAdvantage
+from grpo.weight_sync import WeightSync
 
 
 def make_pacer(config: RunConfig) -> Pacer:
@@ -32,6 +33,7 @@ class Run:
     services: Services
     pacer: Pacer
     prompts: PromptQueue
+    weights: WeightSync
     config: RunConfig
     recorder: Recorder
     shutdown: asyncio.Event

@@ -11,9 +11,10 @@ again, by another replica or by the replacement.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -29,6 +30,10 @@ class Method(Protocol):
 
     async def fanout(self, *args: Any, **kwargs: Any) -> list[Any]: ...
 
+    def for_newcomers(self, *args: Any) -> None:
+        """A new replica gets this call before it serves, as it gets the last fanout; arguments may be OnDemand."""
+        ...
+
 
 class Newcomer(Protocol):
     """A process that replaces one that died, before it serves: its methods by name, of which `call_one` works."""
@@ -41,6 +46,25 @@ class OneCall(Protocol):
 
 
 Restore = Callable[[Any], Awaitable[None]]  # takes a Newcomer
+
+
+class OnDemand:
+    """An argument for newcomers: fetched when the first of them comes, if ever."""
+
+    def __init__(self, fetch: Callable[[], Awaitable[Any]]) -> None:
+        self._fetch, self._fetching = fetch, asyncio.Lock()
+        self._value: Any = None
+
+    async def value(self) -> Any:
+        async with self._fetching:
+            if self._value is None:
+                self._value = await self._fetch()
+        return self._value
+
+    def forget(self) -> bool:
+        """Fetch it anew the next time; False where it was not there."""
+        there, self._value = self._value is not None, None
+        return there
 
 
 class Handle(Protocol):
@@ -58,6 +82,14 @@ class Handle(Protocol):
 
     def sources(self) -> Iterable[Any]:
         """The processes that answer at the moment: their `name`, and what they have recorded by `harvest`."""
+        ...
+
+    async def until_gone(self, sources: Iterable[Any]) -> NoReturn:
+        """Raises ActorDied as soon as one of these processes answers no more, or is to leave."""
+        ...
+
+    async def rendezvous(self) -> tuple[str, int]:
+        """Host and port at which the actor, or its rank 0, can wait for others. Raises ActorDied."""
         ...
 
     def scale(self, replicas: int) -> None:
@@ -112,6 +144,11 @@ class EvaluationServices:
     reward: Handle
 
 
+def methods_marked(cls: type, mark: str) -> frozenset[str]:
+    """The names of the methods of an actor class that bear one of the marks below."""
+    return frozenset(name for name in dir(cls) if hasattr(getattr(cls, name), mark))
+
+
 def brings_up_to_date(method: F) -> F:
     """Mark an actor method whose last fanout a new replica gets before it serves."""
     method.brings_up_to_date = True  # type: ignore[attr-defined]
@@ -125,6 +162,12 @@ def returns_payload(method: F) -> F:
     and passes the reference on, by itself or as a field of a dataclass. The actor that receives it sees the value.
     """
     method.returns_payload = True  # type: ignore[attr-defined]
+    return method
+
+
+def of_rank_0(method: F) -> F:
+    """Mark an actor method that only rank 0 is asked, beside whatever all ranks do together."""
+    method.of_rank_0 = True  # type: ignore[attr-defined]
     return method
 
 

@@ -66,6 +66,16 @@ async def unless(shutdown: asyncio.Event, work: Coroutine[Any, Any, R]) -> R:
         await cancelled((task, stop))
 
 
+async def unless_raised(work: Coroutine[Any, Any, R], *watches: Coroutine[Any, Any, NoReturn]) -> R:
+    """Await `work`, or cancel it and raise what a watch raises first."""
+    task, watching = asyncio.ensure_future(work), [asyncio.ensure_future(watch) for watch in watches]
+    try:
+        await asyncio.wait((task, *watching), return_when=asyncio.FIRST_COMPLETED)
+        return next(each for each in (task, *watching) if each.done()).result()
+    finally:
+        await cancelled((task, *watching))
+
+
 @asynccontextmanager
 async def within(seconds: float | None, late: Callable[[], Exception]) -> AsyncIterator[None]:
     """Raise what `late()` makes when the block takes longer; time-outs of its own pass through. None is for ever."""

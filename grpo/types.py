@@ -340,6 +340,10 @@ class PayloadLost(InfrastructureError):
     """Tokens or weights that lay on a node, or were owned by a process, that is gone."""
 
 
+class TransferError(InfrastructureError):
+    """Weights that did not get from one process into the others: a broken connection, a time-out."""
+
+
 class CheckpointError(GRPOError):
     """A checkpoint that could not be written, or that is broken, half-written, or of another run."""
 

@@ -24,6 +24,8 @@ _CHOICES = {
     "correction.weights": ("none", "truncate", "mask"),
     "correction.level": ("token", "sequence", "geometric"),
     "shaping.overlong": ("keep", "mask", "penalize"),
+    "weights.transport": ("object_store", "collective"),
+    "weights.backend": ("auto", "gloo", "nccl"),
     "generator.weight_update": ("in_flight", "in_flight_recompute", "drain"),
 }
 
@@ -96,6 +98,8 @@ _POSITIVE = (
     "recovery.health_every_s",
     "recovery.health_timeout_s",
     "recovery.collective_timeout_s",
+    "weights.bucket_mb",
+    "weights.timeout_s",
     "reward.timeout_s",
     "cluster.start_timeout_s",
     "driver.slow_callback_ms",
@@ -160,6 +164,7 @@ def validate(config: RunConfig) -> None:
     _validate_algorithm(config)
     _validate_ranks(config)
     _validate_generator(config)
+    _validate_weights(config)
     _validate_evaluation(config)
 
 
@@ -244,6 +249,22 @@ def _validate_generator(config: RunConfig) -> None:
         raise ConfigError(
             f"is {config.generator.gpu_memory_fraction}, must be in (0, 1]", key="generator.gpu_memory_fraction"
         )
+
+
+def _validate_weights(config: RunConfig) -> None:
+    if config.weights.backend != "nccl":
+        return
+    if config.generator.engine != "torch":
+        raise ConfigError(
+            f"the {config.generator.engine} engine has no GPU in the actor's process; take auto or gloo",
+            key="weights.backend",
+        )
+    for key in ("trainer.num_gpus", "generator.num_gpus"):
+        if (num_gpus := _value(config, key)) < 1:
+            raise ConfigError(
+                f"nccl needs whole GPUs, and {key} is {num_gpus:g}: raise it, or take auto or gloo",
+                key="weights.backend",
+            )
 
 
 def _validate_vllm(config: RunConfig) -> None:

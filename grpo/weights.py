@@ -26,6 +26,19 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
+class WeightsHeader:
+    """What is to be known of weights before their bytes arrive."""
+
+    version: int
+    specs: tuple[TensorSpec, ...]
+    checksum: int
+
+    def weights(self, buffer: NDArray[np.uint8]) -> Weights:
+        """With the bytes, uint8 [total bytes]."""
+        return Weights(self.version, self.specs, buffer, self.checksum)
+
+
+@dataclass(frozen=True)
 class Weights:
     """The parameters behind one policy version. `buffer` is uint8 [total bytes]; tied parameters appear once.
 
@@ -36,6 +49,10 @@ class Weights:
     specs: tuple[TensorSpec, ...]
     buffer: NDArray[np.uint8]
     checksum: int = 0
+
+    @property
+    def header(self) -> WeightsHeader:
+        return WeightsHeader(self.version, self.specs, self.checksum)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Views into the buffer by name. Read-only: the buffer may be shared by every process of the node."""
@@ -170,7 +187,7 @@ class StagedWeights:
             check_fit(parameter_shapes(model), weights)
         self._owned = weights.buffer.flags.writeable
         parameters = dict(model.named_parameters())
-        with _copying_beside(next(iter(parameters.values())).device):
+        with copying_beside(next(iter(parameters.values())).device):
             self._pairs = [
                 (parameters[name], self._put(tensor, parameters[name])) for name, tensor in weights.tensors()
             ]
@@ -199,15 +216,17 @@ def load_weights(model: nn.Module, weights: Weights, *, part: bool = False) -> N
 
 
 @contextmanager
-def _copying_beside(device: torch.device) -> Iterator[None]:
+def copying_beside(device: torch.device) -> Iterator[None]:
     """On a GPU, copies that do not wait for what computes there, nor keep it waiting; done at the end."""
     if device.type != "cuda":
         yield
         return
     stream = _copy_stream(device)
-    with torch.cuda.stream(stream):
-        yield
-    stream.synchronize()
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:  # also after an error: what is copied from and to must not be used for something else before
+        stream.synchronize()
 
 
 @cache

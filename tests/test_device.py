@@ -3,13 +3,27 @@
 import pytest
 import torch
 
-from grpo.device import check_device, device_for
+from grpo.config import RunConfig
+from grpo.device import broadcast_backend, check_device, device_for
 from grpo.types import ConfigError
 
 
 def test_a_share_of_a_gpu_is_on_it():
     assert [device_for(share) for share in (0, 0.25, 1, 8)] == ["cpu", "cuda", "cuda", "cuda"]
     check_device("cpu", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("trainer", "generator", "engine", "backend"),
+    [(0, 0, "torch", "gloo"), (1, 2, "torch", "nccl"), (0.5, 0.5, "torch", "gloo"), (1, 0, "torch", "gloo"),
+     (1, 1, "vllm", "gloo")],
+)  # fmt: skip
+def test_weights_go_over_nccl_where_all_have_whole_gpus_to_themselves(trainer, generator, engine, backend):
+    config = RunConfig()
+    config.trainer.num_gpus, config.generator.num_gpus, config.generator.engine = trainer, generator, engine
+    assert broadcast_backend(config) == backend
+    config.weights.backend = "gloo"
+    assert broadcast_backend(config) == "gloo"
 
 
 @pytest.mark.parametrize(

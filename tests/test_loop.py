@@ -172,6 +172,29 @@ async def test_tickets_return_only_after_every_generator_has_the_new_weights(sim
     assert pacer.trained == 100
 
 
+@pytest.mark.parametrize("max_policy_age", [0, 1, 2])
+async def test_the_trainer_goes_on_while_weights_are_on_their_way_as_far_as_staleness_allows(
+    simulated, make_recorder, max_policy_age
+):
+    """One step beyond the version that generators wait for, whose buffer the next one is written to."""
+    simulated.buffer.max_policy_age = max_policy_age
+    gate, trainer = asyncio.Event(), CountingTrainer()
+    generator = Generator(simulated)
+    await generator.setup()
+    slow = GatedGenerator(generator, gate)
+    recorder = make_recorder(simulated)
+    async with launch_local(simulated, recorder.failures, {"trainer": trainer, "generator": slow}) as services:
+        task = asyncio.ensure_future(run(services, simulated, recorder, asyncio.Event()))
+        await slow.asked.wait()
+        reached = 1 if max_policy_age == 0 else 2
+        await trainer.until(reached)
+        await asyncio.sleep(0.05)
+        assert (trainer.version, recorder.pacer.trained, recorder.step) == (reached, 0, 0)
+        gate.set()
+        await task
+    assert (trainer.version, recorder.pacer.trained, max(trainer.ages)) == (25, 100, max_policy_age)
+
+
 async def test_an_error_in_a_rollout_ends_the_run_with_that_error(simulated, make_recorder):
     simulated.generator.args["failure_rate"] = 0.05
     with pytest.raises(RuntimeError, match="a simulated failure"):

@@ -118,6 +118,27 @@ async def test_a_death_changes_nothing_in_what_is_learned(config, make_recorder,
     assert recorder.pacer.admitted == recorder.pacer.trained + recorder.pacer.outstanding
 
 
+TRANSFER_DEATHS = [
+    *[
+        ("generator", "receive_weights", nth, when)
+        for nth in (2, 3)
+        for when in ("before", "in", "lost answer", "after")
+    ],
+    *[("trainer", "send_weights", 2, when) for when in ("before", "in", "lost answer", "after")],
+    *[("trainer", "write_weights", 2, when) for when in ("before", "lost answer", "after")],
+    ("trainer", "train_step", 2, "lost answer"),
+]
+
+
+@pytest.mark.parametrize("death", TRANSFER_DEATHS, ids=lambda death: " ".join(map(str, death)))
+async def test_a_death_around_a_broadcast_of_weights_changes_nothing(config, make_recorder, undisturbed, death):
+    """The first three broadcasts make calls 1 and 2, 3 and 4, ... of two generators."""
+    config.weights.transport, config.weights.timeout_s, config.generator.replicas = "collective", 5.0, 2
+    recorder, losses, weights = await train(config, make_recorder, death)
+    assert (losses, weights.checksum) == (undisturbed[0], undisturbed[1].checksum)
+    assert recorder.pacer.admitted == recorder.pacer.trained + recorder.pacer.outstanding
+
+
 @pytest.mark.parametrize("when", ["before", "lost answer", "after"])
 async def test_a_death_around_a_group_that_is_dropped_changes_nothing_either(config, make_recorder, when):
     config.filter.zero_advantage = True

@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from grpo.structured import Interrupted, Signal, raise_first, together, unless, within
+from grpo.structured import Interrupted, Signal, raise_first, together, unless, unless_raised, within
 
 
 async def test_together_gives_results_in_order():
@@ -92,6 +92,37 @@ async def test_unless_passes_a_cancellation_on_and_leaves_no_task():
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_unless_raised_gives_the_result_of_the_work_and_ends_the_watches():
+    async def work():
+        await asyncio.sleep(0)
+        return "done"
+
+    async def watch():
+        await asyncio.get_running_loop().create_future()
+
+    assert await unless_raised(work(), watch(), watch()) == "done"
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_unless_raised_cancels_the_work_when_a_watch_raises():
+    ended = []
+
+    async def work():
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            ended.append("work")
+
+    async def watch():
+        await asyncio.sleep(0)
+        raise ValueError("gone")
+
+    with pytest.raises(ValueError, match="gone"):
+        await unless_raised(work(), watch())
+    assert ended == ["work"]
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from grpo.adapters import Merge, base_of
+from grpo.broadcast import Broadcaster, BroadcastGroup
 from grpo.compute import run_apart
 from grpo.config import RunConfig
 from grpo.engines.base import Engine, Limits
@@ -18,8 +19,9 @@ from grpo.imports import check_arguments
 from grpo.models.loading import load_model, load_skeleton, stop_token_ids
 from grpo.models.tokenizer import load_tokenizer
 from grpo.services import brings_up_to_date, returns_payload
+from grpo.telemetry.recording import span
 from grpo.types import Completion, GenerationReport, GeneratorStats, Prompt, SamplingParams
-from grpo.weights import Weights, parameter_shapes
+from grpo.weights import Weights, WeightsHeader, parameter_shapes
 
 
 class Generator:
@@ -28,6 +30,7 @@ class Generator:
     def __init__(self, config: RunConfig, *, device: str = "cpu", threads: int = 0) -> None:
         self._config, self._device, self._threads = config, device, threads
         self._name = uuid.uuid4().hex
+        self._broadcaster = Broadcaster()
 
     async def setup(self) -> None:
         self._engine = await make_engine(self._config, self._device, self._threads)
@@ -50,11 +53,22 @@ class Generator:
         await self._engine.update_weights(weights)
         return replace(self._engine.stats(), process=self._name)
 
+    async def receive_weights(self, header: WeightsHeader, group: BroadcastGroup) -> GeneratorStats:
+        """As `update_weights`, of weights that the trainer sends to the group. Raises TransferError."""
+        with span("receive", version=header.version):
+            weights = await self._broadcaster.receive(group, header)
+        return await self.update_weights(weights)
+
+    async def leave_group(self) -> None:
+        """A transfer under way raises TransferError."""
+        self._broadcaster.leave()
+
     async def ping(self) -> None:
         """Returns when the engine answers, which may live in a process of its own."""
         await self._engine.ping()
 
     async def close(self) -> None:
+        self._broadcaster.leave()
         if hasattr(self, "_engine"):  # else: it was closed before there was one; what starts ends with the process
             await self._engine.close()
 

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from grpo.broadcast import Broadcaster, BroadcastGroup
 from grpo.compute import ComputeThread, run_apart
 from grpo.config import RunConfig
 from grpo.learner.learner import Learner
@@ -14,10 +15,10 @@ from grpo.learner.objective import Objective
 from grpo.learner.ranks import Ranks, join, leave
 from grpo.learner.state import TrainerState
 from grpo.models.lora import adapters_off, load_policy
-from grpo.services import outlives_its_node, returns_payload
+from grpo.services import of_rank_0, outlives_its_node, returns_payload
 from grpo.telemetry.recording import measure, span
-from grpo.types import Batch
-from grpo.weights import Weights
+from grpo.types import Batch, TransferError
+from grpo.weights import Weights, WeightsHeader
 
 
 class Trainer:
@@ -30,6 +31,8 @@ class Trainer:
         self._config, self._device, self._threads = config, device, threads
         self._ranks, self._joined = Ranks(rank, config.trainer.ranks), False
         self._thread = ComputeThread("trainer", threads)
+        self._broadcaster = Broadcaster()
+        self._written: Weights | None = None
 
     async def setup(self, rendezvous: tuple[str, int] | None = None) -> None:
         """Load the model. Several ranks meet at `rendezvous`, host and port of rank 0, and share it out."""
@@ -59,11 +62,35 @@ class Trainer:
     @returns_payload
     async def push_weights(self) -> tuple[Weights | None, int]:
         """The present weights, of which rank 0 alone has them all, and their version."""
+        await self.write_weights()
+        return self._written, self._learner.version
+
+    async def write_weights(self) -> WeightsHeader | None:
+        """Copy the present weights to where `send_weights` and `written_weights` find them; rank 0 says what they are.
+
+        They are written over by the next call, or by `push_weights`, which must not come before all have them.
+        """
         with span("publish"):
-            weights = await self._thread.run(self._learner.weights)
-        if weights is not None:
-            measure("trainer/published_bytes", weights.buffer.nbytes)
-        return weights, self._learner.version
+            self._written = await self._thread.run(self._learner.weights)
+        if self._written is None:
+            return None
+        measure("trainer/published_bytes", self._written.buffer.nbytes)
+        return self._written.header
+
+    @of_rank_0
+    async def send_weights(self, header: WeightsHeader, group: BroadcastGroup) -> None:
+        """Broadcast what was written, beside the next step. Raises TransferError, also when that were other weights."""
+        if self._written is None or self._written.header != header:
+            raise TransferError("the trainer is a new one that has written no such weights")
+        with span("send"):
+            await self._broadcaster.send(group, self._written)
+
+    @of_rank_0
+    @outlives_its_node
+    @returns_payload
+    async def written_weights(self) -> tuple[Weights | None, int | None]:
+        """What was written, and its version; None where nothing was."""
+        return self._written, None if self._written is None else self._written.version
 
     @outlives_its_node
     @returns_payload
@@ -78,6 +105,7 @@ class Trainer:
         await self._thread.run(self._learner.restore, states)
 
     async def close(self) -> None:
+        self._broadcaster.leave()
         if self._joined:
             await self._thread.run(leave)
         self._thread.close()

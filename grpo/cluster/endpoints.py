@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import socket
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol
 
@@ -36,6 +37,10 @@ class Endpoint(Protocol):
 
     async def until_death(self) -> NoReturn:
         """Raises ActorDied as soon as a process is gone."""
+        ...
+
+    async def rendezvous(self) -> tuple[str, int]:
+        """Host and port at which the actor, or its rank 0, can wait for others."""
         ...
 
     def processes(self) -> Sequence[Process]:
@@ -109,6 +114,10 @@ class LocalEndpoint(Process):
         self._raise_if_dead()
         return self._recording.harvest(go_on=go_on)
 
+    async def rendezvous(self) -> tuple[str, int]:
+        self._raise_if_dead()
+        return "127.0.0.1", free_port()
+
     async def until_death(self) -> NoReturn:
         await self._dead.wait()
         raise self._death()
@@ -126,6 +135,14 @@ class LocalEndpoint(Process):
 
     def _death(self) -> ActorDied:
         return ActorDied(f"{self.name} died: it was killed")
+
+
+def free_port() -> int:
+    """One of this machine that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port: int = free.getsockname()[1]
+        return port
 
 
 Spawn = Callable[[str], Endpoint]  # starts an actor of the given name

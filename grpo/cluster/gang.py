@@ -8,23 +8,19 @@ transport; in either case the actor has died, and whoever replaces it ends what 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
 from grpo.cluster.endpoints import Endpoint, Process
 from grpo.structured import together
 from grpo.types import ActorDied
 
-Rendezvous = tuple[str, int]  # host and port at which rank 0 waits for the others
-
 
 class Gang(Endpoint):
     """The ranks in their order. `release` gives back the place that they held, once they have been ended."""
 
-    def __init__(
-        self, ranks: Sequence[Process], rendezvous: Callable[[], Awaitable[Rendezvous]], release: Callable[[], None]
-    ) -> None:
-        self._ranks, self._rendezvous, self._release = tuple(ranks), rendezvous, release
+    def __init__(self, ranks: Sequence[Process], release: Callable[[], None], apart: Collection[str] = ()) -> None:
+        self._ranks, self._release, self._apart = tuple(ranks), release, apart
         self._turn = asyncio.Lock()
         self._killed = False
 
@@ -33,13 +29,15 @@ class Gang(Endpoint):
         return answer
 
     async def call(self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> list[Any]:
-        """The answers of all ranks; `setup` is told where they meet.
+        """The answers of all ranks; `setup` is told where they meet. Methods in `apart` are calls to rank 0 alone.
 
         The first error of a rank is raised, and not waited for the others: they may be waiting for it.
         """
+        if method in self._apart:
+            return [await self._ranks[0].invoke(method, args, kwargs)]
         async with self._turn:
             if method == "setup":
-                args = (*args, await self._rendezvous())
+                args = (*args, await self.rendezvous())
             try:
                 return await together(*(rank.invoke(method, args, kwargs) for rank in self._ranks))
             except Exception:
@@ -51,6 +49,9 @@ class Gang(Endpoint):
 
     async def ping(self) -> None:
         await together(*(rank.ping() for rank in self._ranks))
+
+    async def rendezvous(self) -> tuple[str, int]:
+        return await self._ranks[0].rendezvous()
 
     async def until_death(self) -> NoReturn:
         await together(*(rank.until_death() for rank in self._ranks))

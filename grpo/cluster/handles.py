@@ -11,10 +11,10 @@ restored. What was acknowledged before is the restorer's business, so no call is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import chain
-from typing import Any
+from typing import Any, NoReturn
 
 from grpo.cluster.endpoints import Endpoint, Process
 from grpo.cluster.replicas import Call, Replica
@@ -49,6 +49,15 @@ class ActorHandle:
 
     def sources(self) -> Sequence[Process]:
         return self.service.processes()
+
+    async def until_gone(self, sources: Iterable[Any]) -> NoReturn:
+        await self.service.until_gone(list(sources))
+
+    async def rendezvous(self) -> tuple[str, int]:
+        (replica,) = self.service.replicas
+        if replica.endpoint is None:
+            raise ActorDied(f"{self.name} is not up")
+        return await replica.endpoint.rendezvous()
 
     def scale(self, replicas: int) -> None:
         self.service.scale(replicas)
@@ -97,6 +106,9 @@ class BoundMethod:
     async def fanout(self, *args: Any, **kwargs: Any) -> list[Any]:
         with waiting_for(f"{self._handle.name}.{self._method}"):
             return await self._handle.service.fanout(Call(self._method, args, kwargs))
+
+    def for_newcomers(self, *args: Any) -> None:
+        self._handle.service.for_newcomers(Call(self._method, args))
 
 
 class _Newcomer:

@@ -33,7 +33,7 @@ from grpo.cluster.replicas import Claims, State
 from grpo.cluster.services import Service, make_service
 from grpo.config import ClusterConfig, RunConfig
 from grpo.failures import Failures
-from grpo.services import Services
+from grpo.services import Services, methods_marked
 from grpo.structured import together, within
 from grpo.types import ConfigError, LaunchError
 
@@ -163,7 +163,7 @@ def _spawn_gang(spec: ActorSpec, name: str) -> Gang:
         _start(spec, f"{name}-{rank}", {**spec.kwargs, "rank": rank}, PlacementGroupSchedulingStrategy(place, rank))
         for rank in range(spec.ranks)
     ]
-    return Gang(ranks, ranks[0].rendezvous, partial(remove_placement_group, place))
+    return Gang(ranks, partial(remove_placement_group, place), methods_marked(spec.cls, "of_rank_0"))
 
 
 def _start(spec: ActorSpec, name: str, kwargs: Mapping[str, Any], where: Any) -> RayEndpoint:

@@ -7,7 +7,6 @@ import dataclasses
 import logging
 import os
 import signal
-import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache, cached_property
@@ -17,7 +16,7 @@ from typing import Any, NoReturn
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
-from grpo.cluster.endpoints import Process
+from grpo.cluster.endpoints import Process, free_port
 from grpo.cluster.files import CarriedConfig
 from grpo.cluster.gathering import Answers, Arguments, GatheredWork, Gathering
 from grpo.collection import collect_as_usual, collect_rarely
@@ -98,9 +97,7 @@ class _Host:
 
     async def rendezvous(self) -> tuple[str, int]:
         """An address of this node that the others reach, and a port that is free there."""
-        with socket.socket() as free:
-            free.bind(("", 0))
-            return ray.util.get_node_ip_address(), free.getsockname()[1]
+        return ray.util.get_node_ip_address(), free_port()
 
     async def ping(self) -> None:
         """Returns when the actor answers: one that has a process behind it asks that too."""
@@ -150,7 +147,6 @@ class RayEndpoint(Process):
         return await self._result(remote.remote((method, args, kwargs), *payloads))
 
     async def rendezvous(self) -> tuple[str, int]:
-        """Host and port at which this process can wait for others."""
         host, port = await self._result(self.actor.rendezvous.remote())
         return host, port
 

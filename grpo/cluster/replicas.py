@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from grpo.cluster.endpoints import Endpoint, Spawn
 from grpo.failures import Death, Failures
+from grpo.services import OnDemand
 from grpo.structured import Signal, cancelled, within
 from grpo.types import ActorDied, LaunchError, PayloadLost
 
@@ -38,6 +39,14 @@ class Call:
     method: str
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+
+    async def fetched(self) -> tuple[Any, ...]:
+        """The arguments, with those that were to be fetched on demand."""
+        return tuple([await arg.value() if isinstance(arg, OnDemand) else arg for arg in self.args])
+
+    def forget(self) -> bool:
+        """Whether there were arguments that can be fetched anew, and will be."""
+        return sum(arg.forget() for arg in self.args if isinstance(arg, OnDemand)) > 0
 
 
 @dataclass(frozen=True)
@@ -287,8 +296,11 @@ class Replica:
             loaded = self._common.latest
             assert loaded is not None
             try:
-                await endpoint.invoke(loaded.method, loaded.args, loaded.kwargs)
+                await endpoint.invoke(loaded.method, await loaded.fetched(), loaded.kwargs)
             except PayloadLost as error:  # with its node, before there was a copy
+                if loaded.forget():
+                    loaded = None
+                    continue
                 self._common.failures.tell(f"{self.name} waits for the next weights: {error}")
                 await self._common.changed.wait_for(lambda: self._common.latest is not loaded)  # noqa: B023
         self._become(State.HEALTHY)

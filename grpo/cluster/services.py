@@ -10,13 +10,14 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import count
-from typing import Any
+from typing import Any, NoReturn
 
 from grpo.cluster.endpoints import Process, Spawn
 from grpo.cluster.plan import ActorSpec
 from grpo.cluster.replicas import Call, Claims, Common, Replica, State, Timeouts
 from grpo.config import RunConfig
 from grpo.failures import Failures
+from grpo.services import methods_marked
 from grpo.structured import cancelled, together
 from grpo.types import ActorDied
 
@@ -72,13 +73,27 @@ class Service:
     async def fanout(self, call: Call) -> list[Any]:
         """The answers of all that are healthy and stay so; at least one."""
         if call.method in self._updates:
-            self.common.latest = call
-            self.common.changed.notify()
+            self.for_newcomers(call)
         while True:
             await self._until(self.healthy)
             answers = await together(*(_unless_it_dies(replica, call) for replica in self.healthy()))
             if any(answers):
                 return [result for answer in answers for result in answer]
+
+    def for_newcomers(self, call: Call) -> None:
+        """What they have to be given before they serve, in the place of what was so far."""
+        self.common.latest = call
+        self.common.changed.notify()
+
+    async def until_gone(self, processes: Sequence[Process]) -> NoReturn:
+        """Raises ActorDied as soon as one of them serves no more."""
+
+        def gone() -> list[str]:
+            serving = self.processes()
+            return [process.name for process in processes if process not in serving]
+
+        names = await self.common.changed.wait_for(gone)
+        raise ActorDied(f"{', '.join(names)} left")
 
     def scale(self, replicas: int) -> None:
         """Start more, or let some finish what they have and leave, the healthy ones last; at least one stays."""
@@ -149,5 +164,5 @@ def make_service(spec: ActorSpec, spawn: Spawn, failures: Failures, config: RunC
         Common(spawn, failures, timeouts, claims),
         spec.replicas,
         optional_replicas=spec.optional_replicas,
-        updates=frozenset(name for name in dir(spec.cls) if hasattr(getattr(spec.cls, name), "brings_up_to_date")),
+        updates=methods_marked(spec.cls, "brings_up_to_date"),
     )

@@ -72,6 +72,16 @@ class Stopwatch:
             self.seconds[name] = self._clock() - started
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainedStep:
+    """What is known of a step once the trainer has taken it: its own metrics, the batch, how long its stages took."""
+
+    number: int
+    metrics: Metrics
+    batch: BatchReport
+    times: Stopwatch
+
+
 class Recorder:
     """The driver's memory. All methods are quick and called on the event loop; files are written in a thread."""
 
@@ -229,18 +239,12 @@ class Recorder:
         self.warn(f"no checkpoint of step {step}: {error}; those before it are intact, and the training goes on")
 
     @contextmanager
-    def metrics_line(
-        self,
-        step: int,
-        trained: Metrics,
-        batch: BatchReport,
-        generators: Sequence[GeneratorStats],
-        times: Stopwatch,
-    ) -> Iterator[None]:
+    def metrics_line(self, trained: TrainedStep, generators: Sequence[GeneratorStats]) -> Iterator[None]:
         """A step has finished: its line of metrics is written and shown when the block ends, however it ends.
 
         In the block the step is evaluated if that is due, so the last line carries the last evaluation.
         """
+        step, batch = trained.number, trained.batch
         self.failures.step_trained()
         self.run_dir.append("ledger.jsonl", {"step": step, "trained": [self.pacer.entry(t) for t in batch.tickets]})
         now = time.perf_counter()
@@ -251,8 +255,8 @@ class Recorder:
             "wall_s": self.wall_s,
             "reward/mean": fmean(rewards),
             "reward/group_std": fmean(_spread(group) for group in batch.rewards),
-            **trained,
-            **times.seconds,
+            **trained.metrics,
+            **trained.times.seconds,
             "time/step_s": step_s,
             **self._generator_metrics(generators, now),
             **self._rollout_metrics(),

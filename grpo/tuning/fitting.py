@@ -148,13 +148,14 @@ def _calls(adds: Array) -> tuple[float, float]:
 def _step_calls(trace: Trace) -> Iterable[float]:
     """What the calls of the training cost beside the work that was done in them, a mean for each kind."""
     services = _trainer_services(trace)
-    work = {
-        "trainer.train_step": services["train_step"],
-        "trainer.push_weights": services["publish"],
-        "generator.update_weights": [span.seconds for span in trace.of("generator", "load")],
+    work = {  # by the names of either transport of weights
+        ("trainer.train_step",): services["train_step"],
+        ("trainer.push_weights", "trainer.write_weights"): services["publish"],
+        ("generator.update_weights", "generator.receive_weights"): [s.seconds for s in trace.of("generator", "load")],
     }
-    for name, seconds in work.items():
-        yield max(0.0, _mean(wait.seconds for wait in trace.driver(name, kind="wait")) - _mean(seconds))
+    for names, seconds in work.items():
+        waits = (wait.seconds for name in names for wait in trace.driver(name, kind="wait"))
+        yield max(0.0, _mean(waits) - _mean(seconds))
 
 
 def _fit(measured: Array, *, contended: bool = False) -> tuple[Cost, float]:

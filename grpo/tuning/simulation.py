@@ -10,11 +10,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from grpo.cluster.local import launch_local
-from grpo.config import CheckpointConfig, EvalConfig, LossConfig, RunConfig, ShapingConfig, WatchdogConfig
+from grpo.config import (
+    CheckpointConfig,
+    EvalConfig,
+    LossConfig,
+    RunConfig,
+    ShapingConfig,
+    WatchdogConfig,
+    WeightsConfig,
+)
 from grpo.failures import Failures
 from grpo.loop import run
 from grpo.observe.display import Silent
-from grpo.observe.recorder import Recorder, Stopwatch
+from grpo.observe.recorder import Recorder, Stopwatch, TrainedStep
 from grpo.observe.run_dir import RunDirectory
 from grpo.pacing import Pacer
 from grpo.run import make_pacer
@@ -23,7 +31,7 @@ from grpo.tuning.profile import Profile
 from grpo.tuning.simulated import simulated_actors
 from grpo.tuning.virtual_time import run_in_virtual_time
 from grpo.tuning.world import World
-from grpo.types import BatchReport, GeneratorStats, Rollout
+from grpo.types import GeneratorStats, Rollout
 
 Metrics = dict[str, float]
 
@@ -53,6 +61,7 @@ def _as_simulated(config: RunConfig, steps: int) -> RunConfig:
         generator=dataclasses.replace(config.generator, max_replicas=None),
         loss=LossConfig(beta=config.loss.beta),
         shaping=ShapingConfig(),
+        weights=WeightsConfig(),
         eval=EvalConfig(),
         checkpoint=CheckpointConfig(every=0),
         watchdog=WatchdogConfig(seconds=_NEVER_S),
@@ -83,18 +92,11 @@ class _Recorder(Recorder):
         """Nothing of it is wanted."""
 
     @contextmanager
-    def metrics_line(
-        self,
-        step: int,
-        trained: Metrics,
-        batch: BatchReport,
-        generators: Sequence[GeneratorStats],
-        times: Stopwatch,
-    ) -> Iterator[None]:
+    def metrics_line(self, trained: TrainedStep, generators: Sequence[GeneratorStats]) -> Iterator[None]:
         now_s = asyncio.get_running_loop().time()
         step_s, self._before_s = now_s - self._before_s, now_s
         rates = self._generator_metrics(generators, now_s)
-        self.lines.append({**trained, **times.seconds, **rates, "time/step_s": step_s})
-        self.step = step
+        self.lines.append({**trained.metrics, **trained.times.seconds, **rates, "time/step_s": step_s})
+        self.step = trained.number
         self.failures.step_trained()
         yield

@@ -14,15 +14,18 @@ import torch
 from torch import nn
 
 from benchmarks.figures import Figure
+from grpo.broadcast import Broadcaster, BroadcastGroup
 from grpo.cluster.launch import launch_actors, ray_cluster
 from grpo.cluster.plan import ActorSpec
 from grpo.config import ClusterConfig, RunConfig
 from grpo.failures import Failures
 from grpo.services import brings_up_to_date, returns_payload
-from grpo.weights import StagedWeights, Weights, WeightsWriter, check_intact
+from grpo.structured import together
+from grpo.weights import StagedWeights, Weights, WeightsHeader, WeightsWriter, check_intact
 
 _WIDTH = 1024
 _COPIED = 2**28  # bytes, much more than the caches hold
+_BROADCASTS = 5
 _GIB = 2**30
 _MAY_GROW = 0.1  # of the weights' bytes: what else goes on on the machine is part of it
 
@@ -44,6 +47,7 @@ class Publisher:
         self._dtype = getattr(torch, dtype)
         self._model = Layers(nbytes * 4 // self._dtype.itemsize, torch.float32)
         self._writer, self._version = WeightsWriter(self._model, self._dtype), 0
+        self._written, self._broadcaster = self._writer.write(0), Broadcaster()
         self._source, self._target = np.full(_COPIED, 1, dtype=np.uint8), np.full(_COPIED, 2, dtype=np.uint8)
 
     async def setup(self) -> None: ...
@@ -55,11 +59,17 @@ class Publisher:
         return _timed(lambda: np.copyto(self._target, self._source)) * nbytes / _COPIED
 
     @returns_payload
-    async def push_weights(self) -> tuple[Weights, float]:
+    async def push_weights(self) -> tuple[Weights, int]:
+        await self.write_weights()
+        return self._written, self._version
+
+    async def write_weights(self) -> WeightsHeader:
         self._version += 1
-        began = time.perf_counter()
-        weights = self._writer.write(self._version)
-        return weights, time.perf_counter() - began
+        self._written = self._writer.write(self._version)
+        return self._written.header
+
+    async def send_weights(self, group: BroadcastGroup) -> None:
+        await self._broadcaster.send(group, self._written)
 
 
 class Receiver:
@@ -67,7 +77,7 @@ class Receiver:
 
     def __init__(self, nbytes: int, dtype: str) -> None:
         torch.set_num_threads(1)
-        self._model = Layers(nbytes, getattr(torch, dtype))
+        self._model, self._broadcaster = Layers(nbytes, getattr(torch, dtype)), Broadcaster()
 
     async def setup(self) -> None: ...
 
@@ -78,6 +88,9 @@ class Receiver:
         """Seconds in which nothing could be generated."""
         await asyncio.to_thread(check_intact, weights)
         return _timed((await asyncio.to_thread(StagedWeights, self._model, weights)).swap)
+
+    async def receive_weights(self, header: WeightsHeader, group: BroadcastGroup) -> float:
+        return await self.update_weights(await self._broadcaster.receive(group, header))
 
 
 def run(quick: bool) -> list[Figure]:
@@ -101,6 +114,8 @@ def _figures(what: str, measured: dict[int, dict[str, float]], nbytes: int) -> l
         Figure("weights", f"{what}: pause, in copies", one["pause_s"] / one["memcpy_s"], at_most=1.3),
         Figure("weights", f"{what}: four replicas over one, per core", four_over_one / rounds, at_most=1.5),
         Figure("weights", f"{what}: growth of memory, four replicas", four["growth"], at_most=_MAY_GROW),
+        Figure("weights", f"{what}: by broadcast, in copies", one["broadcast_s"] / one["memcpy_s"]),
+        Figure("weights", f"{what}: by broadcast to four, in copies", four["broadcast_s"] / four["memcpy_s"]),
     ]
 
 
@@ -109,7 +124,7 @@ async def _measure(nbytes: int, dtype: str, replicas: int, updates: int) -> dict
     specs = [ActorSpec("publisher", Publisher, kwargs), ActorSpec("receiver", Receiver, kwargs, replicas)]
     async with launch_actors(specs, config, Failures(config.recovery)) as handles:
         publisher, receiver = handles["publisher"], handles["receiver"]
-        memcpys_s, totals_s, pauses_s, used = [], [], [], []
+        memcpys_s, totals_s, pauses_s, broadcasts_s, used = [], [], [], [], []
         for _ in range(updates + 2):
             began = time.perf_counter()
             (weights, _), *_ = await publisher.push_weights.call()
@@ -118,10 +133,18 @@ async def _measure(nbytes: int, dtype: str, replicas: int, updates: int) -> dict
             memcpys_s.append(await publisher.memcpy_s.call_one(nbytes))
             del weights
             used.append(_used_bytes())
+        host, port = await publisher.rendezvous()
+        group = BroadcastGroup(replicas, host, port, replicas, "gloo", int(config.weights.bucket_mb * 2**20), 600.0)
+        for _ in range(_BROADCASTS + 1):
+            began = time.perf_counter()
+            header = await publisher.write_weights.call_one()
+            await together(publisher.send_weights.call(group), receiver.receive_weights.fanout(header, group))
+            broadcasts_s.append(time.perf_counter() - began)
     return {
         "memcpy_s": median(memcpys_s[2:]),
         "total_s": median(totals_s[2:]),  # pages are touched for the first time in the first ones
         "pause_s": median(pauses_s[2:]),
+        "broadcast_s": median(broadcasts_s[1:]),  # the group meets in the first one
         "growth": (median(used[-3:]) - median(used[2:5])) / nbytes,
     }
 

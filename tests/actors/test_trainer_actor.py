@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from grpo.actors.trainer import Trainer
+from grpo.broadcast import BroadcastGroup
 from grpo.config import ModelConfig
 from grpo.learner.collate import samples_of
 from grpo.learner.logprobs import TokenLogprobs
 from grpo.models.loading import load_model
 from grpo.models.tiny import tiny_llama
-from grpo.types import Batch, StalenessError, WeightsError
+from grpo.types import Batch, StalenessError, TransferError, WeightsError
 
 
 @pytest.fixture
@@ -51,6 +52,29 @@ async def test_a_step_makes_version_1_with_other_weights(make_trainer, config, m
     assert metrics["trainer/lr"] == config.trainer.lr
     initial = initial_weights(config)
     assert not any(torch.equal(tensor, initial[name]) for name, tensor in weights.tensors())
+
+
+async def test_what_was_written_is_there_until_it_is_written_anew(make_trainer, make_group):
+    trainer = await make_trainer()
+    assert await trainer.written_weights() == (None, None)
+    header = await trainer.write_weights()
+    await trainer.train_step(Batch([make_group()]))
+    weights, version = await trainer.written_weights()
+    assert (version, weights.header) == (0, header)
+    assert (await trainer.write_weights()).version == 1
+
+
+async def test_other_weights_than_those_that_were_announced_are_not_sent(make_trainer, make_group):
+    """As after the death of a trainer between the two calls."""
+    group = BroadcastGroup(0, "127.0.0.1", 1, 1, "gloo", 1000, 1.0)
+    header = await (await make_trainer()).write_weights()
+    other = await make_trainer()
+    with pytest.raises(TransferError, match="has written no such weights"):
+        await other.send_weights(header, group)
+    await other.train_step(Batch([make_group()]))
+    await other.write_weights()
+    with pytest.raises(TransferError, match="has written no such weights"):
+        await other.send_weights(header, group)
 
 
 @pytest.mark.parametrize(("temperature", "effective"), [(1.0, 1.0), (0.7, 0.7), (0.0, 1.0)])

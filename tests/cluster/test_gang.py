@@ -22,16 +22,22 @@ class Rank:
     def __init__(self, number, barrier):
         self.number, self._barrier = number, barrier
         self.met_at, self.heard, self.closed, self.waiting = None, [], False, asyncio.Event()
+        self.may_go = asyncio.Event()
+        self.may_go.set()
 
     async def setup(self, rendezvous):
         self.met_at = rendezvous
 
     async def step(self, batch):
+        await self.may_go.wait()
         self.heard.append(batch)
         measure("rank", self.number, "max")
         self.waiting.set()
         await self._barrier.wait()
         return f"{batch} on {self.number}"
+
+    async def alone(self):
+        return f"{self.number} beside {self.heard}"
 
     async def late(self, turns, word):
         """Rank 1 takes longer than rank 0 until it begins."""
@@ -58,6 +64,17 @@ class Rank:
         self.closed = True
 
 
+class MeetsHere(LocalEndpoint):
+    """Says where its generation of ranks meets."""
+
+    def __init__(self, rank, name, generation):
+        super().__init__(rank, name)
+        self._generation = generation
+
+    async def rendezvous(self):
+        return "here", self._generation
+
+
 class Fleet:
     """A service of one gang, with all ranks that were ever started, by generation."""
 
@@ -78,16 +95,13 @@ class Fleet:
             for rank in ranks:
                 rank.setup = lambda rendezvous, rank=rank: self._setup(self, rank)
         self.generations.append(ranks)
-        self.endpoints.append(tuple(LocalEndpoint(rank, f"{name}-{rank.number}") for rank in ranks))
         generation = len(self.generations)
-
-        async def rendezvous():
-            return "here", generation
+        self.endpoints.append(tuple(MeetsHere(rank, f"{name}-{rank.number}", generation) for rank in ranks))
 
         def release():
             self.released += 1
 
-        return Gang(self.endpoints[-1], rendezvous, release)
+        return Gang(self.endpoints[-1], release, apart={"alone"})
 
     async def __aenter__(self):
         await self.service.ready()
@@ -116,6 +130,18 @@ async def test_the_other_verbs_reach_every_rank_and_have_the_answer_of_the_first
         assert await fleet.trainer.step.route("b") == "b on 0"
         assert await fleet.trainer.step.fanout("c") == ["c on 0"]
         assert [rank.heard for rank in fleet.generations[0]] == [["a", "b", "c"]] * 2
+
+
+async def test_rank_0_is_asked_alone_while_all_are_at_work():
+    async with Fleet() as fleet:
+        first, second = fleet.generations[0]
+        second.may_go.clear()
+        step = asyncio.ensure_future(fleet.trainer.step.call("batch"))
+        await first.waiting.wait()
+        assert await fleet.trainer.alone.call() == ["0 beside ['batch']"]
+        assert not step.done()
+        second.may_go.set()
+        assert await step == ["batch on 0", "batch on 1"]
 
 
 async def test_the_ranks_are_told_where_they_meet_every_time_they_start():

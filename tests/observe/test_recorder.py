@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import pytest
 
+from grpo.observe.recorder import TrainedStep
 from grpo.observe.sinks.fanout import Sinks
 from grpo.telemetry.accumulators import MetricSet
 from grpo.telemetry.recording import Harvest, Span
@@ -46,7 +47,7 @@ def record_steps(recorder, rewards):
                 pass
         batch = batch_of(Ticket(step), reward)
         trained = {"loss": 0.1, "policy_age/max": step % 2, "policy_age/mean": 0.5}
-        with recorder.metrics_line(step, trained, batch, [GeneratorStats(step * 0.001, step * 10)], times):
+        with recorder.metrics_line(TrainedStep(step, trained, batch, times), [GeneratorStats(step * 0.001, step * 10)]):
             pass
 
 
@@ -179,7 +180,7 @@ def test_the_line_is_written_when_the_evaluation_after_the_step_fails(tiny_confi
             pass
     with (
         pytest.raises(ValueError, match="no answer"),
-        recorder.metrics_line(1, trained, batch, [GeneratorStats(0.1, 1)], times),
+        recorder.metrics_line(TrainedStep(1, trained, batch, times), [GeneratorStats(0.1, 1)]),
     ):
         raise ValueError("no answer")
     assert [line["step"] for line in lines(recorder)] == [1]
@@ -216,7 +217,7 @@ def test_a_generator_that_replaces_another_counts_from_zero(tiny_config, make_re
     batch = batch_of(Ticket(1), 0.5)
     trained = {"loss": 0.1, "policy_age/max": 0, "policy_age/mean": 0.0}
     after = [GeneratorStats(0.001, 70, "new"), GeneratorStats(10.001, 9_030, "other")]
-    with recorder.metrics_line(1, trained, batch, after, times):
+    with recorder.metrics_line(TrainedStep(1, trained, batch, times), after):
         pass
     recorder.run_dir.close()
     (line,) = recorder.run_dir.read("metrics.jsonl")

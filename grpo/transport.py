@@ -1,0 +1,142 @@
+"""How weights get from the trainer to the generators: through Ray's object store, or by a broadcast among processes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Any, Protocol
+
+from grpo.broadcast import BroadcastGroup
+from grpo.config import RunConfig
+from grpo.device import broadcast_backend
+from grpo.services import OnDemand, Services
+from grpo.structured import together, unless_raised
+from grpo.telemetry.recording import measure
+from grpo.types import ActorDied, GeneratorStats, PayloadLost, TransferError
+
+_MOST_FAILURES = 3  # transfers in a row; then the object store is what is left
+
+
+class Transport(Protocol):
+    """`take` and `spread` are called by turns."""
+
+    async def take(self) -> None:
+        """Copy the trainer's weights as they are."""
+
+    async def spread(self) -> list[GeneratorStats]:
+        """Bring what was taken into every generator; returns once all of them have acknowledged it."""
+
+    async def reference(self) -> Any:
+        """To what was taken, in the object store, for others to load."""
+
+
+def make_transport(services: Services, config: RunConfig, tell: Callable[[str], None]) -> Transport:
+    """What `weights.transport` names."""
+    return ObjectStore(services) if config.weights.transport == "object_store" else Collective(services, config, tell)
+
+
+class ObjectStore:
+    """Published once, fetched once by every node, mapped by every process there. Works on any cluster."""
+
+    def __init__(self, services: Services) -> None:
+        self._trainer, self._generator = services.trainer, services.generator
+        self._weights: Any = None
+
+    async def take(self) -> None:
+        self._weights = None  # two versions at most take up room in the store: that of the generators, and the next
+        (self._weights, _), *_ = await self._trainer.push_weights.call()
+
+    async def spread(self) -> list[GeneratorStats]:
+        return await self._generator.update_weights.fanout(self._weights)
+
+    async def reference(self) -> Any:
+        return self._weights
+
+
+class Collective:
+    """Broadcast from the trainer's buffer into a buffer of every generator.
+
+    The group is the trainer and the generators that serve at the moment; another one meets when they are others. When
+    a member leaves, or a transfer fails, this version goes through the object store, where newcomers and evaluators
+    find theirs in any case: it is put there when the first of them asks.
+    """
+
+    def __init__(self, services: Services, config: RunConfig, tell: Callable[[str], None]) -> None:
+        self._trainer, self._generator = services.trainer, services.generator
+        self._settings, self._backend, self._tell = config.weights, broadcast_backend(config), tell
+        self._writing = asyncio.Lock()  # to the trainer's buffer, or having it put into the store
+        self._header: Any = None
+        self._weights = OnDemand(self._stored)
+        self._members: tuple[Sequence[Any], Sequence[Any]] = ((), ())  # the trainer's processes, and the generators
+        self._group: BroadcastGroup | None = None
+        self._numbers = count()
+        self._failures = 0  # in a row
+
+    async def take(self) -> None:
+        async with self._writing:
+            self._header, *_ = await self._trainer.write_weights.call()
+            self._weights = OnDemand(self._stored)
+
+    async def spread(self) -> list[GeneratorStats]:
+        self._generator.update_weights.for_newcomers(self._weights)
+        if self._failures < _MOST_FAILURES:
+            try:
+                stats = await self._broadcast()
+            except (ActorDied, TransferError) as error:
+                await self._give_up(error)
+            else:
+                self._failures = 0
+                return stats
+        return await self._generator.update_weights.fanout(await self._weights.value())
+
+    async def reference(self) -> Any:
+        return await self._weights.value()
+
+    async def _stored(self) -> Any:
+        """A new trainer may have nothing to put there: then its present weights, which are as new or newer."""
+        try:
+            async with self._writing:
+                (weights, version), *_ = await self._trainer.written_weights.call()
+                if version is None:
+                    (weights, _), *_ = await self._trainer.push_weights.call()
+        except ActorDied as error:  # for good; who asks is not to be taken for dead
+            raise PayloadLost(f"the weights went with the trainer: {error}") from error
+        return weights
+
+    async def _broadcast(self) -> list[GeneratorStats]:
+        """Raises ActorDied when a member leaves, or there is none; TransferError."""
+        group = await self._meeting()
+        trainer, generators = self._members
+        transfer = together(
+            self._trainer.send_weights.call(self._header, group),
+            self._generator.receive_weights.fanout(self._header, group),
+        )
+        gone = self._trainer.until_gone(trainer), self._generator.until_gone(generators)
+        _, stats = await unless_raised(transfer, *gone)
+        return list(stats)
+
+    async def _meeting(self) -> BroadcastGroup:
+        """The group of those that serve; a new one where they are others than last time."""
+        while self._group is None or self._serving() != self._members:
+            self._members = trainer, generators = self._serving()
+            if not (trainer and generators):
+                raise ActorDied("nobody is there to send weights, or to receive them")
+            host, port = await self._trainer.rendezvous()  # others may serve by then
+            self._group = BroadcastGroup(
+                next(self._numbers), host, port, len(generators), self._backend,
+                int(self._settings.bucket_mb * 2**20), self._settings.timeout_s,
+            )  # fmt: skip
+        return self._group
+
+    def _serving(self) -> tuple[Sequence[Any], Sequence[Any]]:
+        return tuple(self._trainer.sources()), tuple(self._generator.sources())
+
+    async def _give_up(self, error: Exception) -> None:
+        """Have generators leave the group: what is late must not be loaded. The next transfer makes a new one."""
+        self._group = None
+        self._failures += isinstance(error, TransferError)
+        measure("weights/transfers_failed", 1, "sum")
+        ever = "" if self._failures < _MOST_FAILURES else f", and so do all others: {_MOST_FAILURES} failed in a row"
+        self._tell(f"{error}; these weights go through the object store{ever}")
+        await self._generator.leave_group.fanout()
