@@ -187,7 +187,7 @@ class GeneratorConfig:
     max_replicas: int | None = None  # above `replicas`: as many more as the cluster has room for, now or later
     weight_update: str = "in_flight"  # in_flight, in_flight_recompute, drain
     max_sequences: int = 256  # completions decoded together by one replica
-    cuda_graphs: bool = True  # of the torch engine's decode steps, on a GPU, where the model allows
+    cuda_graphs: bool = True  # of decode steps, on a GPU, where the model allows; false is vLLM's enforce_eager
     num_cpus: float = 1.0
     num_gpus: float = 0.0
     threads: int = 0

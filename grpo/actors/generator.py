@@ -101,6 +101,7 @@ async def make_engine(config: RunConfig, device: str, threads: int) -> Engine:
                 "trust_remote_code": config.model.trust_remote_code,
                 "load_format": "auto" if config.model.pickled_weights else "safetensors",
                 "tensor_parallel_size": settings.tensor_parallel,
+                "enforce_eager": not settings.cuda_graphs,
                 "gpu_memory_utilization": settings.gpu_memory_fraction,
                 # vLLM must not ask Ray for workers: this actor has the GPUs.
                 "distributed_executor_backend": "mp" if settings.tensor_parallel > 1 else None,
