@@ -35,7 +35,7 @@ _AHEAD = 2  # buckets under way: the next one leaves while the last one arrives
 class BroadcastGroup:
     """One sender, who waits for the others at `host` and `port`, and so many receivers. `backend` is gloo or nccl.
 
-    No two groups of a run have the same number.
+    Later groups of a run have higher numbers.
     """
 
     number: int
@@ -56,6 +56,7 @@ class Broadcaster:
 
     def __init__(self) -> None:
         self._place: _Place | None = None
+        self._left = -1  # the number of the last group that was left; calls may arrive late
 
     async def send(self, group: BroadcastGroup, weights: Weights) -> None:
         """Returns when their buffer may be written to again. Raises TransferError."""
@@ -65,14 +66,17 @@ class Broadcaster:
         """The weights behind a header; with NCCL, good until the next call. Raises TransferError."""
         return await self._in(group, sends=False).run(lambda member: member.receive(header))
 
-    def leave(self) -> None:
-        """Leave the group; calls under way raise TransferError."""
-        if self._place is not None:
+    def leave(self, number: int | None = None) -> None:
+        """Leave the group of the moment, or those up to a number; calls of it raise TransferError."""
+        if self._place is not None and (number is None or self._place.group.number <= number):
             self._place.leave()
-            self._place = None
+            self._left, self._place = max(self._left, self._place.group.number), None
+        self._left = max(self._left, -1 if number is None else number)
 
     def _in(self, group: BroadcastGroup, *, sends: bool) -> _Place:
-        if self._place is None or self._place.group != group:
+        if group.number <= self._left:
+            raise TransferError("the group was left before")
+        if self._place is None or self._place.group.number != group.number:
             self.leave()
             self._place = _Place(group, sends=sends)
         return self._place

@@ -16,12 +16,13 @@ def device_for(num_gpus: float) -> str:
 def broadcast_backend(config: RunConfig) -> str:
     """Of torch.distributed, for weights on their way to the generators: `weights.backend`, or which one `auto` is.
 
-    NCCL has a GPU in one process of a group only, so none that is shared; and vLLM's is that of processes of its own.
+    NCCL has a GPU in one process of a group only, so none that is shared; vLLM's is that of processes of its own; and
+    on one where ranks of the trainer talk over it at the same time, each may wait for the other.
     """
     if config.weights.backend != "auto":
         return config.weights.backend
     whole_gpus = config.trainer.num_gpus >= 1 and config.generator.num_gpus >= 1
-    return "nccl" if whole_gpus and config.generator.engine == "torch" else "gloo"
+    return "nccl" if whole_gpus and config.generator.engine == "torch" and config.trainer.ranks == 1 else "gloo"
 
 
 def gpus_here() -> int:

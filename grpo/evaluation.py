@@ -62,10 +62,10 @@ class Evaluation:
         evaluation is finished. One that is due while another still runs is skipped and counted, the last one never.
         Raises Interrupted when the shutdown comes first.
         """
-        if not self.is_due(step):
-            return
         last = step == self._config.trainer.max_steps
-        if self._running is not None and not self._running.done() and not last:
+        if not self._is_due(step, last):
+            return
+        if not self.holds_up(step):
             self._recorder.evaluation_skipped(step)
             return
         with self._recorder.evaluation_wait():
@@ -81,8 +81,13 @@ class Evaluation:
         if self._running is not None:
             self._running.cancel()
 
-    def is_due(self, step: int) -> bool:
-        every, last = self._config.eval.every, step == self._config.trainer.max_steps
+    def holds_up(self, step: int) -> bool:
+        """Whether the training waits for one after `step`: it is due, and will not be skipped."""
+        last = step == self._config.trainer.max_steps
+        return self._is_due(step, last) and (last or self._running is None or self._running.done())
+
+    def _is_due(self, step: int, last: bool) -> bool:
+        every = self._config.eval.every
         if any(report.step == step for report in self._recorder.evaluations):
             return False  # a resumed run begins with a step that was evaluated before
         return self._config.eval.prompts > 0 and (step == 0 or last or (every > 0 and step % every == 0))

@@ -120,11 +120,11 @@ async def continuous_training(run: Run, recovery: Recovery, evaluation: Evaluati
         with times("time/train_step_s", step=step, tickets=[ticket.serial for ticket in taken.tickets]):
             metrics, *_ = await trainer.train_step.call(batch)
         with times("time/weight_sync_s"):
-            await together(run.weights.publish(), recovery.step_trained(step, batch))
+            await together(run.weights.publish(wait=evaluation.holds_up(step)), recovery.step_trained(step, batch))
         del batch  # it takes up room in the object store for as long as it is held
         run.pacer.concurrency.step_trained(times.seconds)
         finished = finish_step(TrainedStep(step, metrics, taken, times), run, evaluation)
-        await run.weights.beside_next_step(finished, unless=evaluation.is_due(step))
+        await run.weights.beside_next_step(finished)
         await checkpoints.after(step)
 
 

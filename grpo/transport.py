@@ -133,10 +133,12 @@ class Collective:
         return tuple(self._trainer.sources()), tuple(self._generator.sources())
 
     async def _give_up(self, error: Exception) -> None:
-        """Have generators leave the group: what is late must not be loaded. The next transfer makes a new one."""
-        self._group = None
-        self._failures += isinstance(error, TransferError)
+        """Have all leave the group: what is late must not be loaded. The next transfer makes a new one."""
+        if self._group is not None:
+            number = self._group.number
+            await together(self._generator.leave_group.fanout(number), self._trainer.leave_group.call(number))
+            self._group = None
+        self._failures += isinstance(error, TransferError) and self._serving() == self._members
         measure("weights/transfers_failed", 1, "sum")
         ever = "" if self._failures < _MOST_FAILURES else f", and so do all others: {_MOST_FAILURES} failed in a row"
         self._tell(f"{error}; these weights go through the object store{ever}")
-        await self._generator.leave_group.fanout()

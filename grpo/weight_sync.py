@@ -10,7 +10,7 @@ from grpo.config import RunConfig
 from grpo.services import Services
 from grpo.transport import make_transport
 from grpo.types import GeneratorStats
-from grpo.waiting import begin_activity
+from grpo.waiting import begin_activity, waiting_for
 
 R = TypeVar("R")
 
@@ -19,8 +19,8 @@ class WeightSync:
     """The weights are copied between two train steps, and travel beside the next one.
 
     Tickets bound staleness: they come back when the weights are in use, however far the trainer is by then. It waits
-    only for the version before the one that it has, whose buffer is written to again, and with
-    `buffer.max_policy_age=0` for every one: before, there is no batch to go on with.
+    for the version before the one that it has, whose buffer is written to again. With `buffer.max_policy_age=0` it
+    waits for every version: before, there is no batch to go on with.
     """
 
     def __init__(
@@ -31,24 +31,30 @@ class WeightSync:
         self._spreading: asyncio.Task[list[GeneratorStats]] | None = None
         self._finishing: asyncio.Task[None] | None = None
 
-    async def publish(self) -> None:
-        """Copy the trainer's weights as they are, once the version before is in use; then they are on their way."""
+    async def publish(self, *, wait: bool = False) -> None:
+        """Copy the trainer's weights as they are, once the version before is in use, and send them on their way.
+
+        With `wait`, or synchronously, returns when they are live.
+        """
         await self.done()
         await self._transport.take()
         self._spreading = self._tasks.create_task(_apart(self._transport.spread()), name="weights")
+        if wait or self._synchronous:
+            await self.live()
 
     async def live(self) -> list[GeneratorStats]:
         """Wait until every generator has acknowledged what was published."""
         assert self._spreading is not None
-        return await self._spreading
+        with waiting_for("weights"):
+            return await self._spreading
 
     async def reference(self) -> Any:
         """To the weights that were published, for others to load."""
         return await self._transport.reference()
 
-    async def beside_next_step(self, work: Coroutine[Any, Any, None], *, unless: bool) -> None:
-        """Begin `work`, which waits until they are live, and return; its errors end the run. Or wait for it."""
-        if unless or self._synchronous:
+    async def beside_next_step(self, work: Coroutine[Any, Any, None]) -> None:
+        """Begin `work`, which waits until they are live, and return; its errors end the run. If they are, do it now."""
+        if self._spreading is not None and self._spreading.done():
             await work
             return
         self._finishing = self._tasks.create_task(_apart(work), name="step")
@@ -56,7 +62,8 @@ class WeightSync:
     async def done(self) -> None:
         """Wait until that is over."""
         if self._finishing is not None:
-            await asyncio.wait([self._finishing])
+            with waiting_for("weights"):
+                await asyncio.wait([self._finishing])
             self._finishing.result()
 
 

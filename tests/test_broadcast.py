@@ -119,9 +119,22 @@ async def test_who_leaves_waits_no_longer(broadcasters):
     assert [str(result) for result in results] == ["the group was left while weights were on their way"] * 2
 
 
+async def test_calls_of_a_group_that_was_left_or_is_older_are_refused(broadcasters):
+    """They may arrive late."""
+    sender, (receiver, *_) = broadcasters()
+    old, new = group_of(1), group_of(1)
+    receiver.leave(old.number)
+    with pytest.raises(TransferError, match="was left before"):
+        await receiver.receive(old, weights_of(5000).header)
+    await transfer(sender, [receiver], new, weights_of(5000))
+    receiver.leave(old.number)
+    (received,) = await transfer(sender, [receiver], new, weights_of(5000, version=2))
+    assert received.version == 2
+
+
 async def test_when_one_leaves_in_the_middle_the_others_hear_of_it(broadcasters):
     sender, receivers = broadcasters()
-    group = group_of(3)
+    group = group_of(3, bucket_bytes=1_000_000, timeout_s=3.0)
     await transfer(sender, receivers, group, weights_of(5000))
     receivers[2].leave()
     results = await asyncio.gather(

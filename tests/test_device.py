@@ -22,7 +22,9 @@ def test_weights_go_over_nccl_where_all_have_whole_gpus_to_themselves(trainer, g
     config = RunConfig()
     config.trainer.num_gpus, config.generator.num_gpus, config.generator.engine = trainer, generator, engine
     assert broadcast_backend(config) == backend
-    config.weights.backend = "gloo"
+    config.trainer.ranks = 2
+    assert broadcast_backend(config) == "gloo"
+    config.trainer.ranks, config.weights.backend = 1, "gloo"
     assert broadcast_backend(config) == "gloo"
 
 

@@ -37,6 +37,9 @@ class NotingTrainer:
         self.asked.append(self.version)
         return self.written, None if self.written is None else self.version
 
+    async def leave_group(self, number):
+        """Nothing is under way."""
+
 
 class NotingGenerator:
     """Notes versions by how they came; `fails` makes transfers fail, `waits` makes them wait for ever."""
@@ -61,7 +64,7 @@ class NotingGenerator:
         self.loaded.append(weights.version)
         return GeneratorStats(0.0, weights.version)
 
-    async def leave_group(self):
+    async def leave_group(self, number):
         self.left += 1
 
 

@@ -59,9 +59,9 @@ class Generator:
             weights = await self._broadcaster.receive(group, header)
         return await self.update_weights(weights)
 
-    async def leave_group(self) -> None:
-        """A transfer under way raises TransferError."""
-        self._broadcaster.leave()
+    async def leave_group(self, number: int) -> None:
+        """A transfer in it raises TransferError, under way or to come."""
+        self._broadcaster.leave(number)
 
     async def ping(self) -> None:
         """Returns when the engine answers, which may live in a process of its own."""

@@ -24,7 +24,7 @@ from grpo.weights import Weights, WeightsHeader
 class Trainer:
     """One train step at a time, in a thread of its own.
 
-    Of `trainer.ranks` processes this is number `rank`: each is given every call, in the same order.
+    Of `trainer.ranks` processes this is number `rank`: each is given every call but those of rank 0, in the same order.
     """
 
     def __init__(self, config: RunConfig, *, device: str = "cpu", threads: int = 0, rank: int = 0) -> None:
@@ -84,6 +84,11 @@ class Trainer:
             raise TransferError("the trainer is a new one that has written no such weights")
         with span("send"):
             await self._broadcaster.send(group, self._written)
+
+    @of_rank_0
+    async def leave_group(self, number: int) -> None:
+        """A broadcast to it raises TransferError, under way or to come."""
+        self._broadcaster.leave(number)
 
     @of_rank_0
     @outlives_its_node

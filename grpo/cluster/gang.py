@@ -1,8 +1,9 @@
 """An actor of several ranks: processes that compute together, and live and die together.
 
 A call goes to every rank, and the next one is sent when all have answered: each of them makes the same calls in the
-same order, as collectives need it. A rank that dies leaves the others waiting in one, or with an error of their
-transport; in either case the actor has died, and whoever replaces it ends what is left of it.
+same order, as collectives need it. Only what rank 0 does alone goes beside. A rank that dies leaves the others waiting
+in one, or with an error of their transport; in either case the actor has died, and whoever replaces it ends what is
+left of it.
 """
 
 from __future__ import annotations

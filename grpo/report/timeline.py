@@ -19,7 +19,14 @@ from typing import Any
 MOST_SPANS = 40_000
 _MOST_BYTES = 128_000_000
 _DRIVER = 0
-_FIRST = ("training", "evaluation", "trainer", "generator", "reward")  # tracks in this order; rollouts after the others
+_FIRST = (
+    "training",
+    "weights",
+    "evaluation",
+    "trainer",
+    "generator",
+    "reward",
+)  # tracks in this order; rollouts after the others
 _LANE = re.compile(r" \(\d+\)$")
 _SEPARATORS = re.compile(r"[\s,\[]*")
 

@@ -151,7 +151,9 @@ def _step_calls(trace: Trace) -> Iterable[float]:
     work = {  # by the names of either transport of weights
         ("trainer.train_step",): services["train_step"],
         ("trainer.push_weights", "trainer.write_weights"): services["publish"],
-        ("generator.update_weights", "generator.receive_weights"): [s.seconds for s in trace.of("generator", "load")],
+        ("generator.update_weights", "generator.receive_weights"): [
+            sum(_mean(span.seconds for span in trace.of("generator", name)) for name in ("receive", "load"))
+        ],
     }
     for names, seconds in work.items():
         waits = (wait.seconds for name in names for wait in trace.driver(name, kind="wait"))

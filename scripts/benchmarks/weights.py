@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ from grpo.weights import StagedWeights, Weights, WeightsHeader, WeightsWriter, c
 
 _WIDTH = 1024
 _COPIED = 2**28  # bytes, much more than the caches hold
-_BROADCASTS = 5
+_BROADCAST, _BROADCASTS = 2**29, 5  # bytes, at most, and how often: every replica has a copy of its own, or two
 _GIB = 2**30
 _MAY_GROW = 0.1  # of the weights' bytes: what else goes on on the machine is part of it
 
@@ -114,8 +115,11 @@ def _figures(what: str, measured: dict[int, dict[str, float]], nbytes: int) -> l
         Figure("weights", f"{what}: pause, in copies", one["pause_s"] / one["memcpy_s"], at_most=1.3),
         Figure("weights", f"{what}: four replicas over one, per core", four_over_one / rounds, at_most=1.5),
         Figure("weights", f"{what}: growth of memory, four replicas", four["growth"], at_most=_MAY_GROW),
-        Figure("weights", f"{what}: by broadcast, in copies", one["broadcast_s"] / one["memcpy_s"]),
-        Figure("weights", f"{what}: by broadcast to four, in copies", four["broadcast_s"] / four["memcpy_s"]),
+        *(
+            Figure("weights", f"{what}: by broadcast to {name}, in copies", found["broadcast_s"] / found["memcpy_s"])
+            for name, found in (("one", one), ("four", four))
+            if nbytes <= _BROADCAST
+        ),
     ]
 
 
@@ -135,7 +139,7 @@ async def _measure(nbytes: int, dtype: str, replicas: int, updates: int) -> dict
             used.append(_used_bytes())
         host, port = await publisher.rendezvous()
         group = BroadcastGroup(replicas, host, port, replicas, "gloo", int(config.weights.bucket_mb * 2**20), 600.0)
-        for _ in range(_BROADCASTS + 1):
+        for _ in range(_BROADCASTS + 1 if nbytes <= _BROADCAST else 0):
             began = time.perf_counter()
             header = await publisher.write_weights.call_one()
             await together(publisher.send_weights.call(group), receiver.receive_weights.fanout(header, group))
@@ -144,7 +148,7 @@ async def _measure(nbytes: int, dtype: str, replicas: int, updates: int) -> dict
         "memcpy_s": median(memcpys_s[2:]),
         "total_s": median(totals_s[2:]),  # pages are touched for the first time in the first ones
         "pause_s": median(pauses_s[2:]),
-        "broadcast_s": median(broadcasts_s[1:]),  # the group meets in the first one
+        "broadcast_s": median(broadcasts_s[1:] or [math.nan]),  # the group meets in the first one
         "growth": (median(used[-3:]) - median(used[2:5])) / nbytes,
     }
 

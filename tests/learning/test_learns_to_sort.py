@@ -23,8 +23,9 @@ def test_the_default_experiment_learns(tmp_path):
 
 
 def test_adapters_alone_learn_it_too(tmp_path):
-    """On the same path; what is published at every step are the adapters, to the last byte."""
-    overrides = ["lora=r16", "trainer.lr=3e-3", "trainer.max_steps=60", "seed=11", f"hydra.run.dir={tmp_path}/run"]
+    """On the same path, and by broadcast; what is published at every step are the adapters, to the last byte."""
+    overrides = ["lora=r16", "trainer.lr=3e-3", "trainer.max_steps=60", "weights.transport=collective", "seed=11"]
+    overrides.append(f"hydra.run.dir={tmp_path}/run")
     subprocess.run([sys.executable, str(ROOT / "scripts/train.py"), *overrides], cwd=tmp_path, check=True, timeout=300)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert (summary["status"], summary["max_policy_age_seen"] <= 1) == ("completed", True)

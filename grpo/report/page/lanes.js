@@ -2,7 +2,8 @@
 
 const WAIT_COLOURS = {
   ticket: 9, prompts: 6, "generator.generate": 0, "reward.score": 1, "replay_buffer.add": 3, "dataloader.sample": 8, "reference.score": 5,
-  "replay_buffer.sample": 6, "trainer.train_step": 2, "trainer.push_weights": 4, "generator.update_weights": 4, "trainer.snapshot": 7,
+  "replay_buffer.sample": 6, "trainer.train_step": 2, "trainer.push_weights": 4, "trainer.write_weights": 4, "trainer.send_weights": 4,
+  "generator.update_weights": 4, "generator.receive_weights": 4, weights: 4, send: 4, receive: 4, "trainer.snapshot": 7,
   evaluation: 5, prefill: 7, decode: 0, score: 1, train_step: 9, forward: 2, backward: 5, optimizer: 6, publish: 4, load: 4, snapshot: 7, save: 8,
 };
 // The same name has the same colour everywhere; unknown ones get one from their letters.
