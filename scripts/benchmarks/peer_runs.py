@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.memory import PeakMemory
-from benchmarks.peer_case import COMPLETIONS, PROMPTS_PER_STEP, Case, Training
+from benchmarks.peer_case import COMPLETIONS, PROMPTS_PER_STEP, SAMPLES_PER_STEP, Case, Training
 from grpo.config import TaskConfig
 from grpo.models.cache import cached
 from grpo.tasks.base import make_task
@@ -71,7 +71,8 @@ def read_ours(run_dir: Path) -> Training:
     return Training(
         startup_s=sum(summary["startup_s"].values()),
         ended_s=ended_s,
-        mean_tokens=_mean_of(lines, "generator/completion_tokens_mean"),
+        # of those trained on, in the order of admission: of those finished, long ones are still under way at the end
+        mean_tokens=_mean_of(lines, "trainer/tokens") / SAMPLES_PER_STEP,
         truncated=_mean_of(lines, "generator/truncated_fraction"),
         saved={_step(path): path / "model" for path in run_dir.glob("checkpoints/step_*")},
     )

@@ -43,9 +43,9 @@ def test_the_time_to_a_reward_lies_between_two_measured_steps(bench, rewards, ex
 
 def test_a_run_folder_is_read(bench, tmp_path):
     lines = [
-        {"time/step_s": 2.0, "generator/completion_tokens_mean": 6.0, "generator/truncated_fraction": 0.5},
-        {"time/step_s": 1.0},
-        {"time/step_s": 1.0, "generator/completion_tokens_mean": 8.0, "generator/truncated_fraction": 0.0},
+        {"time/step_s": 2.0, "trainer/tokens": 640.0, "generator/truncated_fraction": 0.5},
+        {"time/step_s": 1.0, "trainer/tokens": 896.0},
+        {"time/step_s": 1.0, "trainer/tokens": 1152.0, "generator/truncated_fraction": 0.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "summary.json").write_text(json.dumps({"startup_s": {"imports": 4.0, "first_step": 3.0}}))
