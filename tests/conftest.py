@@ -20,7 +20,6 @@ from grpo.run import make_pacer
 from tests.ray_nodes import RayNodes
 
 TESTS = Path(__file__).parent
-_WAIT_FOR_LITTLE = {"test_evaluate.py", "test_compare_losses.py", "test_export_script.py", "test_joining.py"}
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # there is another worker for the other core
 
@@ -31,15 +30,9 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    """With two workers, one takes the tests that start Ray: two of it on two cores wait for each other.
-
-    The other one has much less to do, and takes some that wait for little but one process to start.
-    """
+    """With two workers, one takes all tests that start Ray: two of it on two cores would wait for each other."""
     for item in items:
-        place = item.path.relative_to(TESTS)
-        if place.name in _WAIT_FOR_LITTLE:
-            item.add_marker(pytest.mark.xdist_group("commands"))
-        elif place.parts[0] in ("chaos", "cluster", "learning", "scripts"):
+        if item.path.relative_to(TESTS).parts[0] in ("chaos", "cluster", "learning", "scripts"):
             item.add_marker(pytest.mark.xdist_group("processes"))
         elif "rank_processes" in item.fixturenames:  # of which there is one set for all
             item.add_marker(pytest.mark.xdist_group("ranks"))

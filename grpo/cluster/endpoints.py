@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import random
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn, Protocol
 
 from grpo.telemetry.recording import Harvest, Recording, context_for
 from grpo.types import ActorDied
+
+_random = random.SystemRandom()  # processes must not draw alike
 
 
 class Endpoint(Protocol):
@@ -138,11 +142,15 @@ class LocalEndpoint(Process):
 
 
 def free_port() -> int:
-    """One of this machine that nobody listens at."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port: int = free.getsockname()[1]
-        return port
+    """One of this machine that nobody listens at.
+
+    It is below those that systems give to outgoing connections, one of which could take it before it is used.
+    """
+    while True:
+        port = _random.randrange(20_000, 32_768)
+        with suppress(OSError), socket.socket() as free:
+            free.bind(("", port))
+            return port
 
 
 Spawn = Callable[[str], Endpoint]  # starts an actor of the given name

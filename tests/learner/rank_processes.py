@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
-import socket
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
+from grpo.cluster.endpoints import free_port
 from grpo.learner.ranks import Ranks, join, leave
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -47,7 +47,7 @@ class RankProcesses:
         for _, pipe in started:
             pipe.recv()  # it is there
         self._processes += started
-        rendezvous = ("127.0.0.1", _free_port())
+        rendezvous = ("127.0.0.1", free_port())
         for rank, (_, pipe) in enumerate(self._processes[:size]):
             pipe.send((Ranks(rank, size), rendezvous, timeout_s, function, args))
         answers = [_answer(process, pipe, 2 * timeout_s + 30) for process, pipe in self._processes[:size]]
@@ -76,11 +76,6 @@ def _answer(process: Any, pipe: Connection, patience_s: float) -> Any:
     process.kill()  # one that hangs must not be given the next test
     process.join()
     return Died()
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def _serve(pipe: Connection) -> None:
