@@ -79,6 +79,13 @@ class Stage:
         await self.transport.take()
         return [stats.tokens for stats in await self.transport.spread()]
 
+    async def grow_to(self, replicas):
+        """Returns when so many serve."""
+        service = self.services.generator.service
+        service.scale(replicas)
+        async with asyncio.timeout(5):
+            await service.common.changed.wait_for(lambda: len(service.healthy()) == replicas)
+
     @property
     def process(self):
         """Of every replica, the one that serves."""
@@ -205,10 +212,7 @@ async def test_newcomers_get_the_weights_of_the_moment_and_the_group_grows(open_
     async with open_stage(1) as stage:
         await stage.publish()
         await stage.publish()
-        stage.services.generator.scale(2)
-        async with asyncio.timeout(5):
-            while len(tuple(stage.services.generator.sources())) < 2:
-                await stage.services.generator.service.common.changed.wait()
+        await stage.grow_to(2)
         assert stage.generators[1].loaded == [2]
         assert await stage.publish() == [3, 3]
         assert stage.trainers[0].sent[-1][1].receivers == 2
@@ -228,10 +232,7 @@ async def test_a_new_trainer_makes_a_new_group(open_stage):
 async def test_a_newcomer_whose_weights_were_lost_with_a_node_has_them_put_into_the_store_again(open_stage):
     async with open_stage(1, losing=1) as stage:
         await stage.publish()
-        stage.services.generator.scale(2)
-        async with asyncio.timeout(5):
-            while len(tuple(stage.services.generator.sources())) < 2:
-                await stage.services.generator.service.common.changed.wait()
+        await stage.grow_to(2)
         assert stage.generators[1].loaded == [1]
         assert stage.trainers[0].asked == [1, 1]
 
