@@ -67,11 +67,12 @@ class Broadcaster:
         return await self._in(group, sends=False).run(lambda member: member.receive(header))
 
     def leave(self, number: int | None = None) -> None:
-        """Leave the group of the moment, or those up to a number; calls of it raise TransferError."""
-        if self._place is not None and (number is None or self._place.group.number <= number):
+        """Leave the group of the moment, or all up to a number; their calls raise TransferError."""
+        present = -1 if self._place is None else self._place.group.number
+        self._left = max(self._left, present if number is None else number)
+        if self._place is not None and present <= self._left:
             self._place.leave()
-            self._left, self._place = max(self._left, self._place.group.number), None
-        self._left = max(self._left, -1 if number is None else number)
+            self._place = None
 
     def _in(self, group: BroadcastGroup, *, sends: bool) -> _Place:
         if group.number <= self._left:
@@ -112,8 +113,7 @@ class _Place:
         return done.result()
 
     def leave(self) -> None:
-        if not self._left.done():
-            self._left.set_result(None)
+        self._left.set_result(None)
         if self._member.done() and not self._member.exception():
             Thread(target=self._member.result().abort, daemon=True).start()  # it may wait for the GPU
         self._thread.shutdown(wait=False)

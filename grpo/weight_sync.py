@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from grpo.config import RunConfig
 from grpo.services import Services
+from grpo.structured import Interrupted
 from grpo.transport import make_transport
 from grpo.types import GeneratorStats
 from grpo.waiting import begin_activity, waiting_for
@@ -57,7 +59,7 @@ class WeightSync:
         if self._spreading is not None and self._spreading.done():
             await work
             return
-        self._finishing = self._tasks.create_task(_apart(work), name="step")
+        self._finishing = self._tasks.create_task(_apart(_unless_interrupted(work)), name="step")
 
     async def done(self) -> None:
         """Wait until that is over."""
@@ -65,6 +67,12 @@ class WeightSync:
             with waiting_for("weights"):
                 await asyncio.wait([self._finishing])
             self._finishing.result()
+
+
+async def _unless_interrupted(work: Coroutine[Any, Any, None]) -> None:
+    """A shutdown is no error: the training hears of it by itself."""
+    with suppress(Interrupted):
+        await work
 
 
 async def _apart(work: Coroutine[Any, Any, R]) -> R:

@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "prompts": {"types", "services", "waiting", "pacing", "difficulty"},
     "rollout": {"types", "services", "config", "imports", "telemetry", "structured", "algorithms"},
     "transport": {"types", "services", "config", "device", "structured", "telemetry", "broadcast"},
-    "weight_sync": {"types", "services", "config", "waiting", "transport"},
+    "weight_sync": {"types", "services", "config", "structured", "waiting", "transport"},
     "run": {"types", "services", "config", "concurrency", "pacing", "prompts", "observe", "weight_sync"},
     "evaluation": {"types", "services", "config", "telemetry", "structured", "waiting", "watchdog", "rollout", "run"},
     "recovery": {"types", "services", "run"},

@@ -75,7 +75,7 @@ class Learner:
             lr=config.lr,
             betas=(beta1, beta2),
             weight_decay=config.weight_decay,
-            fused=True,  # one pass over memory instead of a dozen
+            fused=True,  # one pass over memory
         )
         schedule = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
         self._schedule = transformers.get_scheduler(schedule, self._optimizer, config.warmup_steps, config.max_steps)
