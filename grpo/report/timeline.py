@@ -19,14 +19,8 @@ from typing import Any
 MOST_SPANS = 40_000
 _MOST_BYTES = 128_000_000
 _DRIVER = 0
-_FIRST = (
-    "training",
-    "weights",
-    "evaluation",
-    "trainer",
-    "generator",
-    "reward",
-)  # tracks in this order; rollouts after the others
+# Tracks in this order; rollouts after the others.
+_FIRST = ("training", "weights", "evaluation", "trainer", "generator", "reward")
 _LANE = re.compile(r" \(\d+\)$")
 _SEPARATORS = re.compile(r"[\s,\[]*")
 
