@@ -11,7 +11,7 @@ from typing import Any
 
 from grpo.recovery import Recovery
 from grpo.run import Run
-from grpo.types import CheckpointError, Ticket
+from grpo.types import CheckpointError, PayloadLost, Ticket
 from grpo.waiting import begin_activity
 
 
@@ -89,7 +89,7 @@ class Checkpoints:
         begin_activity("checkpoint")
         try:
             report = await self._run.services.checkpointer.save.call_one(step, states, groups, progress)
-        except CheckpointError as error:  # a full disk must not end the training
+        except (CheckpointError, PayloadLost) as error:  # neither a full disk nor a lost node must end the training
             self._recorder.checkpoint_failed(step, error)
         else:
             self._newest = step

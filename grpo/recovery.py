@@ -5,6 +5,7 @@ A call is either acknowledged, and then part of what is restored here, or the se
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 from grpo.run import Run
@@ -12,34 +13,43 @@ from grpo.services import Newcomer
 from grpo.types import PayloadLost, RecoveryError
 
 
-class Recovery:
-    """Keeps what a new trainer needs: a snapshot of its state, in parts by rank, and the batches it was given since.
+@dataclass
+class Kept:
+    """A trainer's state after `step`, in parts by rank, and the batches it was given since; at first, that of setup."""
 
-    All of it lies in the object store under the driver's name, so it outlives the trainer's processes, and on the
-    driver's node, so it outlives the trainer's. The trainer takes the same steps again, and nothing is lost but time.
-    Where the arithmetic is not reproducible (on most GPUs) generators hold weights of the present version that differ
-    from its own by rounding, until the next ones are published.
+    step: int = -1
+    snapshot: Any = None
+    batches: list[Any] = field(default_factory=list)
+
+
+class Recovery:
+    """Keeps what a new trainer needs: a snapshot of its state, and the batches since.
+
+    All of it lies in the object store under the driver's name, so it outlives the trainer's processes. The newest
+    snapshot may still be on its way to the driver's node when that of the trainer is lost, so the one before is kept
+    until the next is taken. The trainer takes the same steps again, and nothing is lost but time. Where the arithmetic
+    is not reproducible (on most GPUs) generators hold weights of the present version that differ from its own by
+    rounding, until the next ones are published.
     """
 
     def __init__(self, run: Run) -> None:
         self._run, self._every = run, run.config.trainer.snapshot_every
-        self._snapshot: Any = None
-        self._snapshot_step = -1
-        self._batches: list[Any] = []
+        self._kept = [Kept()]  # the newest one last
         run.services.replay_buffer.on_restart(self.restore_replay_buffer)
         run.services.trainer.on_restart(self.restore_trainer)
 
     async def step_trained(self, step: int, batch: Any) -> None:
         """Remember the batch of a step, or take a snapshot behind it where that is due."""
         if self._every > 0:
-            self._batches.append(batch)
+            self._kept[-1].batches.append(batch)
             if step % self._every == 0:
                 await self.snapshot(step)
 
     async def snapshot(self, step: int) -> Any:
         """References to the trainer's state after `step`, its last one, in the order of the ranks."""
-        if self._snapshot_step == step:
-            return self._snapshot
+        if self._kept[-1].step == step:
+            return self._kept[-1].snapshot
+        del self._kept[:-1]  # two at most take up room
         snapshot = tuple(state for state, _version in await self._run.services.trainer.snapshot.call())
         self.go_on_from(step, snapshot)
         return snapshot
@@ -47,26 +57,33 @@ class Recovery:
     def go_on_from(self, step: int, snapshot: Any) -> None:
         """The trainer's state after `step`, all that a new one needs so far."""
         if self._every > 0:
-            self._snapshot, self._snapshot_step = snapshot, step
-            self._batches.clear()
+            self._kept = [self._kept[-1], Kept(step, snapshot)]
 
     async def restore_trainer(self, newcomer: Newcomer) -> None:
-        """Raises RecoveryError when nothing was kept."""
+        """Raises RecoveryError when nothing was kept, or nothing of it is left."""
         if self._every == 0:
             raise RecoveryError(
                 "the trainer died, and trainer.snapshot_every=0 keeps no copy of its state; resume=auto goes on from "
                 "the last checkpoint"
             )
-        if self._snapshot is not None:
-            try:
-                await newcomer.restore.call_one(self._snapshot)
-            except PayloadLost as error:
-                raise RecoveryError(
-                    "the trainer's state was lost with its node before a copy of it had left that; resume=auto goes on "
-                    "from the last checkpoint"
-                ) from error
-        for batch in self._batches:
+        await self._restore_snapshot(newcomer)
+        for batch in self._kept[-1].batches:
             await newcomer.train_step.call_one(batch)
+
+    async def _restore_snapshot(self, newcomer: Newcomer) -> None:
+        """The newest that is left, which has then all batches since."""
+        while (newest := self._kept[-1]).snapshot is not None:
+            try:
+                await newcomer.restore.call_one(newest.snapshot)
+                return
+            except PayloadLost as error:
+                if len(self._kept) == 1:
+                    raise RecoveryError(
+                        "the trainer's state was lost with its node before a copy of it had left that; resume=auto "
+                        "goes on from the last checkpoint"
+                    ) from error
+                del self._kept[-1]
+                self._kept[-1].batches += newest.batches
 
     async def restore_replay_buffer(self, newcomer: Newcomer) -> None:
         """It awaits every group that is not in training; those that lay in the old one are made again."""

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from grpo.broadcast import BroadcastGroup
 from grpo.config import RunConfig
 from grpo.device import broadcast_backend
-from grpo.services import OnDemand, Services
+from grpo.services import Handle, OnDemand, Services
 from grpo.structured import together, unless_raised
 from grpo.telemetry.recording import measure
 from grpo.types import ActorDied, GeneratorStats, PayloadLost, TransferError
@@ -33,25 +33,35 @@ class Transport(Protocol):
 
 def make_transport(services: Services, config: RunConfig, tell: Callable[[str], None]) -> Transport:
     """What `weights.transport` names."""
-    return ObjectStore(services) if config.weights.transport == "object_store" else Collective(services, config, tell)
+    if config.weights.transport == "object_store":
+        return ObjectStore(services, tell)
+    return Collective(services, config, tell)
 
 
 class ObjectStore:
-    """Published once, fetched once by every node, mapped by every process there. Works on any cluster."""
+    """Published once, fetched once by every node, mapped by every process there. Works on any cluster.
 
-    def __init__(self, services: Services) -> None:
-        self._trainer, self._generator = services.trainer, services.generator
-        self._weights: Any = None
+    Where they are lost with the trainer's node, before a generator has them, the new trainer's present ones are
+    published, which are as new or newer.
+    """
+
+    def __init__(self, services: Services, tell: Callable[[str], None]) -> None:
+        self._trainer, self._generator, self._tell = services.trainer, services.generator, tell
+        self._weights = OnDemand(self._published)
 
     async def take(self) -> None:
-        self._weights = None  # two versions at most take up room in the store: that of the generators, and the next
-        (self._weights, _), *_ = await self._trainer.push_weights.call()
+        self._weights = OnDemand(self._published)  # lets go of those before: the store has room for two versions
+        await self._weights.value()
 
     async def spread(self) -> list[GeneratorStats]:
-        return await self._generator.update_weights.fanout(self._weights)
+        return await _from_store(self._weights, self._generator, self._tell)
 
     async def reference(self) -> Any:
-        return self._weights
+        return await self._weights.value()
+
+    async def _published(self) -> Any:
+        (weights, _), *_ = await self._trainer.push_weights.call()
+        return weights
 
 
 class Collective:
@@ -88,7 +98,7 @@ class Collective:
             else:
                 self._failures = 0
                 return stats
-        return await self._generator.update_weights.fanout(await self._weights.value())
+        return await _from_store(self._weights, self._generator, self._tell)
 
     async def reference(self) -> Any:
         return await self._weights.value()
@@ -142,3 +152,18 @@ class Collective:
         measure("weights/transfers_failed", 1, "sum")
         ever = "" if self._failures < _MOST_FAILURES else f", and so do all others: {_MOST_FAILURES} failed in a row"
         self._tell(f"{error}; these weights go through the object store{ever}")
+
+
+async def _from_store(weights: OnDemand, generator: Handle, tell: Callable[[str], None]) -> list[GeneratorStats]:
+    """Have every generator load them; those that are lost on the way are fetched anew.
+
+    Raises PayloadLost where there is nothing to fetch.
+    """
+    while True:
+        try:
+            return await generator.update_weights.fanout(await weights.value())
+        except PayloadLost as error:
+            measure("weights/transfers_failed", 1, "sum")
+            if not weights.forget():
+                raise
+            tell(f"{error}; the weights are published again")

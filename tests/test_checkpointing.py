@@ -20,7 +20,7 @@ from grpo.learner.checkpoint import checkpoints
 from grpo.loop import run
 from grpo.resume import find_resume_point
 from grpo.services import returns_payload
-from grpo.types import CheckpointError
+from grpo.types import CheckpointError, PayloadLost
 from tests.test_recovery import Executioner
 
 
@@ -351,21 +351,22 @@ async def test_resumed_time_and_again_it_trains_on_what_an_undisturbed_run_does(
 class FullDisk(Checkpointer):
     """Writes only the checkpoints of some steps."""
 
-    def __init__(self, config, folder, room_for=()):
+    def __init__(self, config, folder, room_for=(), error=CheckpointError):
         super().__init__(config, folder)
-        self.room_for, self.tried = room_for, []
+        self.room_for, self.tried, self._error = room_for, [], error
 
     async def save(self, step, *args):
         self.tried.append(step)
         if step not in self.room_for:
-            raise CheckpointError(f"no space left for step {step}")
+            raise self._error(f"no space left for step {step}")
         return await super().save(step, *args)
 
 
-async def test_a_full_disk_is_a_warning_and_the_checkpoint_before_stays_usable(start, tmp_path):
+@pytest.mark.parametrize("error", [CheckpointError, PayloadLost])
+async def test_what_cannot_be_written_is_a_warning_and_the_checkpoint_before_stays_usable(start, tmp_path, error):
     undisturbed = await start(folder=tmp_path / "undisturbed").to_the_end()
     crowded = start()
-    crowded.fakes["checkpointer"] = FullDisk(crowded.config, crowded.config.checkpoint.dir, room_for=(2,))
+    crowded.fakes["checkpointer"] = FullDisk(crowded.config, crowded.config.checkpoint.dir, room_for=(2,), error=error)
     await crowded.to_the_end()
     assert_continued(crowded, undisturbed)
     assert crowded.summary["checkpoints"] == {"written": 1, "failed": 4, "skipped": 0}

@@ -8,7 +8,7 @@ import pytest
 
 from grpo.cluster.local import launch_local
 from grpo.loop import run
-from grpo.types import ActorDied, RecoveryError
+from grpo.types import ActorDied, PayloadLost, RecoveryError
 from tests.fakes import CountingTrainer
 
 
@@ -57,13 +57,15 @@ async def launched(config, make_recorder, fakes=None):
         recorder.run_dir.close()
 
 
-async def train(config, make_recorder, *deaths, fakes=None):
+async def train(config, make_recorder, *deaths, fakes=None, lost_snapshots=0):
     """Run to the end with these deaths, (actor, method, nth call, when); returns (recorder, losses, final weights)."""
     async with launched(config, make_recorder, fakes) as (services, recorder):
+        lost = lose(lost_snapshots, services)
         executioners = [Executioner(services, *death) for death in deaths]
         await run(services, config, recorder, asyncio.Event())
         weights, _ = await services.trainer.push_weights.call_one()
     assert all(executioner.done.is_set() for executioner in executioners)
+    assert len(lost) == lost_snapshots
     assert sum(recorder.failures.restarts.values()) == len(deaths)
     losses = [line["loss"] for line in recorder.run_dir.read("metrics.jsonl")]
     return recorder, losses, weights
@@ -164,6 +166,45 @@ async def test_between_two_snapshots_the_trainer_takes_its_steps_again(config, m
     assert losses == undisturbed[0]
     np.testing.assert_array_equal(weights.buffer, undisturbed[1].buffer)
     assert recorder.failures.restarts == {"trainer": 1}
+
+
+def lose(snapshots, services):
+    """Trainers to come are told of so many snapshots that they were lost with a node."""
+    service, lost = services.trainer.service, []
+    spawn = service.common.spawn
+
+    def spawn_without(name):
+        endpoint = spawn(name)
+        invoke = endpoint.invoke
+
+        async def losing(method, args=(), kwargs=None):
+            if method == "restore" and len(lost) < snapshots:
+                lost.append(args)
+                raise PayloadLost("with its node")
+            return await invoke(method, args, kwargs)
+
+        endpoint.invoke = losing
+        return endpoint
+
+    service.common.spawn = spawn_without
+    return lost
+
+
+@pytest.mark.parametrize("every", [1, 2], ids=["the one before", "the start"])
+async def test_where_a_snapshot_was_lost_with_its_node_the_trainer_goes_on_from(
+    config, make_recorder, undisturbed, every
+):
+    config.trainer.snapshot_every = every
+    death = ("trainer", "train_step", 3, "lost answer")
+    recorder, losses, weights = await train(config, make_recorder, death, lost_snapshots=1)
+    assert losses == undisturbed[0]
+    np.testing.assert_array_equal(weights.buffer, undisturbed[1].buffer)
+    assert recorder.failures.restarts == {"trainer": 1}
+
+
+async def test_a_trainer_whose_snapshots_are_all_lost_ends_the_run_and_says_how_to_go_on(config, make_recorder):
+    with pytest.raises(RecoveryError, match=r"state was lost with its node .* resume=auto"):
+        await train(config, make_recorder, ("trainer", "train_step", 3, "in"), lost_snapshots=2)
 
 
 async def test_without_snapshots_a_trainer_that_dies_ends_the_run_and_says_how_to_go_on(config, make_recorder):

@@ -95,8 +95,8 @@ class Stage:
 @pytest.fixture
 def open_stage(tiny_config):
     @asynccontextmanager
-    async def open_stage(replicas=2, losing=None):
-        tiny_config.weights.transport, tiny_config.generator.replicas = "collective", replicas
+    async def open_stage(replicas=2, losing=None, transport="collective"):
+        tiny_config.weights.transport, tiny_config.generator.replicas = transport, replicas
         trainers, generators = [], []
 
         def trainer():
@@ -242,6 +242,21 @@ async def test_others_find_the_weights_in_the_store_where_they_are_put_once(open
         await stage.publish()
         assert [(await stage.transport.reference()).version for _ in range(2)] == [1, 1]
         assert stage.trainers[0].asked == [1]
+
+
+async def test_weights_that_are_lost_on_their_way_through_the_store_are_published_again(open_stage):
+    async with open_stage(losing=1, transport="object_store") as stage:
+        assert set(await stage.publish()) == {2}
+        assert stage.generators[1].loaded == [2]
+        assert stage.told == ["with its node; the weights are published again"]
+
+
+async def test_so_are_those_that_made_up_for_a_broadcast(open_stage):
+    async with open_stage(losing=1) as stage:
+        stage.generators[0].fails = True
+        assert await stage.publish() == [1, 1]
+        assert stage.generators[1].loaded == [1]
+        assert stage.told[-1] == "with its node; the weights are published again"
 
 
 async def test_a_trainer_that_is_gone_for_good_ends_it(open_stage):

@@ -1,44 +1,68 @@
 """Who waits for what, on average over time."""
 
 import asyncio
-import time
 
 import pytest
 
-from grpo.structured import together
+import grpo.waiting
+from grpo.structured import cancelled
 from grpo.waiting import MeanWaiting, begin_activity, waiting_for
 
 
-async def test_coroutines_are_counted_by_what_they_wait_for():
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def perf_counter(self):
+        return self.now
+
+    async def passes(self, seconds):
+        """When everybody has begun to wait."""
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(grpo.waiting, "time", clock)
+    return clock
+
+
+async def test_coroutines_are_counted_by_what_they_wait_for(clock):
     begin_activity("training")
-    waiting = MeanWaiting()
-    waiting.take(time.perf_counter())
+    waiting, generated = MeanWaiting(), asyncio.Event()
 
     async def rollout():
         begin_activity("rollouts")
         with waiting_for("generator.generate"):
-            await asyncio.sleep(0.05)
+            await generated.wait()
         with waiting_for("reward.score"):
-            await asyncio.sleep(0.02)
+            await asyncio.Event().wait()
 
     with waiting_for("replay_buffer.sample"):
-        await together(rollout(), rollout())
-    means = waiting.take(time.perf_counter())
-    assert means["training", "replay_buffer.sample"] == pytest.approx(1.0, abs=0.05)
-    assert sum(means.values()) == pytest.approx(3.0, abs=0.1)
-    assert means["rollouts", "generator.generate"] > means["rollouts", "reward.score"] > 0
+        rollouts = [asyncio.create_task(rollout()) for _ in range(2)]
+        await clock.passes(3.0)
+        generated.set()
+        await clock.passes(1.0)
+        assert waiting.take(clock.now) == {
+            ("training", "replay_buffer.sample"): 1.0,
+            ("rollouts", "generator.generate"): 1.5,
+            ("rollouts", "reward.score"): 0.5,
+        }
+        await cancelled(rollouts)
 
 
-async def test_a_wait_that_goes_on_counts_in_every_interval_and_only_there():
+async def test_a_wait_that_goes_on_counts_in_every_interval_and_only_there(clock):
     begin_activity("training")
     waiting = MeanWaiting()
     with waiting_for("trainer.train_step"):
-        now = time.perf_counter()
-        waiting.take(now)
+        waiting.take(clock.now + 1)
         other = MeanWaiting()
-        other.take(now + 2)  # one that looks at other times
-        assert waiting.take(now + 10) == {("training", "trainer.train_step"): pytest.approx(1.0, abs=0.01)}
-        assert other.take(now + 10) == {("training", "trainer.train_step"): pytest.approx(1.0, abs=0.01)}
+        other.take(clock.now + 2)  # one that looks at other times
+        assert waiting.take(clock.now + 10) == {("training", "trainer.train_step"): 1.0}
+        assert other.take(clock.now + 10) == {("training", "trainer.train_step"): 1.0}
 
 
 async def test_outside_of_any_activity_nothing_is_counted():

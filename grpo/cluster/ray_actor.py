@@ -204,12 +204,17 @@ class RayEndpoint(Process):
             return await reference
         except RayTaskError as error:
             if isinstance(error.cause, ObjectLostError):
-                raise PayloadLost(f"{self.name}: {_first_line(error.cause)}") from error
+                raise _lost(self.name, error.cause) from error
             raise error.cause from error
         except RayActorError as error:
             raise ActorDied(f"{self.name} died: {_first_line(error)}") from error
         except ObjectLostError as error:
-            raise PayloadLost(f"{self.name}: {_first_line(error)}") from error
+            raise _lost(self.name, error) from error
+
+
+def _lost(name: str, error: ObjectLostError) -> PayloadLost:
+    what_happened, *_how_to_debug_it = _first_line(error).split(". ")
+    return PayloadLost(f"{name}: {what_happened}")
 
 
 def _first_line(error: RayError) -> str:
