@@ -77,7 +77,8 @@ def explain(error: Exception) -> str:
 
 def _unknown(key: str) -> str:
     if _declared(key):
-        return f"{key}: is not there yet; add it with a plus sign, +{key}=..."
+        free = _free_form(key)
+        return f"{key}: is not there yet; add it with a plus sign, +{free}={{{key.removeprefix(f'{free}.')}: ...}}"
     known = [name for name in _keys(OmegaConf.to_container(OmegaConf.structured(RunConfig))) if name]
     alike = difflib.get_close_matches(key, [*known, *(f.name for f in fields(RunConfig))], n=1)
     return f"{key}: no such key; " + (f"did you mean {alike[0]}?" if alike else "grpo/config.py lists them all")
@@ -102,3 +103,14 @@ def _declared(key: str) -> bool:
             return False
         owner = getattr(owner, name)
     return True
+
+
+def _free_form(key: str) -> str:
+    """The field that a declared key lies below, if only it is free-form: names in there may have dots."""
+    owner: Any = RunConfig()
+    names = key.split(".")
+    for depth, name in enumerate(names):
+        if not is_dataclass(owner):
+            return ".".join(names[:depth])
+        owner = getattr(owner, name)
+    return key

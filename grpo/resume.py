@@ -23,11 +23,10 @@ _DATED = re.compile(r"\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d$")  # the folder that a run
 _FREE = (
     "cluster", "watchdog", "recovery", "checkpoint", "observe", "eval", "generator", "weights", "resume", "dry_run",
     "reward.on_error", "reward.timeout_s", "reward.memory_gb", "reward.workers", "reward.replicas", "reward.num_cpus",
-    "filter.max_batches",
-    "model.attention", "reference", "rollout.concurrency", "trainer.max_steps", "trainer.micro_batch_tokens",
-    "trainer.packing", "trainer.gradient_checkpointing", "trainer.compile", "trainer.max_nonfinite_steps",
-    "trainer.snapshot_every",
-    "trainer.ranks", "trainer.num_cpus", "trainer.num_gpus", "trainer.threads",
+    "filter.max_batches", "model.attention", "reference", "driver", "rollout.concurrency", "rollout.target_wait",
+    "trainer.max_steps", "trainer.micro_batch_tokens", "trainer.packing", "trainer.gradient_checkpointing",
+    "trainer.compile", "trainer.max_nonfinite_steps", "trainer.snapshot_every", "trainer.ranks", "trainer.num_cpus",
+    "trainer.num_gpus", "trainer.threads",
 )  # fmt: skip
 
 

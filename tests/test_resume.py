@@ -265,9 +265,9 @@ def test_a_run_from_before_there_was_a_choice_of_algorithms_goes_on(config, run_
     check_compatible(config, point)
 
 
-def test_the_patience_of_the_filter_may_change(config, run_with):
+def test_patience_and_pace_may_change(config, run_with):
     point = point_of(config, run_with(2))
-    config.filter.max_batches = 40
+    config.filter.max_batches, config.driver.slow_callback_ms, config.rollout.target_wait = 40, 200.0, 0.2
     check_compatible(config, point)
 
 

@@ -49,7 +49,7 @@ def importance_ratio(proximal_logprobs_BT: Tensor, behavior_logprobs_BT: Tensor,
 
     token      of each token: biased, since what came before it is left out; low variance
     sequence   the product over a sequence, for all of its tokens: unbiased, its variance grows with T
-    geometric  the T-th root of that product: a measure of how far the sequence is off, not a weight
+    geometric  the T-th root of that product: how far a sequence is off whatever its length; as a weight it is biased
     """
     mask_BT = mask_BT.bool()
     log_ratio_BT = (proximal_logprobs_BT - behavior_logprobs_BT).masked_fill(~mask_BT, 0.0)

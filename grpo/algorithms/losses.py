@@ -216,7 +216,10 @@ def k2(log_ratio_BT: Tensor) -> Tensor:
 
 
 def k3(log_ratio_BT: Tensor) -> Tensor:
-    """reference / p - 1 - log(reference / p): unbiased, never negative, of low variance."""
+    """reference / p - 1 - log(reference / p): unbiased, never negative, of low variance.
+
+    Its gradient on samples of the policy is that of the divergence the other way round, KL(reference || policy).
+    """
     return torch.exp(-log_ratio_BT) - 1 + log_ratio_BT
 
 

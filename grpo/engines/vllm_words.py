@@ -15,7 +15,7 @@ from grpo.types import Completion, ConfigError, SamplingParams
 def check_installed() -> None:
     """Raise ConfigError, with the line to type, when vLLM is not there."""
     if importlib.util.find_spec("vllm") is None:
-        raise ConfigError("vllm is not installed: pip install 'grpo[vllm]', or use torch", key="generator.engine")
+        raise ConfigError("vllm is not installed: pip install -e '.[vllm]', or use torch", key="generator.engine")
 
 
 def set_environment(device: str, threads: int) -> None:

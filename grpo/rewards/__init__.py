@@ -1,6 +1,6 @@
 """Reward functions: (problem, texts of the G completions) -> G numbers. Add one: write it, put it into REWARDS.
 
-`task`, the task's own scoring, needs no entry; other code is named as `module:function` in `reward.functions`.
+`task`, the task's own scoring, needs no entry; other code is named as `my_module.my_function` in `reward.functions`.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from grpo.types import ConfigError, Problem
 try:
     from math_verify import parse, verify
 except ImportError as error:
-    raise ConfigError("math_verify needs a library: pip install 'grpo[math]'", key="reward.functions") from error
+    raise ConfigError("math_verify needs a library: pip install -e '.[math]'", key="reward.functions") from error
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the time-outs that are switched off below
 

@@ -117,7 +117,7 @@ def _from_hub(fields: tuple[str, str]) -> dict[Split, list[Problem]]:
         from huggingface_hub import HfApi
     except ImportError as error:
         raise ConfigError(
-            f"GSM8K comes from the Hugging Face hub: pip install 'grpo[gsm8k]', {_LOCAL}", key="task.target"
+            f"GSM8K comes from the Hugging Face hub: pip install -e '.[gsm8k]', {_LOCAL}", key="task.target"
         ) from error
     unreachable: Exception | None = None
     try:

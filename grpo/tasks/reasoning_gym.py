@@ -30,7 +30,7 @@ class ReasoningGym:
             import reasoning_gym
             from reasoning_gym.utils import extract_answer
         except ImportError as error:
-            raise ConfigError("needs reasoning-gym: pip install 'grpo[reasoning-gym]'", key="task.target") from error
+            raise ConfigError("needs reasoning-gym: pip install -e '.[reasoning-gym]'", key="task.target") from error
         self._extract = extract_answer
         try:
             make, settings = reasoning_gym.create_dataset, dict(settings or {})

@@ -94,7 +94,6 @@ class Reward:
 
     def __init__(self, case: Case) -> None:
         self._task = make_task(TaskConfig(case.task))
-        self._most_tokens = case.most_tokens
         self._eos = AutoTokenizer.from_pretrained(case.model).eos_token_id
         self.lengths: list[int] = []
         self.truncated = 0
