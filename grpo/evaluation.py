@@ -32,6 +32,9 @@ from grpo.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 _SEED = 1 << 20  # apart from the seeds that training draws with
+_STILL_RUNS = (
+    "the one before it still runs; raise eval.every, or speed it up with fewer eval.prompts or more eval.replicas"
+)
 _AT_ONCE = 2000  # prompts under way: fewer than calls that an actor takes
 
 Answer = tuple[Scores, GenerationReport]
@@ -66,7 +69,7 @@ class Evaluation:
         if not self._is_due(step, last):
             return
         if not self.holds_up(step):
-            self._recorder.evaluation_skipped(step)
+            self._recorder.evaluation_skipped(step, _STILL_RUNS)
             return
         with self._recorder.evaluation_wait():
             await unless(self._shutdown, self._load())
@@ -97,11 +100,18 @@ class Evaluation:
         if self._running is not None:
             await asyncio.wait([self._running])
         if self._evaluator is not None:
-            await self._evaluator.update_weights.fanout(await self._weights.reference())
+            await self._evaluator.update_weights.fanout(self._weights.stored())
 
     async def _evaluate_beside(self, step: int) -> None:
         begin_activity("evaluation")
-        await self._evaluate(step)
+        restarts = self._recorder.failures.restarts
+        try:
+            await self._evaluate(step)
+        except MixedVersionsError as error:
+            if self._recorder.failures.restarts == restarts:
+                raise
+            # The weights were lost before an evaluator that was replaced had them, and there are only newer ones.
+            self._recorder.evaluation_skipped(step, str(error))
 
     async def _evaluate(self, step: int) -> None:
         """Every answer is progress, for its own watchdog and for that of the training, which may wait for it."""

@@ -51,13 +51,13 @@ class Recovery:
             return self._kept[-1].snapshot
         del self._kept[:-1]  # two at most take up room
         snapshot = tuple(state for state, _version in await self._run.services.trainer.snapshot.call())
-        self.go_on_from(step, snapshot)
+        if self._every > 0:
+            self._kept.append(Kept(step, snapshot))
         return snapshot
 
     def go_on_from(self, step: int, snapshot: Any) -> None:
         """The trainer's state after `step`, all that a new one needs so far."""
-        if self._every > 0:
-            self._kept = [self._kept[-1], Kept(step, snapshot)]
+        self._kept = [Kept(step, snapshot)]
 
     async def restore_trainer(self, newcomer: Newcomer) -> None:
         """Raises RecoveryError when nothing was kept, or nothing of it is left."""

@@ -31,7 +31,7 @@ class Method(Protocol):
     async def fanout(self, *args: Any, **kwargs: Any) -> list[Any]: ...
 
     def for_newcomers(self, *args: Any) -> None:
-        """A new replica gets this call before it serves, as it gets the last fanout; arguments may be OnDemand."""
+        """A new replica gets this call before it serves, as it gets the last fanout."""
         ...
 
 
@@ -49,7 +49,7 @@ Restore = Callable[[Any], Awaitable[None]]  # takes a Newcomer
 
 
 class OnDemand:
-    """An argument for newcomers: fetched when the first of them comes, if ever."""
+    """An argument of a fanout, or for newcomers: fetched when it is needed, if ever, and anew when it was lost."""
 
     def __init__(self, fetch: Callable[[], Awaitable[Any]]) -> None:
         self._fetch, self._fetching = fetch, asyncio.Lock()
@@ -61,10 +61,10 @@ class OnDemand:
                 self._value = await self._fetch()
         return self._value
 
-    def forget(self) -> bool:
-        """Fetch it anew the next time; False where it was not there."""
-        there, self._value = self._value is not None, None
-        return there
+    def forget(self, value: Any) -> None:
+        """Fetch it anew the next time, unless that was done already."""
+        if self._value is value:
+            self._value = None
 
 
 class Handle(Protocol):

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from grpo.broadcast import BroadcastGroup
 from grpo.config import RunConfig
 from grpo.device import broadcast_backend
-from grpo.services import Handle, OnDemand, Services
+from grpo.services import OnDemand, Services
 from grpo.structured import together, unless_raised
 from grpo.telemetry.recording import measure
 from grpo.types import ActorDied, GeneratorStats, PayloadLost, TransferError
@@ -27,14 +27,14 @@ class Transport(Protocol):
     async def spread(self) -> list[GeneratorStats]:
         """Bring what was taken into every generator; returns once all of them have acknowledged it."""
 
-    async def reference(self) -> Any:
-        """To what was taken, in the object store, for others to load."""
+    def stored(self) -> OnDemand:
+        """What was taken, in the object store, for others to load."""
 
 
 def make_transport(services: Services, config: RunConfig, tell: Callable[[str], None]) -> Transport:
     """What `weights.transport` names."""
     if config.weights.transport == "object_store":
-        return ObjectStore(services, tell)
+        return ObjectStore(services)
     return Collective(services, config, tell)
 
 
@@ -45,8 +45,8 @@ class ObjectStore:
     published, which are as new or newer.
     """
 
-    def __init__(self, services: Services, tell: Callable[[str], None]) -> None:
-        self._trainer, self._generator, self._tell = services.trainer, services.generator, tell
+    def __init__(self, services: Services) -> None:
+        self._trainer, self._generator = services.trainer, services.generator
         self._weights = OnDemand(self._published)
 
     async def take(self) -> None:
@@ -54,10 +54,10 @@ class ObjectStore:
         await self._weights.value()
 
     async def spread(self) -> list[GeneratorStats]:
-        return await _from_store(self._weights, self._generator, self._tell)
+        return await self._generator.update_weights.fanout(self._weights)
 
-    async def reference(self) -> Any:
-        return await self._weights.value()
+    def stored(self) -> OnDemand:
+        return self._weights
 
     async def _published(self) -> Any:
         (weights, _), *_ = await self._trainer.push_weights.call()
@@ -77,7 +77,7 @@ class Collective:
         self._settings, self._backend, self._tell = config.weights, broadcast_backend(config), tell
         self._writing = asyncio.Lock()  # to the trainer's buffer, or having it put into the store
         self._header: Any = None
-        self._weights = OnDemand(self._stored)
+        self._weights = OnDemand(self._put)
         self._members: tuple[Sequence[Any], Sequence[Any]] = ((), ())  # the trainer's processes, and the generators
         self._group: BroadcastGroup | None = None
         self._numbers = count()
@@ -86,7 +86,7 @@ class Collective:
     async def take(self) -> None:
         async with self._writing:
             self._header, *_ = await self._trainer.write_weights.call()
-            self._weights = OnDemand(self._stored)
+            self._weights = OnDemand(self._put)
 
     async def spread(self) -> list[GeneratorStats]:
         self._generator.update_weights.for_newcomers(self._weights)
@@ -98,12 +98,12 @@ class Collective:
             else:
                 self._failures = 0
                 return stats
-        return await _from_store(self._weights, self._generator, self._tell)
+        return await self._generator.update_weights.fanout(self._weights)
 
-    async def reference(self) -> Any:
-        return await self._weights.value()
+    def stored(self) -> OnDemand:
+        return self._weights
 
-    async def _stored(self) -> Any:
+    async def _put(self) -> Any:
         """A new trainer may have nothing to put there: then its present weights, which are as new or newer."""
         try:
             async with self._writing:
@@ -152,18 +152,3 @@ class Collective:
         measure("weights/transfers_failed", 1, "sum")
         ever = "" if self._failures < _MOST_FAILURES else f", and so do all others: {_MOST_FAILURES} failed in a row"
         self._tell(f"{error}; these weights go through the object store{ever}")
-
-
-async def _from_store(weights: OnDemand, generator: Handle, tell: Callable[[str], None]) -> list[GeneratorStats]:
-    """Have every generator load them; those that are lost on the way are fetched anew.
-
-    Raises PayloadLost where there is nothing to fetch.
-    """
-    while True:
-        try:
-            return await generator.update_weights.fanout(await weights.value())
-        except PayloadLost as error:
-            measure("weights/transfers_failed", 1, "sum")
-            if not weights.forget():
-                raise
-            tell(f"{error}; the weights are published again")

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from grpo.config import RunConfig
-from grpo.services import Services
+from grpo.services import OnDemand, Services
 from grpo.structured import Interrupted
 from grpo.transport import make_transport
 from grpo.types import GeneratorStats
@@ -50,9 +50,9 @@ class WeightSync:
         with waiting_for("weights"):
             return await self._spreading
 
-    async def reference(self) -> Any:
-        """To the weights that were published, for others to load."""
-        return await self._transport.reference()
+    def stored(self) -> OnDemand:
+        """The weights that were published, for others to load."""
+        return self._transport.stored()
 
     async def beside_next_step(self, work: Coroutine[Any, Any, None]) -> None:
         """Begin `work`, which waits until they are live, and return; its errors end the run. If they are, do it now."""

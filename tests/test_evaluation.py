@@ -14,10 +14,12 @@ from grpo.failures import Failures
 from grpo.loop import run
 from grpo.services import EvaluationServices
 from grpo.types import (
+    ActorDied,
     Completion,
     EvaluationReport,
     GenerationReport,
     MixedVersionsError,
+    PayloadLost,
     RewardError,
     Scores,
     StalledError,
@@ -169,6 +171,41 @@ async def test_an_answer_by_another_version_is_an_error(loop, replicas):
     with pytest.raises(MixedVersionsError, match="the evaluation of version 0 was answered by versions 0 to 7"):
         await loop(gate)
     assert nothing_is_left_running()
+
+
+class LosingAnswers(GatedAnswers):
+    """The evaluator dies in an evaluation, and the weights of version 0 with it."""
+
+    def __init__(self):
+        super().__init__(error=ActorDied("evaluator died with its node"))
+
+    def guard(self, handle):
+        super().guard(handle)
+        spawn = handle.service.common.spawn
+
+        def spawn_without(name):
+            endpoint = spawn(name)
+            invoke = endpoint.invoke
+
+            async def losing(method, args=(), kwargs=None):
+                if method == "update_weights" and args[0].version == 0:
+                    raise PayloadLost("with its node")
+                return await invoke(method, args, kwargs)
+
+            endpoint.invoke = losing
+            return endpoint
+
+        handle.service.common.spawn = spawn_without
+
+
+async def test_an_evaluator_that_was_replaced_and_finds_only_newer_weights_leaves_its_evaluation_out(loop):
+    gate = LosingAnswers()
+    loop.trainer = OpeningTrainer(gate, at=3)
+    await loop(gate)
+    assert loop.recorder.failures.restarts == {"evaluator": 1}
+    assert 0 not in loop.evaluated
+    assert loop.evaluated[-1] == 20
+    assert skipped(loop)[0] == pytest.approx(4, abs=1)
 
 
 async def test_without_an_evaluator_the_training_waits_and_the_generators_hold_still(loop):

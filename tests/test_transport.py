@@ -44,9 +44,10 @@ class NotingTrainer:
 class NotingGenerator:
     """Notes versions by how they came; `fails` makes transfers fail, `waits` makes them wait for ever."""
 
-    def __init__(self, loses=0):
+    def __init__(self, lost=(), loses=0):
         self.received, self.loaded, self.left = [], [], 0
         self.fails, self.waits, self.loses, self.asked = False, False, loses, asyncio.Event()
+        self._lost = lost
 
     async def receive_weights(self, header, group):
         self.asked.set()
@@ -58,8 +59,8 @@ class NotingGenerator:
         return GeneratorStats(0.0, header.version)
 
     async def update_weights(self, weights):
-        if self.loses:
-            self.loses -= 1
+        if self.loses or weights.version in self._lost:
+            self.loses = max(0, self.loses - 1)
             raise PayloadLost("with its node")
         self.loaded.append(weights.version)
         return GeneratorStats(0.0, weights.version)
@@ -71,12 +72,18 @@ class NotingGenerator:
 class Stage:
     """A broadcast to generators, all that were started, and what was told."""
 
-    def __init__(self, services, config, trainers, generators):
+    def __init__(self, services, config, failures, trainers, generators, lost):
+        self.lost = lost  # versions that no generator can load
         self.services, self.trainers, self.generators, self.told = services, trainers, generators, []
+        self.warnings = []  # of the services
+        failures.tell = self.warnings.append
         self.transport = make_transport(services, config, self.told.append)
 
     async def publish(self):
         await self.transport.take()
+        return await self.spread()
+
+    async def spread(self):
         return [stats.tokens for stats in await self.transport.spread()]
 
     async def grow_to(self, replicas):
@@ -97,20 +104,20 @@ def open_stage(tiny_config):
     @asynccontextmanager
     async def open_stage(replicas=2, losing=None, transport="collective"):
         tiny_config.weights.transport, tiny_config.generator.replicas = transport, replicas
-        trainers, generators = [], []
+        trainers, generators, lost = [], [], []
 
         def trainer():
             trainers.append(NotingTrainer())
             return trainers[-1]
 
         def generator():
-            generators.append(NotingGenerator(loses=1 if len(generators) == losing else 0))
+            generators.append(NotingGenerator(lost, loses=1 if len(generators) == losing else 0))
             return generators[-1]
 
-        fakes = {"trainer": trainer, "generator": generator}
-        async with launch_local(tiny_config, Failures(tiny_config.recovery), fakes) as services:
+        fakes, failures = {"trainer": trainer, "generator": generator}, Failures(tiny_config.recovery)
+        async with launch_local(tiny_config, failures, fakes) as services:
             services.trainer.on_restart(nothing)
-            yield Stage(services, tiny_config, trainers, generators)
+            yield Stage(services, tiny_config, failures, trainers, generators, lost)
 
     async def nothing(newcomer):
         """There is no state to bring back."""
@@ -240,7 +247,7 @@ async def test_a_newcomer_whose_weights_were_lost_with_a_node_has_them_put_into_
 async def test_others_find_the_weights_in_the_store_where_they_are_put_once(open_stage):
     async with open_stage() as stage:
         await stage.publish()
-        assert [(await stage.transport.reference()).version for _ in range(2)] == [1, 1]
+        assert [(await stage.transport.stored().value()).version for _ in range(2)] == [1, 1]
         assert stage.trainers[0].asked == [1]
 
 
@@ -248,7 +255,7 @@ async def test_weights_that_are_lost_on_their_way_through_the_store_are_publishe
     async with open_stage(losing=1, transport="object_store") as stage:
         assert set(await stage.publish()) == {2}
         assert stage.generators[1].loaded == [2]
-        assert stage.told == ["with its node; the weights are published again"]
+        assert stage.warnings == ["with its node; it is fetched anew"]
 
 
 async def test_so_are_those_that_made_up_for_a_broadcast(open_stage):
@@ -256,7 +263,20 @@ async def test_so_are_those_that_made_up_for_a_broadcast(open_stage):
         stage.generators[0].fails = True
         assert await stage.publish() == [1, 1]
         assert stage.generators[1].loaded == [1]
-        assert stage.told[-1] == "with its node; the weights are published again"
+        assert stage.warnings == ["with its node; it is fetched anew"]
+
+
+async def test_when_all_generators_die_with_the_weights_their_replacements_have_them_published_again(open_stage):
+    """As when the trainer and all of them share the node that is lost."""
+    async with open_stage(transport="object_store") as stage:
+        await stage.publish()
+        await stage.transport.take()
+        for process in stage.process:
+            process.kill()
+        stage.lost.append(2)
+        assert {3} <= set(await stage.spread()) <= {3, 4}
+        await stage.services.generator.service.ready()
+        assert [each.loaded[0] >= 3 for each in stage.generators[2:]] == [True, True]
 
 
 async def test_a_trainer_that_is_gone_for_good_ends_it(open_stage):

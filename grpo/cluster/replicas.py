@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, NoReturn
 
@@ -40,13 +40,19 @@ class Call:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
 
-    async def fetched(self) -> tuple[Any, ...]:
-        """The arguments, with those that were to be fetched on demand."""
-        return tuple([await arg.value() if isinstance(arg, OnDemand) else arg for arg in self.args])
+    async def fetched(self) -> Call:
+        """With the arguments that were to be fetched on demand."""
+        if not any(isinstance(arg, OnDemand) for arg in self.args):
+            return self
+        args = [await arg.value() if isinstance(arg, OnDemand) else arg for arg in self.args]
+        return replace(self, args=tuple(args))
 
-    def forget(self) -> bool:
+    def forget(self, fetched: Call) -> bool:
         """Whether there were arguments that can be fetched anew, and will be."""
-        return sum(arg.forget() for arg in self.args if isinstance(arg, OnDemand)) > 0
+        lost = [(arg, value) for arg, value in zip(self.args, fetched.args, strict=True) if isinstance(arg, OnDemand)]
+        for arg, value in lost:
+            arg.forget(value)
+        return bool(lost)
 
 
 @dataclass(frozen=True)
@@ -295,14 +301,14 @@ class Replica:
         while loaded is not self._common.latest:  # another may be published meanwhile
             loaded = self._common.latest
             assert loaded is not None
+            call = await loaded.fetched()
             try:
-                await endpoint.invoke(loaded.method, await loaded.fetched(), loaded.kwargs)
+                await endpoint.invoke(call.method, call.args, call.kwargs)
             except PayloadLost as error:  # with its node, before there was a copy
-                if loaded.forget():
-                    loaded = None
-                    continue
-                self._common.failures.tell(f"{self.name} waits for the next weights: {error}")
-                await self._common.changed.wait_for(lambda: self._common.latest is not loaded)  # noqa: B023
+                if not loaded.forget(call):
+                    raise
+                self._common.failures.tell(f"{error}; it is fetched anew")
+                loaded = None
         self._become(State.HEALTHY)
         if death is not None:
             self._common.failures.actor_is_back(death)

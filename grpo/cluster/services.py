@@ -19,7 +19,7 @@ from grpo.config import RunConfig
 from grpo.failures import Failures
 from grpo.services import methods_marked
 from grpo.structured import cancelled, together
-from grpo.types import ActorDied
+from grpo.types import ActorDied, PayloadLost
 
 
 class Service:
@@ -71,12 +71,19 @@ class Service:
                 return await replica.attempt(call)
 
     async def fanout(self, call: Call) -> list[Any]:
-        """The answers of all that are healthy and stay so; at least one."""
+        """The answers of all that are healthy and stay so; at least one. What was lost is fetched anew."""
         if call.method in self._updates:
             self.for_newcomers(call)
         while True:
             await self._until(self.healthy)
-            answers = await together(*(_unless_it_dies(replica, call) for replica in self.healthy()))
+            fetched = await call.fetched()
+            try:
+                answers = await together(*(_unless_it_dies(replica, fetched) for replica in self.healthy()))
+            except PayloadLost as error:
+                if not call.forget(fetched):
+                    raise
+                self.common.failures.tell(f"{error}; it is fetched anew")
+                continue
             if any(answers):
                 return [result for answer in answers for result in answer]
 

@@ -213,13 +213,10 @@ class Recorder:
         """One that runs beside the training."""
         self._evaluating = step
 
-    def evaluation_skipped(self, step: int) -> None:
+    def evaluation_skipped(self, step: int, why: str) -> None:
         self._evaluations_skipped += 1
         self._for_next_line["eval/skipped"] = self._for_next_line.get("eval/skipped", 0) + 1
-        self.warn(
-            f"no evaluation after step {step}: the one before it still runs; "
-            "raise eval.every, or speed it up with fewer eval.prompts or more eval.replicas"
-        )
+        self.warn(f"no evaluation after step {step}: {why}")
 
     def checkpoint_skipped(self, step: int) -> None:
         self._checkpoints["skipped"] += 1

@@ -71,5 +71,5 @@ async def test_a_replica_that_hangs_in_a_transfer_costs_one_time_out(config, mak
             assert await publisher.publish() >= 1
         assert len(publisher.told) == 1
         weights, _ = await services.trainer.push_weights.call_one()
-        reference = await publisher.transport.reference()
+        reference = await publisher.transport.stored().value()
         np.testing.assert_array_equal((await reference).buffer, (await weights).buffer)

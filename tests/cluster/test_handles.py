@@ -8,7 +8,7 @@ from grpo.cluster.replicas import Claims, Common, State, Timeouts
 from grpo.cluster.services import Service
 from grpo.config import RecoveryConfig
 from grpo.failures import Failures
-from grpo.services import brings_up_to_date
+from grpo.services import OnDemand, brings_up_to_date
 from grpo.types import ActorDied, ConfigError, PayloadLost
 
 
@@ -410,31 +410,46 @@ async def test_an_optional_replica_leaves_for_a_required_one_that_finds_no_place
         longest.cancel(), moved.cancel()
 
 
-async def test_a_newcomer_whose_weights_were_lost_with_their_node_waits_for_the_next_ones():
-    lost = asyncio.Event()
+async def test_what_was_lost_with_its_node_is_fetched_anew_for_newcomers_and_for_those_that_serve():
+    fetched, lost = [], {1, 3}
 
     async def setup(echo):
         load = echo.load
 
         async def load_what_is_there(weights):
-            if weights == 1:
-                lost.set()
+            if weights in lost:
                 raise PayloadLost("the weights are gone")
             return await load(weights)
 
-        if echo.name == "echo-1/2":
-            echo.load = load_what_is_there
+        echo.load = load_what_is_there
+
+    async def fetch():
+        fetched.append(len(fetched) + 1)
+        return fetched[-1]
 
     async with Fleet(2, setup=setup) as fleet:
-        await fleet.handle.load.fanout(1)
+        weights = OnDemand(fetch)
+        await fleet.handle.load.fanout(weights)
+        assert [process.loaded for process in fleet.processes] == [2, 2]
+        lost.add(2)
         fleet.endpoints[1].kill()
-        await lost.wait()
-        await settle()
-        assert fleet.states() == [State.HEALTHY, State.STALE]
-        await fleet.handle.load.fanout(2)
         await settle()
         assert fleet.states() == [State.HEALTHY] * 2
-        assert fleet.processes[2].loaded == 2
+        assert fleet.processes[2].loaded == 4
+        await fleet.handle.load.fanout(weights)  # nobody forgets what another has fetched anew
+        assert fetched == [1, 2, 3, 4]
+
+
+async def test_what_was_lost_and_nobody_can_fetch_is_an_error():
+    async def setup(echo):
+        async def load(weights):
+            raise PayloadLost("the weights are gone")
+
+        echo.load = load
+
+    async with Fleet(setup=setup) as fleet:
+        with pytest.raises(PayloadLost):
+            await fleet.handle.load.fanout(1)
 
 
 async def test_an_error_that_nobody_can_mend_ends_the_run_though_nobody_calls():

@@ -148,7 +148,7 @@ def test_of_two_evaluations_the_newer_is_in_the_line_and_both_are_in_the_summary
 
 def test_skipped_evaluations_are_counted(tiny_config, make_recorder):
     recorder = make_recorder(tiny_config)
-    recorder.evaluation_skipped(5)
+    recorder.evaluation_skipped(5, "the one before it still runs")
     record_steps(recorder, [0.1, 0.1])
     summary = recorder.write_summary("completed")
     assert [line.get("eval/skipped") for line in lines(recorder)] == [1, None]
