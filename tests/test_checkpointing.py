@@ -135,6 +135,12 @@ class Run:
         return [tuple(entry) for line in self.lines("ledger.jsonl") for entry in line.get("trained", ())]
 
 
+@pytest.fixture(autouse=True)
+async def without_debugging():
+    """Debug mode notes the stack of every future: a third of the time of dozens of whole runs."""
+    asyncio.get_running_loop().set_debug(False)
+
+
 @pytest.fixture
 def config(tiny_config, tmp_path):
     """One rollout at a time in step with the training: what is sampled and learned is exactly reproducible."""

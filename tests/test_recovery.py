@@ -71,6 +71,12 @@ async def train(config, make_recorder, *deaths, fakes=None, lost_snapshots=0):
     return recorder, losses, weights
 
 
+@pytest.fixture(autouse=True)
+async def without_debugging():
+    """Debug mode notes the stack of every future: a third of the time of dozens of whole runs."""
+    asyncio.get_running_loop().set_debug(False)
+
+
 @pytest.fixture
 def config(tiny_config):
     """One rollout at a time in step with the training: what is sampled and learned is exactly reproducible."""

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,9 @@ class Checkpointer:
     def __init__(self, config: RunConfig, folder: str) -> None:
         self._config, self._folder = config, Path(folder)
         self._thread = ComputeThread("checkpointer", 1)
-        self._importing: asyncio.Future[Any] | None = None
 
     async def setup(self) -> None:
-        """Import what the first checkpoint needs ahead of it, beside the start of the run."""
-        self._importing = asyncio.ensure_future(self._thread.run(import_module, "grpo.models.export"))
+        """Nothing to load."""
 
     async def save(
         self,
@@ -64,8 +61,6 @@ class Checkpointer:
 
     async def close(self) -> None:
         """Wait for a checkpoint that is being written."""
-        if self._importing is not None:  # else: it was closed before it was set up
-            await self._importing
         await asyncio.to_thread(self._thread.close)
 
     def _save(
@@ -84,7 +79,7 @@ class Checkpointer:
         return {"seconds": time.perf_counter() - started, "bytes": float(total_bytes(path))}
 
     def _export(self, parameters: Mapping[str, torch.Tensor], folder: Path) -> None:
-        from grpo.models import export  # a second of imports that only a run with checkpoints needs
+        from grpo.models import export  # a second of imports that no run shall wait for when it starts
 
         if self._config.uses_adapters:
             export.export_adapters(self._config.model, self._config.lora, parameters, folder)

@@ -5,20 +5,33 @@ import json
 import os
 import signal
 import time
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from grpo.cluster.launch import check_dashboard, launch, ray_cluster
+from grpo.cluster.launch import check_dashboard, launch, launch_actors, ray_cluster
 from grpo.cluster.local import launch_local
+from grpo.cluster.plan import actor_specs
 from grpo.cluster.replicas import Call
 from grpo.config import ClusterConfig
 from grpo.failures import Failures
 from grpo.loop import run
-from grpo.types import ActorDied, ConfigError, LaunchError, RewardCrash, RewardError, SamplingParams
+from grpo.types import ActorDied, Completion, ConfigError, LaunchError, RewardCrash, RewardError, SamplingParams
+
+ANSWER = Completion(np.array([5]), np.zeros(1), ((0, 1),), "length")
 
 pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+@asynccontextmanager
+async def launch_only(config, *names, failures=None):
+    """Some of the actors: each process costs a second and more."""
+    specs = [spec for spec in actor_specs(config) if spec.name in names]
+    async with launch_actors(specs, config, failures or Failures(config.recovery)) as handles:
+        yield SimpleNamespace(**handles)
 
 
 async def run_on(launched, config, make_recorder):
@@ -47,15 +60,17 @@ async def test_an_error_in_user_code_keeps_its_type_across_processes(tiny_config
         await run_on(launch, tiny_config, make_recorder)
 
 
-async def test_a_reward_that_ends_its_process_is_a_crash_that_names_it(tiny_config, make_recorder):
+async def test_a_reward_that_ends_its_process_is_a_crash_that_names_it(tiny_config):
     tiny_config.reward.functions = {"tests.fake_rewards:dying": 1.0}
-    with pytest.raises(RewardCrash, match=r"dying' on prompt .*: its process died with exit code 7"):
-        await run_on(launch, tiny_config, make_recorder)
+    async with launch_only(tiny_config, "dataloader", "reward") as services:
+        (prompt,) = (await services.dataloader.sample.call_one(0, 1)).prompts
+        with pytest.raises(RewardCrash, match=r"dying' on prompt .*: its process died with exit code 7"):
+            await services.reward.score.route(prompt, [ANSWER])
 
 
 async def test_no_process_of_a_reward_outlives_its_actor(tiny_config):
     tiny_config.reward.functions = {"tests.fake_rewards:process": 1.0}
-    async with launch(tiny_config, Failures(tiny_config.recovery)) as services:
+    async with launch_only(tiny_config, "dataloader", "generator", "reward") as services:
         (prompt,) = (await services.dataloader.sample.call_one(0, 1)).prompts
         completions, _ = await services.generator.generate.route(prompt, SamplingParams(n=2, max_tokens=4))
         pid = int((await services.reward.score.route(prompt, completions)).rewards[0])
@@ -86,7 +101,7 @@ async def test_a_replica_that_is_added_holds_the_present_weights_and_one_that_ha
     tiny_config.generator.num_cpus = 0.25
     tiny_config.recovery.health_every_s = tiny_config.recovery.health_timeout_s = 1.0
     failures = Failures(tiny_config.recovery)
-    async with launch(tiny_config, failures) as services:
+    async with launch_only(tiny_config, "dataloader", "generator", "trainer", failures=failures) as services:
         ((weights, _),) = await services.trainer.push_weights.call()
         await services.generator.update_weights.fanout(weights)
         services.generator.scale(2)
@@ -108,18 +123,17 @@ async def test_a_replica_that_is_added_holds_the_present_weights_and_one_that_ha
 async def test_a_setup_that_fails_is_raised_with_its_type_and_the_others_close(tiny_config, caplog):
     tiny_config.task.target = "grpo.tasks.sorting:Sorted"
     with pytest.raises(ConfigError, match=r"task\.target"):
-        async with launch(tiny_config, Failures(tiny_config.recovery)):
+        async with launch_only(tiny_config, "dataloader", "generator"):
             pass
     assert "did not close:" not in caplog.text  # with an error; one that is slow is another matter
 
 
 async def test_resources_that_others_hold_are_a_clear_error(tiny_config):
     tiny_config.trainer.num_cpus = len(os.sched_getaffinity(0)) - 0.5
-    tiny_config.generator.num_cpus = 0.25
-    async with launch(tiny_config, Failures(tiny_config.recovery)):
-        tiny_config.cluster.start_timeout_s = 4
-        with pytest.raises(LaunchError, match=r"cluster.start_timeout_s: .*trainer.* not up after 4 s"):
-            async with launch(tiny_config, Failures(tiny_config.recovery)):
+    async with launch_only(tiny_config, "trainer"):
+        tiny_config.cluster.start_timeout_s = 1
+        with pytest.raises(LaunchError, match=r"cluster.start_timeout_s: trainer not up after 1 s"):
+            async with launch_only(tiny_config, "trainer"):
                 pass
 
 
@@ -131,11 +145,11 @@ async def test_more_than_the_cluster_has_is_refused_at_once(tiny_config):
 
 
 async def test_leaving_ends_every_process(tiny_config):
-    async with launch(tiny_config, Failures(tiny_config.recovery)) as services:
-        processes = [replica.endpoint for replica in services.generator.service.replicas]
-        assert processes
+    async with launch_only(tiny_config, "replay_buffer") as services:
+        processes = services.replay_buffer.service.processes()
+    assert processes
     with pytest.raises(ActorDied):
-        await services.generator.setup.fanout()
+        await processes[0].ping()
 
 
 def test_signals_are_held_back_while_ray_starts(monkeypatch):
