@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, distributed
 
 from grpo.flat_buffer import buffer_for
+from grpo.network import address_towards
 from grpo.types import TransferError
 from grpo.weights import Weights, WeightsHeader, copying_beside
 
@@ -188,11 +188,16 @@ class _Member:
 
 
 def _gloo(group: BroadcastGroup, store: Any, rank: int, timeout: timedelta) -> Any:
-    """Bound to the address by which this machine reaches the sender's: that of its name may be another network's."""
+    """Bound as the ranks' is, see `ranks.join`; by an address, which for IPv6 says more than an interface does."""
     gloo: Any = distributed.ProcessGroupGloo  # its stubs know no options
     options = gloo._Options()
     options._timeout = timeout
-    options._devices = [gloo.create_device(hostname=_address_towards(group.host, group.port))]
+    names = os.environ.get("GLOO_SOCKET_IFNAME")
+    options._devices = (
+        [gloo.create_device(interface=name) for name in names.split(",")]
+        if names
+        else [gloo.create_device(hostname=address_towards(group.host, group.port))]
+    )
     return gloo(store, rank, group.receivers + 1, options)
 
 
@@ -210,11 +215,3 @@ def _nccl(group: BroadcastGroup, store: Any, rank: int, timeout: timedelta) -> A
             del os.environ["TORCH_NCCL_BLOCKING_WAIT"]
         else:
             os.environ["TORCH_NCCL_BLOCKING_WAIT"] = before
-
-
-def _address_towards(host: str, port: int) -> str:
-    """That of the network through which this machine reaches another one, or itself. Nothing is sent."""
-    (family, kind, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
-    with socket.socket(family, kind) as asking:
-        asking.connect(address)
-        return str(asking.getsockname()[0])

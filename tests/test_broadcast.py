@@ -80,6 +80,15 @@ async def test_another_group_may_have_other_members(broadcasters):
     assert received.version == 2
 
 
+async def test_the_network_is_the_one_that_is_named(broadcasters, monkeypatch):
+    sender, receivers = broadcasters()
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    assert len(await transfer(sender, receivers, group_of(3), weights_of(5000))) == 3
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none0")
+    with pytest.raises(TransferError, match="none0"):
+        await sender.send(group_of(0), weights_of(5000))
+
+
 async def test_one_receiver_too_many_is_told(broadcasters):
     sender, receivers = broadcasters()
     results = await asyncio.gather(

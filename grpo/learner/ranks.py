@@ -5,6 +5,7 @@ Every rank makes the same calls in the same order; a rank that dies or falls beh
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,6 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed
+
+from grpo.network import address_towards, interface_of
 
 T = TypeVar("T")
 
@@ -51,8 +54,13 @@ def join(ranks: Ranks, rendezvous: tuple[str, int], device: str, timeout_s: floa
     `rendezvous` is a host name or address of rank 0's machine and a free port there; `device` is where this rank
     computes, "cpu" or as "cuda:0". No rank waits longer than `timeout_s` for the others, here or later: then it
     raises, or, where it waits inside NCCL, its process ends.
+
+    gloo takes the network that leads to rank 0, where GLOO_SOCKET_IFNAME names no other: by itself it takes the address
+    of this machine's name, which with Debian is 127.0.1.1, where nobody else finds it.
     """
     host, port = rendezvous
+    if (interface := interface_of(address_towards(host, port))) is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # stays, for groups that are made of this one
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
