@@ -229,6 +229,7 @@ class ClusterConfig:
     address: str | None = None  # null: a cluster of our own on this machine; auto or host:port: join one
     dashboard: bool = False  # Ray's, on localhost, for a cluster of our own
     start_timeout_s: float = 600.0
+    nodes_timeout_s: float = 0.0  # how long to wait for what a cluster that is joined lacks; 0: refuse at once
 
 
 @dataclass

@@ -36,7 +36,8 @@ def evaluate_model(config: RunConfig, folder: Path) -> int:
     """
     if config.eval.prompts == 0:
         raise ConfigError("is 0, there is nothing to evaluate: say how many held-out prompts", key="eval.prompts")
-    task = preflight.check(config, evaluation_specs(config))
+    console = Screen(soft_wrap=True, highlight=False)
+    task = preflight.check(config, evaluation_specs(config), partial(console.print, markup=False))
     if config.dry_run:
         Screen().print(plan_table(evaluation_specs(config)))
         return EXIT_CODES["completed"]

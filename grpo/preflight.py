@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from grpo.actors.scoring import reward_function
-from grpo.cluster.joining import nodes_at
+from grpo.cluster.joining import wait_for_room
 from grpo.cluster.launch import check_dashboard
 from grpo.cluster.placement import Node, check_placement
 from grpo.cluster.plan import ActorSpec
@@ -35,9 +35,12 @@ from grpo.types import ConfigError
 T = TypeVar("T")
 
 
-def check(config: RunConfig, specs: Sequence[ActorSpec]) -> Task:
-    """Everything that needs no model made; in a dry run, the model too where it is there. Returns the task."""
-    check_resources(config, specs)
+def check(config: RunConfig, specs: Sequence[ActorSpec], tell: Callable[[str], None]) -> Task:
+    """Everything that needs no model made; in a dry run, the model too where it is there. Returns the task.
+
+    `tell` gets a line when the cluster to join is waited for.
+    """
+    check_resources(config, specs, tell)
     task = check_names(config)
     if config.dry_run and config.model.prepare is None:
         check_model(config, task)
@@ -110,14 +113,15 @@ def check_names(config: RunConfig) -> Task:
     return task
 
 
-def check_resources(config: RunConfig, specs: Sequence[ActorSpec]) -> None:
+def check_resources(config: RunConfig, specs: Sequence[ActorSpec], tell: Callable[[str], None]) -> None:
     """Compare what the actors ask for with this machine, or with the cluster to join. Raises LaunchError.
 
     A dry run may be made where that cluster can't be reached.
     """
-    if config.cluster.address is not None:
+    cluster = config.cluster
+    if cluster.address is not None:
         if not config.dry_run:
-            check_placement(specs, nodes_at(config.cluster.address), "the Ray cluster")
+            wait_for_room(specs, cluster.address, cluster.nodes_timeout_s, tell)
     else:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         check_placement(specs, [Node(cores, gpus_here())], "this machine")

@@ -55,7 +55,7 @@ def train(config: RunConfig, folder: Path) -> int:
     console = Screen(soft_wrap=True)
     for warning in warnings(config):
         console.print(f"warning: {warning}", style="yellow", markup=False)
-    task = preflight.check(config, actor_specs(config))
+    task = preflight.check(config, actor_specs(config), partial(console.print, markup=False, highlight=False))
     if config.dry_run:
         print_plan(config, console)
         return EXIT_CODES["completed"]

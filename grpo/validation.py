@@ -78,6 +78,7 @@ _AT_LEAST = {
     "generator.tensor_parallel": (1, "1 keeps a replica on one GPU"),
     "recovery.max_restarts": (0, "0 ends the run with the first actor that dies"),
     "recovery.max_data_failures": (0, "0 ends the run at the first one"),
+    "cluster.nodes_timeout_s": (0, "0 waits for no node"),
     "checkpoint.every": (0, "0 makes none"),
     "checkpoint.keep": (1, "the newest one is never removed"),
     "observe.log_every": (1, "1 prints every step"),

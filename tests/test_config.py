@@ -269,6 +269,7 @@ def test_the_choice_of_a_loss_says_what_the_function_does_by_itself(name):
         ("lora=r7", r"Could not find 'lora/r7' Available options in 'lora': .*r16"),
         ("eval.samples=512", r"eval\.samples: is 512, but .* generator\.max_sequences=256"),
         ("cluster.dashboard=true cluster.address=auto", r"cluster\.dashboard: is for a cluster of the run's own"),
+        ("cluster.nodes_timeout_s=-1", r"cluster\.nodes_timeout_s: is -1\.0, must be at least 0"),
         ("cluster.address=ray://head:10001", r"cluster\.address: is 'ray://head:10001', must be auto or HOST:PORT"),
         ("trainer.betas=[0.9]", r"trainer\.betas: is \[0\.9\], must be two numbers in"),
         (

@@ -163,7 +163,7 @@ def test_an_attention_that_the_model_does_not_have_names_the_key(tiny_config, mo
 
 def test_a_good_config_passes(tiny_config):
     task = preflight.check_names(tiny_config)
-    preflight.check_resources(tiny_config, actor_specs(tiny_config))
+    preflight.check_resources(tiny_config, actor_specs(tiny_config), pytest.fail)
     preflight.check_model(preflight.prepare_model(tiny_config, task), task)
 
 

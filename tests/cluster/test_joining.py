@@ -10,8 +10,9 @@ import sys
 import pytest
 
 from grpo.cluster import probe
-from grpo.cluster.joining import nodes_at
+from grpo.cluster.joining import nodes_at, wait_for_room
 from grpo.cluster.placement import Node
+from grpo.cluster.plan import ActorSpec
 from grpo.types import LaunchError
 from tests.ray_nodes import ENVIRONMENT, members
 
@@ -37,6 +38,20 @@ def refused(address):
     return str(caught.value)
 
 
+def alarmed_while_it_looks_for_processes(address):
+    """Whether the probe could end for a machine with many processes, as if no Ray had answered."""
+    program = """if True:
+        import signal, sys
+        from ray._private import services
+        from grpo.cluster.probe import probe
+        find = services.find_node_ids
+        services.find_node_ids = lambda: (print(signal.alarm(0)), find())[1]
+        probe(sys.argv[1])
+    """
+    done = subprocess.run([sys.executable, "-c", program, address], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
 def test_a_cluster_is_looked_at_and_asks_for_its_token(nodes, use):
     head = nodes.start(cpus=2)
     use(ENVIRONMENT)
@@ -45,6 +60,7 @@ def test_a_cluster_is_looked_at_and_asks_for_its_token(nodes, use):
     if subprocess.run([*elsewhere, "true"], capture_output=True).returncode == 0:
         seen = subprocess.run([*elsewhere, sys.executable, probe.__file__, nodes.address], capture_output=True)
         assert "runs on this machine, and a run's driver needs one: `ray start" in json.loads(seen.stdout)["error"]
+    assert not alarmed_while_it_looks_for_processes(nodes.address)
     use({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64})
     assert f"the cluster at {nodes.address} has another token than the one here: export" in refused(nodes.address)
     use({"RAY_AUTH_MODE": "token"})
@@ -65,3 +81,21 @@ def test_where_there_is_no_cluster_the_answer_is_one_line(use):
         use({"RAY_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}"})  # without it `auto` is any cluster of this machine
         assert "no Ray cluster at auto: Connection refused; `ray start --head` starts one" in refused("auto")
     assert "can't reach Ray at nowhere.invalid:6379: " in refused("nowhere.invalid:6379")
+
+
+def test_a_node_that_is_late_is_waited_for_as_long_as_the_config_says(nodes, use):
+    three = [ActorSpec("reward", object, replicas=3, num_cpus=1)]
+    nodes.start(cpus=1)
+    use(ENVIRONMENT)
+    told = []
+
+    def tell(line):
+        told.append(line)
+        nodes.start(cpus=2)
+
+    with pytest.raises(LaunchError, match=r"^reward\.num_cpus: .* ask for 3 CPUs .* the Ray cluster has 1;"):
+        wait_for_room(three, nodes.address, 0, tell)
+    assert not told
+    wait_for_room(three, nodes.address, 60, tell)
+    (line,) = told
+    assert line.startswith("waiting up to 60 s for the Ray cluster (cluster.nodes_timeout_s): reward.num_cpus: the ")
