@@ -187,7 +187,7 @@ def test_actors_get_absolute_paths(tiny_config, tiny_model_path, monkeypatch):
 def test_a_vllm_that_is_not_there_is_named_with_the_line_to_type(tiny_config, monkeypatch):
     tiny_config.generator.engine = "vllm"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(GRPOError, match=r"^generator\.engine: vllm is not installed: pip install 'grpo\[vllm\]'"):
+    with pytest.raises(GRPOError, match=r"^generator\.engine: vllm is not installed: pip install -e '\.\[vllm\]'"):
         preflight.check_names(tiny_config)
 
 
