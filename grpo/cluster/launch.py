@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from grpo.cluster.endpoints import Endpoint
@@ -26,6 +26,7 @@ from grpo.cluster.handles import ActorHandle
 from grpo.cluster.joining import nodes_at
 from grpo.cluster.own_code import runtime_env
 from grpo.cluster.placement import Node, check_placement
+from grpo.cluster.places import Places
 from grpo.cluster.plan import ActorSpec, actor_specs
 from grpo.cluster.ray_actor import RayEndpoint, host_class, name_of
 from grpo.cluster.reaper import session_reaper
@@ -121,19 +122,25 @@ async def launch_actors(
 
     Raises LaunchError when the cluster can't hold them, or when they are not up within `cluster.start_timeout_s`.
     """
-    check_placement(specs, _nodes(), "the Ray cluster")
+    nodes = _nodes()
+    check_placement(specs, list(nodes.values()), "the Ray cluster")
     if config.cluster.address is not None:
         specs = _for_other_nodes(specs, config)
-    claims = Claims()
-    services = {spec.name: make_service(spec, partial(_spawn, spec), failures, config, claims) for spec in specs}
+    services: dict[str, Service] = {}
+    claims, places = Claims(), Places()
     patience_s = _CLOSE_TIMEOUT_S
     try:
-        await _all_ready(services, config.cluster.start_timeout_s)
+        async with within(config.cluster.start_timeout_s, partial(_late, specs, services, config.cluster)):
+            await places.reserve(specs, nodes)
+            for spec in specs:
+                services[spec.name] = make_service(spec, partial(_spawn, spec, places), failures, config, claims)
+            await together(*(service.ready() for service in services.values()))
         yield {name: ActorHandle(service) for name, service in services.items()}
     except asyncio.CancelledError:
         patience_s = 0.0  # somebody pressed Ctrl-C twice
         raise
     finally:
+        places.release()
         await asyncio.gather(*(service.close(patience_s) for service in services.values()))
 
 
@@ -143,22 +150,21 @@ def _for_other_nodes(specs: Sequence[ActorSpec], config: RunConfig) -> list[Acto
     return [replace(spec, kwargs={**spec.kwargs, **sent}) if "config" in spec.kwargs else spec for spec in specs]
 
 
-def _nodes() -> list[Node]:
-    there = (node["Resources"] for node in ray.nodes() if node["Alive"])
-    return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in there]
+def _nodes() -> dict[str, Node]:
+    """Those of the cluster, by id."""
+    there = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    return {name: Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for name, resources in there.items()}
 
 
-def _spawn(spec: ActorSpec, name: str) -> Endpoint:
+def _spawn(spec: ActorSpec, places: Places, name: str) -> Endpoint:
     if spec.ranks > 1:
-        return _spawn_gang(spec, name)
+        return _spawn_gang(spec, places.take(spec), name)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return _start(spec, name, spec.kwargs, here if spec.beside else "DEFAULT")
 
 
-def _spawn_gang(spec: ActorSpec, name: str) -> Gang:
-    """All ranks find a place or none, on as few nodes as there is room for."""
-    needs = {"CPU": spec.num_cpus, "GPU": spec.num_gpus}
-    place = placement_group([{key: share for key, share in needs.items() if share}] * spec.ranks, "PACK")
+def _spawn_gang(spec: ActorSpec, place: PlacementGroup, name: str) -> Gang:
+    """All ranks find their places or none."""
     ranks = [
         _start(spec, f"{name}-{rank}", {**spec.kwargs, "rank": rank}, PlacementGroupSchedulingStrategy(place, rank))
         for rank in range(spec.ranks)
@@ -173,18 +179,15 @@ def _start(spec: ActorSpec, name: str, kwargs: Mapping[str, Any], where: Any) ->
     return RayEndpoint(name, spec.cls, remote.remote(name, name_of(spec.cls), dict(kwargs)))
 
 
-async def _all_ready(services: Mapping[str, Service], timeout_s: float) -> None:
-    def late() -> LaunchError:
-        names = ", ".join(
-            name
-            for name, service in services.items()
-            if any(replica.state is State.STARTING and not replica.optional for replica in service.replicas)
-        )
-        free = ray.available_resources()
-        return LaunchError(
-            f"cluster.start_timeout_s: {names} not up after {timeout_s:g} s; the cluster has "
-            f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free, another job may hold the rest"
-        )
-
-    async with within(timeout_s, late):
-        await together(*(service.ready() for service in services.values()))
+def _late(specs: Sequence[ActorSpec], services: Mapping[str, Service], config: ClusterConfig) -> LaunchError:
+    starting = [
+        name
+        for name, service in services.items()
+        if any(replica.state is State.STARTING and not replica.optional for replica in service.replicas)
+    ]
+    reserving = [spec.name for spec in specs if spec.ranks > 1 and spec.name not in services]
+    free = ray.available_resources()
+    return LaunchError(
+        f"cluster.start_timeout_s: {', '.join(starting or reserving)} not up after {config.start_timeout_s:g} s; the "
+        f"cluster has {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free, another job may hold the rest"
+    )

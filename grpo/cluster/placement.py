@@ -38,6 +38,25 @@ def check_placement(specs: Sequence[ActorSpec], nodes: Sequence[Node], where: st
         )
 
 
+def nodes_for_all_ranks(gang: ActorSpec, specs: Sequence[ActorSpec], nodes: Sequence[Node]) -> list[int]:
+    """Which nodes hold all ranks of an actor such that the others find room in what is left."""
+    others = [spec for spec in specs if spec is not gang]
+    return [
+        i
+        for i, node in enumerate(nodes)
+        if holds_all_ranks(gang, node) and not _without_room(others, [*nodes[:i], _left(gang, node), *nodes[i + 1 :]])
+    ]
+
+
+def holds_all_ranks(gang: ActorSpec, node: Node) -> bool:
+    left = _left(gang, node)
+    return left.cpus >= 0 and left.gpus >= 0
+
+
+def _left(gang: ActorSpec, node: Node) -> Node:
+    return Node(node.cpus - gang.ranks * gang.num_cpus, node.gpus - gang.ranks * gang.num_gpus)
+
+
 def _check_sum(specs: Sequence[ActorSpec], nodes: Sequence[Node], where: str) -> None:
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     for resource, key, there in (("GPUs", "num_gpus", gpus), ("CPUs", "num_cpus", cpus)):

@@ -6,11 +6,14 @@ import signal
 from dataclasses import replace
 
 import pytest
-from ray.util import placement_group_table
+from ray.util import placement_group, placement_group_table, remove_placement_group
 
-from grpo.cluster.launch import _spawn
+from grpo.cluster.launch import _nodes, _spawn, launch_actors
+from grpo.cluster.places import Places
 from grpo.cluster.plan import ActorSpec
-from grpo.types import ActorDied
+from grpo.config import RunConfig
+from grpo.failures import Failures
+from grpo.types import ActorDied, LaunchError
 from tests.fakes import MeetingRank
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -25,13 +28,17 @@ def states():
     return lambda: [place["state"] for name, place in placement_group_table().items() if name not in before]
 
 
+def too_large_for_two():
+    return replace(SPEC, num_cpus=0.75 * len(os.sched_getaffinity(0)))
+
+
 async def until_dead(process):
     with pytest.raises(ActorDied):
         await asyncio.wait_for(process.until_death(), 20)
 
 
 async def test_ranks_meet_and_are_ended_together_with_their_place(states):
-    gang = _spawn(SPEC, "trainer")
+    gang = _spawn(SPEC, Places(), "trainer")
     await gang.placed()
     await gang.invoke("setup")
     assert states() == ["CREATED"]
@@ -48,7 +55,7 @@ async def test_ranks_meet_and_are_ended_together_with_their_place(states):
 
 async def test_ranks_find_their_places_together_or_not_at_all(states):
     """There is room for one of two; while they wait for it, they can be taken back."""
-    gang = _spawn(replace(SPEC, num_cpus=0.75 * len(os.sched_getaffinity(0))), "trainer")
+    gang = _spawn(too_large_for_two(), Places(), "trainer")
     placed = [asyncio.ensure_future(rank.placed()) for rank in gang.processes()]
     assert await asyncio.wait(placed, timeout=1.0) == (set(), set(placed))
     assert states() == ["PENDING"]
@@ -60,7 +67,7 @@ async def test_ranks_find_their_places_together_or_not_at_all(states):
 
 
 async def test_a_rank_that_is_killed_in_a_collective_is_the_death_of_all(states):
-    gang = _spawn(SPEC, "trainer")
+    gang = _spawn(SPEC, Places(), "trainer")
     await gang.placed()
     await gang.invoke("setup")
     meeting = asyncio.ensure_future(gang.call("wait_for_the_other"))
@@ -74,3 +81,26 @@ async def test_a_rank_that_is_killed_in_a_collective_is_the_death_of_all(states)
     gang.kill(hung=True)
     await until_dead(first)
     assert states() == ["REMOVED"]
+
+
+async def test_a_reserved_place_is_taken_once(states):
+    places = Places()
+    await places.reserve([SPEC], _nodes())
+    assert states() == ["CREATED"]
+    gangs = [_spawn(SPEC, places, "trainer") for _ in range(2)]
+    assert len(states()) == 2
+    for gang in gangs:
+        gang.kill()
+    assert states() == ["REMOVED"] * 2
+
+
+async def test_ranks_that_get_no_place_in_time_are_named_and_wait_for_it_no_longer(states):
+    config = RunConfig()
+    config.cluster.start_timeout_s = 0.2
+    held = placement_group([{"CPU": len(os.sched_getaffinity(0)) - 0.5}])
+    await held.ready()
+    with pytest.raises(LaunchError, match=r"cluster.start_timeout_s: trainer not up after 0.2 s"):
+        async with launch_actors([SPEC], config, Failures(config.recovery)):
+            pass
+    remove_placement_group(held)
+    assert states() == ["REMOVED"] * 2

@@ -1,6 +1,6 @@
 import pytest
 
-from grpo.cluster.placement import Node, check_placement
+from grpo.cluster.placement import Node, check_placement, nodes_for_all_ranks
 from grpo.cluster.plan import ActorSpec, actor_specs
 from grpo.types import LaunchError
 
@@ -93,3 +93,11 @@ def test_ranks_may_lie_on_several_nodes_and_come_with_a_number_that_fits():
 def test_one_process_that_finds_no_room_beside_the_others_has_to_ask_for_less():
     with pytest.raises(LaunchError, match=r"^trainer.num_cpus: .*not every trainer .*; ask for less in each process$"):
         check_placement([spec("generator", 1, 3), spec("trainer", 1, 2)], [Node(4, 0), Node(1, 0)], "it")
+
+
+def test_all_ranks_get_a_node_on_which_they_are_in_nobodys_way():
+    ranks, nodes = spec("trainer", 1, 1, 1, ranks=2), [Node(8, 1), Node(2, 2), Node(8, 4), Node(8, 4)]
+    assert nodes_for_all_ranks(ranks, [ranks], nodes) == [1, 2, 3]
+    assert nodes_for_all_ranks(ranks, [spec("generator", 1, 4, 4), ranks], nodes) == [1, 2, 3]
+    assert nodes_for_all_ranks(ranks, [spec("generator", 2, 4, 4), ranks], nodes) == [1]
+    assert nodes_for_all_ranks(ranks, [spec("generator", 2, 4, 4), spec("evaluator", 1, 1, 2), ranks], nodes) == []
