@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
+from grpo.cluster.copies import NewestCopy
 from grpo.cluster.endpoints import Process, free_port
 from grpo.cluster.files import CarriedConfig
 from grpo.cluster.gathering import Answers, Arguments, GatheredWork, Gathering
@@ -120,7 +121,7 @@ class RayEndpoint(Process):
         self.pid: int | None = None  # where it runs on the driver's node
         self._process: int | None = None  # a descriptor of it, which no later process of the same number can take over
         self._cls = cls
-        self._copies: dict[str, asyncio.Future[Any]] = {}  # of payloads, by the method that made them
+        self._copies: dict[str, NewestCopy] = {}  # of payloads, by the method that made them
         self._gathering: dict[str, Gathering] = {}  # by method
 
     async def placed(self) -> None:
@@ -142,7 +143,7 @@ class RayEndpoint(Process):
             payload, report = remote.remote((method, args, kwargs), *payloads)
             result = payload, await self._result(report)
             if hasattr(implementation, "outlives_its_node"):
-                self._copy(method, payload)
+                self._copy_of(method).bring(payload)
             return result
         return await self._result(remote.remote((method, args, kwargs), *payloads))
 
@@ -185,19 +186,16 @@ class RayEndpoint(Process):
             os.close(self._process)
             self._process = None
 
-    def _copy(self, method: str, payload: ray.ObjectRef) -> None:
-        """Bring a payload to this node and hold on to it until the next one is here.
+    def _copy_of(self, method: str) -> NewestCopy:
+        """On this node; arrays in it are mapped, not read.
 
-        Arrays in it are mapped, not read. The copy makes the reference good for as long, whatever becomes of the node.
+        It makes the payload's reference good for as long as it is held, whatever becomes of the node.
         """
 
-        def arrived(copying: asyncio.Future[Any]) -> None:
-            if copying.exception() is None:
-                self._copies[method] = copying
-            else:
-                log.warning("%s.%s has no copy here: %s", self.name, method, copying.exception())
+        def failed(error: BaseException) -> None:
+            log.warning("%s.%s has no copy here: %s", self.name, method, error)
 
-        asyncio.ensure_future(payload).add_done_callback(arrived)
+        return self._copies.setdefault(method, NewestCopy(failed))
 
     async def _result(self, reference: ray.ObjectRef) -> Any:
         try:
