@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,10 +12,15 @@ import torch
 import transformers
 from learner_parts import make_group, make_learner, peaked
 from rank_processes import Died
+from torch._dynamo.utils import counters
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import AttentionInterface
 
 from grpo.config import CorrectionConfig, LossConfig
+from grpo.learner import learner as learner_module
+from grpo.learner.attention import PACKED_ATTENTION, packed_attention
 from grpo.learner.checkpoint import load_trainer, save_checkpoint
+from grpo.learner.layers import compile_layers
 from grpo.learner.rows import Rows
 from grpo.types import Batch, CheckpointError
 
@@ -82,6 +88,16 @@ def gathered(answers):
     return everybodys[0], [(part[0][0], torch.cat([rows for _, rows in part])) for part in parts]
 
 
+def assert_same(found, expected):
+    """Metrics and gradients, up to rounding."""
+    (metrics, gradients), (expected_metrics, expected_gradients) = found, expected
+    assert metrics == pytest.approx(expected_metrics, rel=1e-4, abs=1e-6)
+    scale = max(float(gradient.abs().max()) for _, gradient in expected_gradients)
+    for (name, gradient), (expected_name, expected_gradient) in zip(gradients, expected_gradients, strict=True):
+        assert name == expected_name
+        torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-5 * scale)
+
+
 DECOUPLED = CorrectionConfig(weights="truncate")
 CASES = {
     "packed": {},
@@ -99,14 +115,9 @@ BATCHES = {"ragged": ragged(), "one group": one_group()}
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
 def test_ranks_have_the_gradients_of_one(rank_processes, settings, batch, tied):
-    expected_metrics, expected = gathered([gradients_of_a_step(None, batch, tied, settings)])
+    expected = gathered([gradients_of_a_step(None, batch, tied, settings)])
     for size in (2, 3):
-        metrics, found = gathered(rank_processes.run(size, gradients_of_a_step, batch, tied, settings))
-        assert metrics == pytest.approx(expected_metrics, rel=1e-4, abs=1e-6)
-        scale = max(float(gradient.abs().max()) for _, gradient in expected)
-        for (name, gradient), (expected_name, expected_gradient) in zip(found, expected, strict=True):
-            assert name == expected_name
-            torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-5 * scale)
+        assert_same(gathered(rank_processes.run(size, gradients_of_a_step, batch, tied, settings)), expected)
 
 
 def test_a_batch_without_signal_changes_nothing_on_any_rank(rank_processes):
@@ -124,6 +135,26 @@ def test_in_bfloat16_ranks_differ_from_one_by_rounding(rank_processes):
     for (name, gradient), (_, expected_gradient) in zip(found, expected, strict=True):
         assert gradient.dtype == torch.float32
         assert float((gradient - expected_gradient).norm()) < 0.02 * float(norm), name
+
+
+def compiled_gradients_of_a_step(ranks, batch, settings):
+    """By a backend that traces the layers as others do, and generates no code."""
+    torch.compiler.reset()
+    settings = {**settings, "compile": True}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learner_module, "compile_layers", partial(compile_layers, backend="eager"))
+        try:
+            return gradients_of_a_step(ranks, batch, True, settings), dict(counters["frames"])
+        finally:
+            AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+
+
+def test_ranks_whose_layers_are_compiled_have_the_gradients_of_one(rank_processes):
+    settings = CASES["checkpointing"]
+    answers = rank_processes.run(2, compiled_gradients_of_a_step, ragged(), settings)
+    answers, frames = zip(*answers, strict=True)
+    assert all(counts["ok"] == counts["total"] > 0 for counts in frames)
+    assert_same(gathered(answers), gathered([gradients_of_a_step(None, ragged(), True, settings)]))
 
 
 def losses(ranks, steps, tied):
