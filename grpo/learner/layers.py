@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:  # the module behind it takes a second to import
     from transformers import PreTrainedModel
@@ -28,4 +30,14 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
 
     AttentionInterface.register(PACKED_ATTENTION, torch.compiler.disable(packed_attention))
     for layer in layers_of(model):
-        layer.compile(dynamic=True, backend=backend)
+        layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
+
+
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Have the backward pass compute every layer again, instead of keeping what it would need.
+
+    After compile_layers: transformers' own checkpointing is part of what is compiled there, where torch gives up on it
+    together with all that is in it, as soon as there is anything that it can't compile.
+    """
+    for layer in layers_of(model):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

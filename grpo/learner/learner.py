@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from grpo.config import TrainerConfig
 from grpo.learner.collate import Sample, collate, samples_of
 from grpo.learner.diagnostics import Diagnostics
-from grpo.learner.layers import compile_layers
+from grpo.learner.layers import checkpoint_layers, compile_layers
 from grpo.learner.logprobs import TokenLogprobs
 from grpo.learner.objective import Objective
 from grpo.learner.ranks import Ranks
@@ -59,10 +59,9 @@ class Learner:
         self._logprobs = TokenLogprobs(model, temperature, config.packing)  # tries out the whole model
         if config.compile:
             compile_layers(model)
-        self._sharding = sharded(model, ranks, compute_dtype)
         if config.gradient_checkpointing:
-            renamed = hasattr(model, "activation_checkpointing_enable")  # in transformers, after 5.20
-            (model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable)()
+            checkpoint_layers(model)
+        self._sharding = sharded(model, ranks, compute_dtype)
         self.version = 0
         self.nonfinite_steps, self._nonfinite_in_a_row = 0, 0
         self._config, self._age_bound = config, age_bound
