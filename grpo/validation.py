@@ -164,6 +164,7 @@ def validate(config: RunConfig) -> None:
     _validate_lora(config)
     _validate_algorithm(config)
     _validate_ranks(config)
+    _validate_gpus(config)
     _validate_generator(config)
     _validate_weights(config)
     _validate_evaluation(config)
@@ -229,6 +230,23 @@ def _validate_ranks(config: RunConfig) -> None:
         )
 
 
+def _validate_gpus(config: RunConfig) -> None:
+    """One computes all that is not spread over several, as vLLM is: that is checked with the rest of it."""
+    if (num_gpus := config.trainer.num_gpus) > 1:
+        raise ConfigError(
+            f"is {num_gpus:g}, but a process of the trainer computes on one GPU: set it to 1, and trainer.ranks to how "
+            "many there are to be",
+            key="trainer.num_gpus",
+        )
+    for group in ("reference", *(("generator", "eval") if config.generator.engine != "vllm" else ())):
+        if (num_gpus := _value(config, f"{group}.num_gpus")) > 1:
+            raise ConfigError(
+                f"is {num_gpus:g}, but each computes on one GPU: set it to 1, and {group}.replicas to how many there "
+                "are to be",
+                key=f"{group}.num_gpus",
+            )
+
+
 def _validate_generator(config: RunConfig) -> None:
     most = config.generator.max_replicas
     if most is not None and most < config.generator.replicas:
@@ -267,6 +285,13 @@ def _validate_weights(config: RunConfig) -> None:
                 key="weights.backend",
             )
 
+    if config.trainer.ranks > 1:
+        raise ConfigError(
+            f"nccl takes a trainer of one rank, and trainer.ranks is {config.trainer.ranks}, which talk over it at the "
+            "same time, so that each may wait for the other: take auto or gloo",
+            key="weights.backend",
+        )
+
 
 def _validate_vllm(config: RunConfig) -> None:
     for key in ("rollout.temperature", "eval.temperature"):
@@ -275,7 +300,8 @@ def _validate_vllm(config: RunConfig) -> None:
     on_gpus = config.generator.num_gpus > 0
     for group in ("generator", *(["eval"] if config.uses_evaluator else [])):
         num_gpus, tensor_parallel = _value(config, f"{group}.num_gpus"), config.generator.tensor_parallel
-        if on_gpus != (num_gpus > 0) or (on_gpus and tensor_parallel > 1 and num_gpus != tensor_parallel):
+        fits = num_gpus == tensor_parallel or (tensor_parallel == 1 and 0 < num_gpus < 1)
+        if not (fits if on_gpus else num_gpus == 0):
             needed = (tensor_parallel if tensor_parallel > 1 else "1, or a part of one") if on_gpus else "0"
             raise ConfigError(
                 f"is {num_gpus:g}; with generator.num_gpus={config.generator.num_gpus:g} and "
@@ -346,6 +372,12 @@ def warnings(config: RunConfig) -> list[str]:
             "reward.functions: math_verify takes for ever on a few completions, and one of them ends the run after "
             "reward.timeout_s; reward.on_error=drop leaves its group out instead"
         )
+    used = {"reference": config.uses_reference, "eval": config.uses_evaluator and config.generator.engine != "vllm"}
+    found += [
+        f"{group}.num_gpus=0: it computes on CPUs while the trainer has GPUs, far slower; give it one, or a part of one"
+        for group in used
+        if used[group] and config.trainer.num_gpus > 0 and _value(config, f"{group}.num_gpus") == 0
+    ]
     if config.eval.every > 0 and config.eval.prompts == 0:
         found.append(f"eval.every={config.eval.every}: nothing is evaluated, eval.prompts is 0")
     elif config.eval.every >= config.trainer.max_steps:

@@ -58,7 +58,7 @@ def test_the_learning_rate_goes_with_the_model():
 @pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml")))
 def test_every_experiment_composes(experiment):
     needs_a_model = "override /model: hf" in (CONFIGS / f"experiment/{experiment}.yaml").read_text()
-    composed(f"+experiment={experiment}", *(["model.path=x"] if needs_a_model else []))
+    assert warnings(composed(f"+experiment={experiment}", *(["model.path=x"] if needs_a_model else []))) == []
 
 
 GROUPS = ("model", "lora", "task", "dataloader", "loss", "correction", "shaping", "filter")
@@ -159,6 +159,17 @@ def test_the_choice_of_a_loss_says_what_the_function_does_by_itself(name):
         ("trainer.ranks=0", r"trainer\.ranks: is 0, must be at least 1: 1 trains in one process"),
         ("trainer.ranks=2 trainer.num_gpus=2", r"trainer\.num_gpus: is 2, but each of trainer\.ranks=2 .*: 1 or 0$"),
         ("trainer.ranks=2 trainer.num_gpus=0.5", r"trainer\.num_gpus: is 0\.5, but each of trainer\.ranks=2 .*GPU of"),
+        ("trainer.num_gpus=2", r"trainer\.num_gpus: is 2, but .* computes on one GPU: set it to 1, and trainer\.ranks"),
+        ("trainer.num_gpus=1.5", r"trainer\.num_gpus: is 1\.5, but .* on one GPU: set it to 1, and trainer\.ranks"),
+        ("generator.num_gpus=2", r"generator\.num_gpus: is 2, but .* on one GPU: set it to 1, and generator\.replicas"),
+        ("eval.num_gpus=1.5", r"eval\.num_gpus: is 1\.5, but each computes on one GPU: .* eval\.replicas"),
+        ("reference.num_gpus=2", r"reference\.num_gpus: is 2, but each computes on one GPU: .* reference\.replicas"),
+        ("generator.engine=vllm generator.num_gpus=2", r"generator\.num_gpus: is 2; with .* 1, or a part of one$"),
+        ("generator.engine=vllm generator.num_gpus=1.5", r"generator\.num_gpus: is 1\.5; with .* 1, or a part of one$"),
+        (
+            "weights.backend=nccl trainer.num_gpus=1 generator.num_gpus=1 trainer.ranks=2",
+            r"weights\.backend: nccl takes a trainer of one rank, and trainer\.ranks is 2, .*: take auto or gloo$",
+        ),
         ("trainer.ranks=2 trainer.num_cpus=0", r"trainer\.num_cpus: is 0, but trainer\.ranks=2 are placed by what"),
         ("recovery.collective_timeout_s=0", r"recovery\.collective_timeout_s: is 0\.0, must be greater than 0"),
         ("weights.transport=pigeon", r"weights\.transport: 'pigeon' is not one of object_store, collective"),
@@ -373,6 +384,15 @@ def test_math_verify_that_can_end_the_run_is_warned_about():
     (warning,) = warnings(composed("+reward.functions.math_verify=0.5"))
     assert "reward.on_error=drop" in warning
     assert warnings(composed("+reward.functions.math_verify=0.5", "reward.on_error=drop")) == []
+
+
+def test_what_is_left_to_cpus_while_the_trainer_has_gpus_is_warned_about():
+    on_gpus = ["trainer.num_gpus=1", "generator.num_gpus=1", "eval.every=10", "loss.beta=0.1"]
+    assert warnings(composed(*on_gpus, "eval.num_gpus=1", "reference.num_gpus=0.5")) == []
+    assert warnings(composed(*on_gpus, "eval.replicas=0", "lora=r16")) == []
+    first, second = warnings(composed(*on_gpus))
+    assert first.startswith("reference.num_gpus=0: it computes on CPUs while")
+    assert second.startswith("eval.num_gpus=0: it computes on CPUs while")
 
 
 def test_dropout_of_adapters_is_warned_of():

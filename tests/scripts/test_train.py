@@ -150,7 +150,7 @@ def test_a_failing_rollout_ends_the_run_with_its_own_error_shown_once(train, tmp
         (["rollout.group_size=1"], "error: rollout.group_size: is 1, must be at least 2"),
         (["rollout.max_prompt_tokens=2"], "error: rollout.max_prompt_tokens: none of the 4000 prompts"),
         (["generator.replicas=500"], "error: generator.num_cpus: the actors ask for 501 CPUs"),
-        (["trainer.num_gpus=512"], "error: trainer.num_gpus: the actors ask for 512 GPUs"),
+        (["trainer.num_gpus=1", "trainer.ranks=512"], "error: trainer.num_gpus: the actors ask for 512 GPUs"),
         (["cluster.address=127.0.0.1:9"], "error: cluster.address: no Ray cluster at 127.0.0.1:9: Connection refused"),
         (["hydra.run.dir=/proc/run"], "error: hydra.run.dir: can't write to /proc/run"),
     ],
