@@ -70,7 +70,8 @@ def _check_sum(specs: Sequence[ActorSpec], nodes: Sequence[Node], where: str) ->
                 zeros = " ".join(f"{spec.config_group}.num_gpus=0" for spec, share in asking.items() if share)
                 fix = f"to run without, take +experiment=gsm8k_cpu or set generator.engine=torch {zeros}"
             else:
-                fix = f"lower {group}.{key}" + (f" or {group}.{most.counted_by}" if most.processes > 1 else "")
+                fewer = int((there - wanted + asking[most]) / getattr(most, key))
+                fix = f"set {group}.{most.counted_by}={fewer}" if fewer > 0 else f"lower {group}.{key}"
             raise LaunchError(
                 f"{group}.{key}: the actors ask for {wanted:g} {resource} ({shares}) but {where} has {there:g}; {fix}"
             )

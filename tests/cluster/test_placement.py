@@ -19,9 +19,7 @@ def test_more_cpus_than_there_are_is_refused(tiny_config):
     tiny_config.generator.replicas = 4
     specs = actor_specs(tiny_config)
     check_placement(specs, [Node(5, 0)], "it")
-    message = (
-        r"generator.num_cpus: the actors ask for 5 CPUs \(generator 4, trainer 1\) but it has 3; .*generator.replicas"
-    )
+    message = r"the actors ask for 5 CPUs \(generator 4, trainer 1\) but it has 3; set generator.replicas=2$"
     with pytest.raises(LaunchError, match=message):
         check_placement(specs, [Node(1, 0), Node(2, 0)], "it")
 
@@ -75,9 +73,7 @@ def test_shares_of_a_gpu_have_to_lie_on_one():
 
 def test_ranks_are_counted_and_named(tiny_config):
     tiny_config.trainer.ranks = 2
-    message = (
-        r"^trainer.num_cpus: .* 3 CPUs \(generator 1, trainer 2\) but it has 2; lower .*num_cpus or trainer.ranks$"
-    )
+    message = r"^trainer.num_cpus: .* 3 CPUs \(generator 1, trainer 2\) but it has 2; set trainer.ranks=1$"
     with pytest.raises(LaunchError, match=message):
         check_placement(actor_specs(tiny_config), [Node(2, 0)], "it")
     check_placement(actor_specs(tiny_config), [Node(2, 0), Node(1, 0)], "it")
