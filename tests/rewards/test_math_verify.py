@@ -55,5 +55,5 @@ def test_an_answer_that_is_no_expression_is_an_error(math_verify):
 def test_a_missing_library_names_the_line_to_type(monkeypatch):
     monkeypatch.delitem(sys.modules, "grpo.rewards.math_verify", raising=False)
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(ConfigError, match=r"^reward\.functions: .*pip install 'grpo\[math\]'"):
+    with pytest.raises(ConfigError, match=r"^reward\.functions: .*pip install -e '\.\[math\]'"):
         reward_function("math_verify", task=None)

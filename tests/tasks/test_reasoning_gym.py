@@ -39,5 +39,5 @@ def test_what_reasoning_gym_refuses_is_a_clear_error(args):
 
 def test_a_missing_package_names_the_line_to_type(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(ConfigError, match=r"pip install 'grpo\[reasoning-gym\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[reasoning-gym\]'"):
         ReasoningGym()
