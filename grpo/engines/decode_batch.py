@@ -105,10 +105,10 @@ class DecodeBatch:
             first, count = self.running, min(request.to_join, self.free_rows)
             self._kv.store(prefix, slice(first, first + count))
             logits.append(prefix.logits_V.expand(count, -1))
-            for i in range(first, first + count):
-                self._rows.append(Row(request, request.joined, self._kv.end - prefix.length, self._kv.end))
-                self._tokens.join(i, self._rows[i])
-                request.joined += 1
+            start, begin, joined = self._kv.end - prefix.length, self._kv.end, request.joined
+            self._rows += [Row(request, sample, start, begin) for sample in range(joined, joined + count)]
+            self._tokens.join(first, self._rows[first:])
+            request.joined += count
             if not request.to_join:
                 request.prefix = None
         self._refresh()
@@ -133,9 +133,8 @@ class DecodeBatch:
         self._tokens.write(end, tokens_B, logprobs_B, self.version)
         leaving = rows.endings(tokens_B, position_B)
         finished = []
-        for i, stopped in leaving.items():
-            row = self._rows[i]
-            row.request.completions[row.sample] = self._tokens.completion(i, row, end + 1, stopped=stopped)
+        for row, completion in self._tokens.completions(self._rows, leaving, end + 1):
+            row.request.completions[row.sample] = completion
             if row.request.done:
                 finished.append(row.request)
         self._remove(list(leaving))

@@ -92,7 +92,8 @@ class KVGrid:
 
     def move_rows(self, sources: Tensor, rows: Tensor) -> None:
         for buffer in self._buffers():
-            buffer[rows, :, self.first : self.end] = buffer[sources, :, self.first : self.end]
+            used = buffer[:, :, self.first : self.end]
+            used.index_copy_(0, rows, used.index_select(0, sources))  # in half the time of used[rows] = used[sources]
 
     def shift_left(self, columns: int) -> None:
         for buffer in self._buffers():

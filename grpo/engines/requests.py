@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,14 +52,14 @@ class RowTensors:
 
     def __init__(self, rows: Sequence[Row], stops_S: Tensor) -> None:
         params, device = [row.request.params for row in rows], stops_S.device
-        self.start_B = torch.tensor([row.start for row in rows], device=device)
-        self.begin_B = torch.tensor([row.begin for row in rows], device=device)
         self.sampler = RowSampler(params, device)
-        self._limit_B = torch.tensor([p.max_tokens for p in params], device=device)
         longest = max((len(p.stop_token_ids) for p in params), default=0)
-        own = [p.stop_token_ids + (-1,) * (longest - len(p.stop_token_ids)) for p in params]
-        own_BS = torch.tensor(own, dtype=torch.long, device=device).view(len(rows), longest)
-        self._stops_BS = torch.cat([stops_S.expand(len(rows), -1), own_BS], dim=1)
+        own = (p.stop_token_ids + (-1,) * (longest - len(p.stop_token_ids)) for p in params)
+        ints = [(row.start, row.begin, p.max_tokens, *stops) for row, p, stops in zip(rows, params, own, strict=True)]
+        # All at once: rows change at nearly every step, and each transfer to a device takes its time.
+        ints_BK = torch.from_numpy(np.array(ints, dtype=np.int64).reshape(len(rows), 3 + longest)).to(device)
+        self.start_B, self.begin_B, self._limit_B = ints_BK[:, :3].unbind(dim=1)
+        self._stops_BS = torch.cat([stops_S.expand(len(rows), -1), ints_BK[:, 3:]], dim=1)
 
     def endings(self, tokens_B: Tensor, position_B: Tensor) -> dict[int, bool]:
         """The rows that end with these tokens: whether by a stop token, or else at their limit."""

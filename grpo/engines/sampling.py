@@ -26,12 +26,11 @@ class RowSampler:
     """The sampling parameters of B rows as tensors, so that one decode step draws for all of them at once."""
 
     def __init__(self, params: list[SamplingParams], device: torch.device) -> None:
-        temperature = torch.tensor([p.temperature for p in params])
-        self._greedy_B1 = (temperature == 0)[:, None].to(device)
-        self._temperature_B1 = torch.where(temperature == 0, 1.0, temperature)[:, None].to(device)
         self._filtered = any(p.top_p < 1 or p.top_k > 0 for p in params)
-        self._top_p_B1 = torch.tensor([p.top_p for p in params], device=device)[:, None]
-        self._top_k_B1 = torch.tensor([p.top_k for p in params], device=device)[:, None]
+        each = np.array([(p.temperature, p.top_p, p.top_k) for p in params], dtype=np.float32).reshape(-1, 3)
+        temperature_B1, self._top_p_B1, self._top_k_B1 = torch.from_numpy(each).to(device).split(1, dim=1)
+        self._greedy_B1 = temperature_B1 == 0
+        self._temperature_B1 = temperature_B1.masked_fill(self._greedy_B1, 1.0)
 
     def draw(self, logits_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
         """Return tokens [B] and their log-probabilities [B] under the distribution that they were drawn from.

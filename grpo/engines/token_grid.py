@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 import torch
@@ -34,10 +35,15 @@ class TokenGrid:
         """The random number [B] of each row for token `position_B` of its completion."""
         return self._uniforms_RT[: len(position_B)].gather(1, position_B[:, None])[:, 0]
 
-    def join(self, i: int, row: Row) -> None:
+    def join(self, first: int, joining: Sequence[Row]) -> None:
+        """Rows of one group, from row `first` on."""
+        row, rows = joining[0], slice(first, first + len(joining))
         params = row.request.params
-        self._tokens_RC[i, row.start : row.begin] = torch.tensor(row.request.prompt_ids)  # a copy: it may be read-only
-        self._uniforms_RT[i, : params.max_tokens] = uniforms(params.seed, row.sample, params.max_tokens)
+        self._tokens_RC[rows, row.start : row.begin] = torch.tensor(
+            row.request.prompt_ids
+        )  # a copy: it may be read-only
+        numbers = [uniforms(params.seed, each.sample, params.max_tokens) for each in joining]
+        self._uniforms_RT[rows, : params.max_tokens] = torch.stack(numbers)
 
     def write(self, column: int, tokens_B: Tensor, logprobs_B: Tensor, version: int) -> None:
         rows = len(tokens_B)
@@ -45,16 +51,20 @@ class TokenGrid:
         self._logprobs_RC[:rows, column] = logprobs_B
         self._versions_RC[:rows, column] = version
 
-    def completion(self, i: int, row: Row, end: int, *, stopped: bool) -> Completion:
-        """What row `i` has sampled up to column `end`."""
-        span = slice(row.begin, end)
-        versions = self._versions_RC[i, span].tolist()
-        return Completion(
-            token_ids=self._tokens_RC[i, span].cpu().numpy().copy(),
-            logprobs=self._logprobs_RC[i, span].cpu().numpy().copy(),
-            versions=tuple((version, len(list(run))) for version, run in groupby(versions)),
-            finish_reason="stop" if stopped else "length",
-        )
+    def completions(
+        self, rows: Sequence[Row], leaving: Mapping[int, bool], end: int
+    ) -> Iterator[tuple[Row, Completion]]:
+        """What those that are `leaving`, by a stop token or at their limit, have sampled up to column `end`."""
+        if not leaving:
+            return
+        first = min(rows[i].begin for i in leaving)
+        rows_N = torch.tensor(list(leaving), device=self._tokens_RC.device)
+        grids = (self._tokens_RC, self._logprobs_RC, self._versions_RC)
+        sampled = [grid[:, first:end].index_select(0, rows_N).cpu().numpy() for grid in grids]
+        for (i, stopped), *columns in zip(leaving.items(), *sampled, strict=True):
+            token_ids, logprobs, versions = (values[rows[i].begin - first :].copy() for values in columns)
+            runs = tuple((version, len(list(run))) for version, run in groupby(versions.tolist()))
+            yield rows[i], Completion(token_ids, logprobs, runs, "stop" if stopped else "length")
 
     def move_rows(self, sources_N: Tensor, rows_N: Tensor) -> None:
         for grid in (self._tokens_RC, self._logprobs_RC, self._versions_RC, self._uniforms_RT):
