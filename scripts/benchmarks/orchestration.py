@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import ray
 
 from benchmarks.figures import Figure
+from benchmarks.runs import run_on
 from benchmarks.simulated_actors import IdleDataloader, IdleGenerator, IdleReward, IdleTrainer
 from grpo.actors.replay_buffer import ReplayBuffer
+from grpo.cluster.handles import ActorHandle
 from grpo.cluster.launch import launch_actors, ray_cluster
 from grpo.cluster.plan import ActorSpec
 from grpo.config import (
@@ -29,16 +30,12 @@ from grpo.config import (
     TrainerConfig,
 )
 from grpo.failures import Failures
-from grpo.loop import run as run_loop
 from grpo.observe.display import Silent
-from grpo.observe.recorder import Recorder
-from grpo.observe.run_dir import RunDirectory
-from grpo.run import make_pacer
-from grpo.services import Services
 from grpo.types import Group, Prompt, SamplingParams, Ticket
 
 GROUPS_PER_STEP = 16
 _SPREAD = 0.2  # of the latency, to either side, for completions differ in length
+_GENERATORS = ("instant", "in_step", "mixed")
 _RAY_SHARE = 0.8  # of its own call rate, that a fair comparison with the ideal may need
 
 
@@ -53,14 +50,25 @@ class Pace:
 
 
 def run(quick: bool) -> list[Figure]:
+    with ray_cluster(ClusterConfig()):
+        return asyncio.run(_run(quick))
+
+
+async def _run(quick: bool) -> list[Figure]:
     latency_s, mixed_latency_s = (2.0, 7.0) if quick else (10.0, 10.0)
     concurrencies = (1, 32) if quick else (1, 8, 32, 128, 512, 1024)
-    with ray_cluster(ClusterConfig()):
-        calls_per_s = asyncio.run(_rate_of_empty_calls(seconds=2.0 if quick else 5.0))
-        rounds = 2 if quick else 4  # alternating, so that a slow moment of the machine meets both
-        bare, saturated = zip(*(_at_saturation(seconds=3.0 if quick else 10.0) for _ in range(rounds)), strict=True)
-        paces = {c: asyncio.run(_framework(latency_s, c, _steps(c, quick))) for c in concurrencies}
-        mixed = asyncio.run(_framework(mixed_latency_s, 1024, _steps(1024, quick), in_step=False))
+    calls_per_s = await _rate_of_empty_calls(seconds=2.0 if quick else 5.0)
+    config = RunConfig()
+    async with launch_actors(
+        _specs(latency_s, mixed_latency_s), config, failures := Failures(config.recovery)
+    ) as actors:
+        framework = partial(_framework, actors, failures)
+        bare, saturated, seconds = [], [], 3.0 if quick else 10.0
+        for _ in range(2 if quick else 4):  # alternating, so that a slow moment of the machine meets both
+            bare.append(await _bare(seconds))
+            saturated.append(await framework("instant", 32, round(20 * seconds)))
+        paces = {c: await framework("in_step", c, _steps(c, quick)) for c in concurrencies}
+        mixed = await framework("mixed", 1024, _steps(1024, quick))
     fastest = max(saturated, key=lambda pace: pace.groups_per_s)
     ideal = {c: paces[c].groups_per_s * latency_s / c for c in concurrencies}
     needed = 1024 / mixed_latency_s * fastest.calls_per_group / calls_per_s
@@ -85,11 +93,6 @@ def run(quick: bool) -> list[Figure]:
     ]
 
 
-def _at_saturation(seconds: float) -> tuple[float, Pace]:
-    """Groups a second of the bare program, and the framework's pace: as fast as either can."""
-    return asyncio.run(_bare(seconds)), asyncio.run(_framework(0.0, 32, steps=round(20 * seconds)))
-
-
 def _named(bench: str) -> Callable[..., Figure]:
     return lambda name, value, unit="", **target: Figure(bench, name, value, unit, **target)
 
@@ -100,12 +103,10 @@ def _steps(concurrency: int, quick: bool) -> int:
     return waves * max(1, concurrency // GROUPS_PER_STEP)
 
 
-async def _framework(latency_s: float, concurrency: int, steps: int, *, in_step: bool = True) -> Pace:
-    """The real loop, its recorder included; `max_policy_age` lets every rollout run at once.
-
-    In step, all groups take the same time, so all of them end at once, again and again. Real ones differ in length and
-    end at any time.
-    """
+async def _framework(
+    actors: Mapping[str, ActorHandle], failures: Failures, generator: str, concurrency: int, steps: int
+) -> Pace:
+    """`max_policy_age` lets every rollout run at once."""
     groups = min(GROUPS_PER_STEP, concurrency)
     config = RunConfig(
         rollout=RolloutConfig(concurrency=concurrency),
@@ -113,24 +114,30 @@ async def _framework(latency_s: float, concurrency: int, steps: int, *, in_step:
         trainer=TrainerConfig(groups_per_step=groups, max_steps=steps),
         checkpoint=CheckpointConfig(every=0),
     )
-    generator = {"latency_s": latency_s} | ({} if in_step else {"spread": _SPREAD, "staggered": concurrency})
-    watch = _Watch()
-    with tempfile.TemporaryDirectory() as folder:
-        recorder = Recorder(RunDirectory(Path(folder)), watch, make_pacer(config), Failures(config.recovery))
-        async with launch_actors(_idle_specs(generator), config, recorder.failures) as handles:
-            services = Services(**handles)
-            await run_loop(services, config, recorder, asyncio.Event())
-            requests = sum(replica["requests"] for replica in services.figures().values())
-        recorder.run_dir.close()
+    watch, before = _Watch(), _requests(actors)
+    nouns = {name: actor for name, actor in actors.items() if name not in _GENERATORS}
+    pacer = await run_on({**nouns, "generator": actors[generator]}, config, failures, watch)
     wave = concurrency // groups
-    return watch.pace(groups, wave if in_step else 2 * wave, requests / recorder.pacer.admitted)
+    calls_per_group = (_requests(actors) - before) / pacer.admitted
+    return watch.pace(groups, 2 * wave if generator == "mixed" else wave, calls_per_group)
 
 
-def _idle_specs(generator: Mapping[str, Any]) -> list[ActorSpec]:
-    """The actors of a run without a model; none of them reserves a CPU."""
+def _requests(actors: Mapping[str, ActorHandle]) -> int:
+    return sum(replica["requests"] for actor in actors.values() for replica in actor.figures().values())
+
+
+def _specs(latency_s: float, mixed_latency_s: float) -> list[ActorSpec]:
+    """The actors of a run without a model, with three generators; none of them reserves a CPU.
+
+    In step, all groups take the same time, so all of them end at once, again and again. Real ones differ in length and
+    end at any time: `mixed`.
+    """
+    mixed = {"latency_s": mixed_latency_s, "spread": _SPREAD, "staggered": 1024}
     return [
         ActorSpec("dataloader", IdleDataloader),
-        ActorSpec("generator", IdleGenerator, generator),
+        ActorSpec("instant", IdleGenerator, {"latency_s": 0.0}),
+        ActorSpec("in_step", IdleGenerator, {"latency_s": latency_s}),
+        ActorSpec("mixed", IdleGenerator, mixed),
         ActorSpec("reward", IdleReward),
         ActorSpec("replay_buffer", ReplayBuffer, {"window": 1}),
         ActorSpec("trainer", IdleTrainer),

@@ -8,10 +8,11 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from benchmarks.figures import Figure
-from benchmarks.stages import specs
+from benchmarks.runs import run_on
+from benchmarks.stages import EVEN_TOKENS, nouns, specs
+from grpo.cluster.handles import ActorHandle
 from grpo.cluster.launch import launch_actors, ray_cluster
 from grpo.config import (
     BufferConfig,
@@ -24,17 +25,12 @@ from grpo.config import (
     TrainerConfig,
 )
 from grpo.failures import Failures
-from grpo.loop import run as run_loop
 from grpo.models.tiny import character_tokenizer, tiny_llama
 from grpo.observe.display import Silent
-from grpo.observe.recorder import Recorder
-from grpo.observe.run_dir import RunDirectory
-from grpo.run import make_pacer
-from grpo.services import Services
 
 GROUPS, GROUP_SIZE, MOST_TOKENS = 8, 8, 256
 _MODELS = {"1M": {"width": 128, "layers": 4}, "10M": {"width": 384, "layers": 6}}
-_AGES_OF_TAILS = (4,)  # in the quick form: batches enough under way for the longest completion to hold up none
+_OLDEST = 4  # batches enough under way for the longest completion to hold up none
 _WARM_UP = 4  # steps, in which the pipeline fills
 
 
@@ -50,50 +46,100 @@ class Pace:
         return self.wait_s / self.step_s
 
 
+@dataclass(frozen=True)
+class Paces:
+    """With completions of one kind. Each stage alone has as many tickets as the asynchronous runs, so that the
+    generator's rows are always full; with heavy tails the quick form leaves that out."""
+
+    alone: Mapping[str, Pace]
+    synchronous: Pace
+    by_age: Mapping[int, Pace]
+
+    @property
+    def fastest(self) -> Pace:
+        return min(self.by_age.values(), key=lambda pace: pace.step_s)
+
+    @property
+    def gain(self) -> float:
+        return self.synchronous.step_s / self.fastest.step_s
+
+    @property
+    def ideal_gain(self) -> float:
+        return sum(pace.step_s for pace in self.alone.values()) / self.slower_s
+
+    @property
+    def slower_s(self) -> float:
+        return max(pace.step_s for pace in self.alone.values())
+
+    @property
+    def trainer_is_slower(self) -> bool:
+        return bool(self.alone) and self.alone["trainer"].step_s == self.slower_s
+
+
+@dataclass(frozen=True)
+class Actors:
+    """They serve one run after another."""
+
+    handles: Mapping[str, ActorHandle]
+    folder: str
+    steps: int
+    failures: Failures
+
+    async def paces(self, *, even: bool, ages: tuple[int, ...], alone: bool = True) -> Paces:
+        idle = {"generator": {"trainer": False}, "trainer": {"generator": False}} if alone else {}
+        return Paces(
+            {stage: await self._pace(1, even, **other) for stage, other in idle.items()},
+            await self._pace(0, even),
+            {age: await self._pace(age, even) for age in ages},
+        )
+
+    async def _pace(self, age: int, even: bool, **stages: bool) -> Pace:
+        watch = _Watch()
+        await run_on(nouns(self.handles, **stages), _config(self.folder, self.steps, age, even), self.failures, watch)
+        return watch.pace()
+
+
 def run(quick: bool) -> list[Figure]:
     with ray_cluster(ClusterConfig()):
         if quick:
-            return _of_model("1M", ages=(1,), steps=14, tails_alone=False)
-        ages = {"1M": (1, 2, 4), "10M": (1, 4)}
-        return [figure for model in _MODELS for figure in _of_model(model, ages[model], steps=24, tails_alone=True)]
+            return asyncio.run(_of_model("1M", (1,), (_OLDEST,), steps=11, tails_alone=False))
+        small = asyncio.run(_of_model("1M", (1, 2, _OLDEST), (1, 2, _OLDEST), steps=24))
+        return [*small, *asyncio.run(_of_model("10M", (1, _OLDEST), (1, _OLDEST), steps=24))]
 
 
-def _of_model(model: str, ages: tuple[int, ...], steps: int, *, tails_alone: bool) -> list[Figure]:
-    figures, ideal = [], 0.0
+async def _of_model(
+    model: str, even_ages: tuple[int, ...], tails_ages: tuple[int, ...], *, steps: int, tails_alone: bool = True
+) -> list[Figure]:
     with _folder(**_MODELS[model]) as folder:
-        for even in (True, False):
-            what = f"{model}, {'even' if even else 'heavy tails'}"
-
-            def pace(age: int, *, even: bool = even, **stages: bool) -> Pace:
-                return asyncio.run(_pace(folder, age, steps, even, **stages))
-
-            if even or tails_alone:
-                # As many tickets as the asynchronous runs have: the generator's rows are always full.
-                g, t = pace(1, trainer=False).step_s, pace(1, generator=False).step_s
-                ideal = ideal or (g + t) / max(g, t)
-                figures += [_figure(f"{what}: generator alone", g, "s"), _figure(f"{what}: trainer alone", t, "s")]
-            synchronous = pace(0)
-            figures.append(_figure(f"{what}: synchronous", synchronous.step_s, "s"))
-            paces = {age: pace(age) for age in (ages if even or tails_alone else _AGES_OF_TAILS)}
-            figures += [_figure(f"{what}: max_policy_age {age}", found.step_s, "s") for age, found in paces.items()]
-            fastest = min(paces.values(), key=lambda found: found.step_s)
-            gain = synchronous.step_s / fastest.step_s
-            if even:
-                figures += [
-                    _figure(f"{what}: rate over that of the slower stage", max(g, t) / fastest.step_s, at_least=0.9),
-                    _figure(f"{what}: ideal gain (g + t) / max(g, t)", ideal),
-                    _figure(f"{what}: gain over synchronous, of the ideal", gain / ideal, at_least=0.85),
-                ]
-            else:
-                figures.append(_figure(f"{what}: gain over synchronous", gain, at_least=ideal))
-            slower = (even or tails_alone) and t >= g
-            waited = _figure(f"{what}: trainer waits", fastest.wait_fraction, at_most=0.1 if slower else None)
-            figures.append(waited)
-    return figures
+        config = _config(folder, steps, _OLDEST, False)
+        async with launch_actors(specs(config), config, failures := Failures(config.recovery)) as handles:
+            actors = Actors(handles, folder, steps, failures)
+            even = await actors.paces(even=True, ages=even_ages)
+            tails = await actors.paces(even=False, ages=tails_ages, alone=tails_alone)
+    rate = even.slower_s / even.fastest.step_s
+    return [
+        *_times(f"{model}, even", even),
+        Figure("overlap", f"{model}, even: rate over that of the slower stage", rate, at_least=0.9),
+        Figure("overlap", f"{model}, even: ideal gain (g + t) / max(g, t)", even.ideal_gain),
+        Figure(
+            "overlap", f"{model}, even: gain over synchronous, of the ideal", even.gain / even.ideal_gain, at_least=0.85
+        ),
+        _waits(f"{model}, even", even),
+        *_times(f"{model}, heavy tails", tails),
+        Figure("overlap", f"{model}, heavy tails: gain over synchronous", tails.gain, at_least=even.ideal_gain),
+        _waits(f"{model}, heavy tails", tails),
+    ]
 
 
-def _figure(name: str, value: float, unit: str = "", **target: float | None) -> Figure:
-    return Figure("overlap", name, value, unit, **target)
+def _times(what: str, paces: Paces) -> list[Figure]:
+    named = {f"{stage} alone": pace for stage, pace in paces.alone.items()} | {"synchronous": paces.synchronous}
+    named |= {f"max_policy_age {age}": pace for age, pace in paces.by_age.items()}
+    return [Figure("overlap", f"{what}: {name}", pace.step_s, "s") for name, pace in named.items()]
+
+
+def _waits(what: str, paces: Paces) -> Figure:
+    at_most = 0.1 if paces.trainer_is_slower else None
+    return Figure("overlap", f"{what}: trainer waits", paces.fastest.wait_fraction, at_most=at_most)
 
 
 @contextmanager
@@ -105,23 +151,16 @@ def _folder(width: int, layers: int) -> Iterator[str]:
         yield folder
 
 
-async def _pace(folder: str, age: int, steps: int, even: bool, **stages: bool) -> Pace:
-    """The real loop on Ray; trainer and generator have a thread each."""
-    config = RunConfig(
+def _config(folder: str, steps: int, age: int, even: bool) -> RunConfig:
+    """Of the real loop on Ray; trainer and generator have a thread each."""
+    return RunConfig(
         model=ModelConfig(path=folder),
-        rollout=RolloutConfig(group_size=GROUP_SIZE, max_completion_tokens=MOST_TOKENS),
+        rollout=RolloutConfig(group_size=GROUP_SIZE, max_completion_tokens=EVEN_TOKENS if even else MOST_TOKENS),
         buffer=BufferConfig(max_policy_age=age),
         trainer=TrainerConfig(groups_per_step=GROUPS, max_steps=steps),
         generator=GeneratorConfig(max_sequences=GROUPS * GROUP_SIZE),  # synchronous or not
         checkpoint=CheckpointConfig(every=0),
     )
-    watch = _Watch()
-    with tempfile.TemporaryDirectory() as run_folder:
-        recorder = Recorder(RunDirectory(Path(run_folder)), watch, make_pacer(config), Failures(config.recovery))
-        async with launch_actors(specs(config, even=even, **stages), config, recorder.failures) as handles:
-            await run_loop(Services(**handles), config, recorder, asyncio.Event())
-        recorder.run_dir.close()
-    return watch.pace()
 
 
 class _Watch(Silent):

@@ -1,13 +1,15 @@
 """The generator and the trainer of a real run, and stand-ins for each that cost nothing, to measure the other alone.
 
-Completions are even, all of `EVEN_TOKENS`, or have heavy tails: a prompt's number of stop tokens says how likely each
-of its tokens is the last one, so lengths are geometric with a mean that differs from prompt to prompt. The models are
-untrained: every token is about as likely as every other.
+Completions are even where their limit is `EVEN_TOKENS`, else they have heavy tails: a prompt's number of stop tokens
+says how likely each of its tokens is the last one, so lengths are geometric with a mean that differs from prompt to
+prompt. The models are untrained: every token is about as likely as every other.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from benchmarks.simulated_actors import IdleDataloader, IdleReward
 from grpo.actors.generator import Generator
 from grpo.actors.replay_buffer import ReplayBuffer
 from grpo.actors.trainer import Trainer
+from grpo.cluster.handles import ActorHandle
 from grpo.cluster.plan import ActorSpec
 from grpo.config import RunConfig
 from grpo.engines.base import Limits
@@ -30,28 +33,36 @@ EVEN_TOKENS = 32
 _STOP_TOKENS = (4, 4, 4, 4, 4, 2, 2, 2, 1, 1)  # by prompt; of 79: means of 20, 40 and 75, the last one cut at the limit
 
 
-def specs(config: RunConfig, *, even: bool, generator: bool = True, trainer: bool = True) -> list[ActorSpec]:
-    """The actors of a run; a generator or a trainer that is not wanted is there and costs nothing."""
+def specs(config: RunConfig) -> list[ActorSpec]:
+    """The actors of a run, and beside the generator and the trainer one of each that costs nothing."""
     common = {"config": config, "threads": 1}
     return [
         ActorSpec("dataloader", IdleDataloader),
-        ActorSpec("generator", StoppingGenerator if generator else InstantGenerator, {**common, "even": even}),
+        ActorSpec("generator", StoppingGenerator, common),
+        ActorSpec("instant_generator", InstantGenerator, {"config": config}),
         ActorSpec("reward", IdleReward),
         ActorSpec("replay_buffer", ReplayBuffer, {"window": config.buffer.window}),
-        ActorSpec("trainer", Trainer if trainer else InstantTrainer, common),
+        ActorSpec("trainer", Trainer, common),
+        ActorSpec("instant_trainer", InstantTrainer, common),
     ]
 
 
-def _stop_tokens(prompt: Prompt, even: bool) -> int:
-    return 0 if even else _STOP_TOKENS[prompt.serial % len(_STOP_TOKENS)]
+def nouns(actors: Mapping[str, ActorHandle], *, generator: bool = True, trainer: bool = True) -> dict[str, ActorHandle]:
+    """The actors of one run, with the instant ones where a real one is not wanted."""
+    chosen = {name: actors[name] for name in ("dataloader", "generator", "reward", "replay_buffer", "trainer")}
+    if not generator:
+        chosen["generator"] = actors["instant_generator"]
+    if not trainer:
+        chosen["trainer"] = actors["instant_trainer"]
+    return chosen
+
+
+def _stop_tokens(prompt: Prompt, params: SamplingParams) -> int:
+    return 0 if params.max_tokens == EVEN_TOKENS else _STOP_TOKENS[prompt.serial % len(_STOP_TOKENS)]
 
 
 class StoppingGenerator(Generator):
     """The real one, but for what ends a completion."""
-
-    def __init__(self, config: RunConfig, *, even: bool, threads: int) -> None:
-        super().__init__(config, threads=threads)
-        self._even = even
 
     async def setup(self) -> None:
         config = self._config
@@ -61,17 +72,15 @@ class StoppingGenerator(Generator):
 
     @returns_payload
     async def generate(self, prompt: Prompt, params: SamplingParams) -> tuple[list[Completion], GenerationReport]:
-        stops = tuple(range(_stop_tokens(prompt, self._even)))
-        limit = EVEN_TOKENS if self._even else params.max_tokens
-        stopping = SamplingParams(n=params.n, max_tokens=limit, stop_token_ids=stops, seed=params.seed)
-        return await super().generate(prompt, stopping)
+        stops = tuple(range(_stop_tokens(prompt, params)))
+        return await super().generate(prompt, replace(params, stop_token_ids=stops))
 
 
 class InstantGenerator:
     """Draws lengths like those of the real one, and has the tokens at once."""
 
-    def __init__(self, config: RunConfig, *, even: bool, threads: int) -> None:
-        self._config, self._even, self._version = config, even, 0
+    def __init__(self, config: RunConfig) -> None:
+        self._config, self._version = config, 0
 
     async def setup(self) -> None:
         self._vocabulary = load_settings(self._config.model).vocab_size
@@ -81,7 +90,7 @@ class InstantGenerator:
     @returns_payload
     async def generate(self, prompt: Prompt, params: SamplingParams) -> tuple[list[Completion], GenerationReport]:
         rng = np.random.default_rng(params.seed)
-        completions = [self._completion(rng, prompt, params.max_tokens) for _ in range(params.n)]
+        completions = [self._completion(rng, prompt, params) for _ in range(params.n)]
         lengths = tuple(len(completion.token_ids) for completion in completions)
         return completions, GenerationReport(self._version, self._version, lengths, (False,) * params.n)
 
@@ -90,9 +99,10 @@ class InstantGenerator:
         self._version = weights.version
         return GeneratorStats(0.0, 0)
 
-    def _completion(self, rng: np.random.Generator, prompt: Prompt, limit: int) -> Completion:
-        stops = _stop_tokens(prompt, self._even)
-        length = EVEN_TOKENS if self._even else min(limit, int(rng.geometric(stops / self._vocabulary)))
+    def _completion(self, rng: np.random.Generator, prompt: Prompt, params: SamplingParams) -> Completion:
+        stops, length = _stop_tokens(prompt, params), params.max_tokens
+        if stops:
+            length = min(length, int(rng.geometric(stops / self._vocabulary)))
         logprobs = np.full(length, -np.log(self._vocabulary), dtype=np.float32)
         return Completion(rng.integers(self._vocabulary, size=length), logprobs, ((self._version, length),), "stop")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import time
 from pathlib import Path
@@ -20,13 +19,13 @@ from grpo.cluster.launch import launch_actors, ray_cluster
 from grpo.cluster.plan import ActorSpec
 from grpo.config import ClusterConfig, RunConfig
 from grpo.failures import Failures
-from grpo.services import brings_up_to_date, returns_payload
+from grpo.services import Handle, brings_up_to_date, returns_payload
 from grpo.structured import together
 from grpo.weights import StagedWeights, Weights, WeightsHeader, WeightsWriter, check_intact
 
 _WIDTH = 1024
 _COPIED = 2**28  # bytes, much more than the caches hold
-_BROADCAST, _BROADCASTS = 2**29, 5  # bytes, at most, and how often: every replica has a copy of its own, or two
+_BROADCAST = 2**29  # bytes, at most
 _GIB = 2**30
 _MAY_GROW = 0.1  # of the weights' bytes: what else goes on on the machine is part of it
 
@@ -96,11 +95,13 @@ class Receiver:
 
 def run(quick: bool) -> list[Figure]:
     cases = [(_GIB // 2, "float32"), (_GIB // 2, "bfloat16")] + ([] if quick else [(2 * _GIB, "bfloat16")])
-    updates = 6 if quick else 50
+    updates, broadcasts = (5, 0) if quick else (50, 5)
     figures = []
     with ray_cluster(ClusterConfig()):
         for nbytes, dtype in cases:
-            measured = {n: asyncio.run(_measure(nbytes, dtype, n, updates)) for n in (1, 4)}
+            # Every replica has a copy of its own of what is broadcast, or two.
+            sent = broadcasts if nbytes <= _BROADCAST else 0
+            measured = asyncio.run(_measure(nbytes, dtype, updates, sent))
             figures += _figures(f"{nbytes / _GIB:g} GiB, {dtype}", measured, nbytes)
     return figures
 
@@ -118,39 +119,54 @@ def _figures(what: str, measured: dict[int, dict[str, float]], nbytes: int) -> l
         *(
             Figure("weights", f"{what}: by broadcast to {name}, in copies", found["broadcast_s"] / found["memcpy_s"])
             for name, found in (("one", one), ("four", four))
-            if nbytes <= _BROADCAST
+            if "broadcast_s" in found
         ),
     ]
 
 
-async def _measure(nbytes: int, dtype: str, replicas: int, updates: int) -> dict[str, float]:
+async def _measure(nbytes: int, dtype: str, updates: int, broadcasts: int) -> dict[int, dict[str, float]]:
+    """With one replica, and then with four."""
     config, kwargs = RunConfig(), {"nbytes": nbytes, "dtype": dtype}
-    specs = [ActorSpec("publisher", Publisher, kwargs), ActorSpec("receiver", Receiver, kwargs, replicas)]
+    specs = [ActorSpec("publisher", Publisher, kwargs)]
+    specs += [ActorSpec(f"{n} receivers", Receiver, kwargs, n) for n in (1, 4)]
     async with launch_actors(specs, config, Failures(config.recovery)) as handles:
-        publisher, receiver = handles["publisher"], handles["receiver"]
-        memcpys_s, totals_s, pauses_s, broadcasts_s, used = [], [], [], [], []
-        for _ in range(updates + 2):
-            began = time.perf_counter()
-            (weights, _), *_ = await publisher.push_weights.call()
-            pauses_s.append(max(await receiver.update_weights.fanout(weights)))
-            totals_s.append(time.perf_counter() - began)
-            memcpys_s.append(await publisher.memcpy_s.call_one(nbytes))
-            del weights
-            used.append(_used_bytes())
-        host, port = await publisher.rendezvous()
-        group = BroadcastGroup(replicas, host, port, replicas, "gloo", int(config.weights.bucket_mb * 2**20), 600.0)
-        for _ in range(_BROADCASTS + 1 if nbytes <= _BROADCAST else 0):
-            began = time.perf_counter()
-            header = await publisher.write_weights.call_one()
-            await together(publisher.send_weights.call(group), receiver.receive_weights.fanout(header, group))
-            broadcasts_s.append(time.perf_counter() - began)
+        publisher, found = handles["publisher"], {}
+        for n in (1, 4):
+            found[n] = await _updates(publisher, handles[f"{n} receivers"], nbytes, updates)
+            if broadcasts:
+                found[n]["broadcast_s"] = await _broadcasts(publisher, handles[f"{n} receivers"], n, broadcasts)
+    return found
+
+
+async def _updates(publisher: Handle, receivers: Handle, nbytes: int, updates: int) -> dict[str, float]:
+    memcpys_s, totals_s, pauses_s, used = [], [], [], []
+    for _ in range(updates + 2):
+        began = time.perf_counter()
+        (weights, _), *_ = await publisher.push_weights.call()
+        pauses_s.append(max(await receivers.update_weights.fanout(weights)))
+        totals_s.append(time.perf_counter() - began)
+        memcpys_s.append(await publisher.memcpy_s.call_one(nbytes))
+        del weights
+        used.append(_used_bytes())
     return {
         "memcpy_s": median(memcpys_s[2:]),
         "total_s": median(totals_s[2:]),  # pages are touched for the first time in the first ones
         "pause_s": median(pauses_s[2:]),
-        "broadcast_s": median(broadcasts_s[1:] or [math.nan]),  # the group meets in the first one
         "growth": (median(used[-3:]) - median(used[2:5])) / nbytes,
     }
+
+
+async def _broadcasts(publisher: Handle, receivers: Handle, replicas: int, count: int) -> float:
+    host, port = await publisher.rendezvous()
+    bucket_bytes = int(RunConfig().weights.bucket_mb * 2**20)
+    group = BroadcastGroup(replicas, host, port, replicas, "gloo", bucket_bytes, 600.0)
+    took_s = []
+    for _ in range(count + 1):
+        began = time.perf_counter()
+        header = await publisher.write_weights.call_one()
+        await together(publisher.send_weights.call(group), receivers.receive_weights.fanout(header, group))
+        took_s.append(time.perf_counter() - began)
+    return median(took_s[1:])  # the group meets in the first one
 
 
 def _timed(work: Any) -> float:

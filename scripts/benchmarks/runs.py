@@ -1,0 +1,29 @@
+"""Runs of the real loop, one after another on the same actors: to start these takes longer than a short run."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from grpo.cluster.handles import ActorHandle
+from grpo.config import RunConfig
+from grpo.failures import Failures
+from grpo.loop import run as run_loop
+from grpo.observe.display import Silent
+from grpo.observe.recorder import Recorder
+from grpo.observe.run_dir import RunDirectory
+from grpo.pacing import Pacer
+from grpo.run import make_pacer
+from grpo.services import Services
+
+
+async def run_on(actors: Mapping[str, ActorHandle], config: RunConfig, failures: Failures, watch: Silent) -> Pacer:
+    """A run from the start with the recorder that every run has; `watch` sees its steps. `actors` by their nouns."""
+    await actors["replay_buffer"].restore.call_one((), 0)
+    with tempfile.TemporaryDirectory() as folder:
+        recorder = Recorder(RunDirectory(Path(folder)), watch, make_pacer(config), failures)
+        await run_loop(Services(**actors), config, recorder, asyncio.Event())
+        recorder.run_dir.close()
+    return recorder.pacer
