@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_LARGEST_LOG_RATIO = 20.0  # exp of more would overflow where it is multiplied
+from grpo.algorithms.ratios import bounded, log_ratio
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def importance_ratio(proximal_logprobs_BT: Tensor, behavior_logprobs_BT: Tensor,
     geometric  the T-th root of that product: how far a sequence is off whatever its length; as a weight it is biased
     """
     mask_BT = mask_BT.bool()
-    log_ratio_BT = (proximal_logprobs_BT - behavior_logprobs_BT).masked_fill(~mask_BT, 0.0)
+    log_ratio_BT = log_ratio(proximal_logprobs_BT, behavior_logprobs_BT, mask_BT)
     total_B1 = log_ratio_BT.sum(dim=1, keepdim=True)
     match level:
         case "token":
@@ -63,4 +63,4 @@ def importance_ratio(proximal_logprobs_BT: Tensor, behavior_logprobs_BT: Tensor,
             log_ratio_BT = (total_B1 / mask_BT.sum(dim=1, keepdim=True).clamp(min=1)).expand(mask_BT.shape)
         case _:
             raise ValueError(f"{level!r} is not one of token, sequence, geometric")
-    return log_ratio_BT.clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO).exp()
+    return bounded(log_ratio_BT).exp()

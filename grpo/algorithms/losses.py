@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from grpo.algorithms.aggregation import aggregate
+from grpo.algorithms.ratios import bounded, log_ratio
 
 SHARED_PARAMETERS = ("reference_logprobs_BT", "denominator", "aggregation", "horizon", "beta", "kl")
-_LARGEST_LOG_RATIO = 20.0  # exp of more would overflow into NaN gradients; no ratio that means anything comes near it
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,14 @@ def policy_loss(aggregation: str) -> Callable[[Callable[..., Terms]], Callable[.
             tokens = Tokens(
                 _masked(policy_logprobs_BT, mask_BT),
                 _masked(behavior_logprobs_BT, mask_BT),
-                _log_ratio(policy_logprobs_BT, behavior_logprobs_BT, mask_BT),
+                bounded(log_ratio(policy_logprobs_BT, behavior_logprobs_BT, mask_BT)),
                 _masked(advantages_BT, mask_BT),
                 mask_BT,
             )
             loss_BT, ratio_BT, cut_BT = terms_of(tokens, **own)
             metrics = {"ratio": ratio_BT, "clip_fraction": cut_BT.to(ratio_BT.dtype)}
             if reference_logprobs_BT is not None:
-                kl_BT = KL[kl](_log_ratio(policy_logprobs_BT, reference_logprobs_BT, mask_BT))
+                kl_BT = KL[kl](bounded(log_ratio(policy_logprobs_BT, reference_logprobs_BT, mask_BT)))
                 loss_BT = loss_BT + beta * kl_BT
                 metrics["reference_kl"] = kl_BT
             total = aggregate(loss_BT, mask_BT, aggregation, denominator=denominator, horizon=horizon)
@@ -256,11 +256,6 @@ def _weighted(tokens: Tokens, weights_BT: Tensor) -> Terms:
     """The policy gradient, with weights that have none."""
     loss_BT = -weights_BT * tokens.advantages_BT * tokens.logprobs_BT
     return Terms(loss_BT, tokens.ratio_BT, weights_BT != tokens.ratio_BT)
-
-
-def _log_ratio(policy_logprobs_BT: Tensor, behavior_logprobs_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    difference_BT = _masked(policy_logprobs_BT - behavior_logprobs_BT, mask_BT)
-    return difference_BT.clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
 
 
 def _masked(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
