@@ -54,7 +54,7 @@ def _splits(programs: int, columns: int, device: torch.device) -> int:
 def _attend(  # type: ignore[no-untyped-def]
     query, keys, values, start, end, partial, normalizer, scale, key_row, key_head, value_row, value_head,
     GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     row, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     rows, heads, splits = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
     first, last = tl.load(start + row), tl.load(end)
