@@ -16,9 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grpo.composition import explain, from_hydra
 from grpo.config import RunConfig
+from grpo.exit_codes import EXIT_CODES
 from grpo.types import GRPOError
-
-_INTERRUPTED = 130
 
 
 class _Job(NamedTuple):
@@ -34,7 +33,7 @@ def run_job(composed: DictConfig, work: Callable[[RunConfig, Path], int]) -> Non
     hydra = HydraConfig.get()
     code = _exit_code(composed, work, Path(hydra.runtime.output_dir))
     _jobs.append(_Job(code, Path(hydra.sweep.dir).absolute() if hydra.mode is RunMode.MULTIRUN else None))
-    if hydra.mode is RunMode.RUN or code == _INTERRUPTED:
+    if hydra.mode is RunMode.RUN or code == EXIT_CODES["interrupted"]:
         sys.exit(code)
 
 
@@ -43,7 +42,7 @@ def _exit_code(composed: DictConfig, work: Callable[[RunConfig, Path], int], fol
         return work(from_hydra(composed), folder)
     except (GRPOError, OSError) as error:  # found before the run began; later errors stand in what the run leaves
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return EXIT_CODES["failed"]
 
 
 def main(hydra_main: Callable[[], None], after_sweep: Callable[[Path], None] | None = None) -> None:
@@ -67,5 +66,5 @@ def _call(hydra_main: Callable[[], None]) -> NoReturn:
     except OSError as error:  # Hydra makes the folder of the run before our code is reached
         sys.exit(f"error: hydra.run.dir: can't write to {error.filename}: {error.strerror}; name another folder")
     except KeyboardInterrupt:
-        sys.exit(_INTERRUPTED)
-    sys.exit(max((job.exit_code for job in _jobs), default=0))
+        sys.exit(EXIT_CODES["interrupted"])
+    sys.exit(max((job.exit_code for job in _jobs), default=EXIT_CODES["completed"]))

@@ -8,17 +8,16 @@ import signal
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 from grpo.cluster.launch import ray_cluster
 from grpo.config import ClusterConfig
+from grpo.exit_codes import Status
 from grpo.structured import Interrupted
 
 log = logging.getLogger(__name__)
 
 Work = Callable[[asyncio.Event], Coroutine[Any, Any, None]]
-Status = Literal["completed", "interrupted", "failed"]
-EXIT_CODES: dict[Status, int] = {"completed": 0, "failed": 1, "interrupted": 130}
 
 
 def drive(

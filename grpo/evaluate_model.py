@@ -12,8 +12,9 @@ from grpo.cluster.launch import launch_actors
 from grpo.cluster.plan import evaluation_specs
 from grpo.collection import collect_as_usual
 from grpo.config import RunConfig
-from grpo.driver import EXIT_CODES, drive
+from grpo.driver import drive
 from grpo.evaluation import evaluate, held_out_prompts
+from grpo.exit_codes import EXIT_CODES
 from grpo.failures import Failures
 from grpo.observe.answers import AnswerProgress, evaluation_table
 from grpo.observe.output import Screen, chatter_to

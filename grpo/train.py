@@ -21,7 +21,8 @@ from grpo.cluster.plan import ActorSpec, actor_specs
 from grpo.collection import collect_as_usual
 from grpo.config import RunConfig
 from grpo.control import open_to_operators
-from grpo.driver import EXIT_CODES, drive
+from grpo.driver import drive
+from grpo.exit_codes import EXIT_CODES
 from grpo.failures import Failures
 from grpo.loop import run
 from grpo.observe.collector import collecting

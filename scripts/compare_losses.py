@@ -33,6 +33,7 @@ from rich.console import Console
 from grpo import preflight
 from grpo.composition import explain, from_hydra, register
 from grpo.config import RunConfig
+from grpo.exit_codes import EXIT_CODES
 from grpo.observe.run_dir import to_json
 from grpo.types import ConfigError, GRPOError
 
@@ -195,10 +196,10 @@ def main(command: Sequence[str]) -> int:
         make_runs(todo, args, results, console)
     except KeyboardInterrupt:
         console.print(f"interrupted; the same command goes on with the runs in {args.json}", **PLAIN)
-        return 130
+        return EXIT_CODES["interrupted"]
     except BrokenProcessPool:
         print(f"error: the process of a run was killed; the same command goes on from {args.json}", file=sys.stderr)
-        return 1
+        return EXIT_CODES["failed"]
     found = {setting: record for setting, key in keys.items() if (record := results.get(key)) is not None}
     table, title = rows(configs, found), title_of(args)
     console.print(title, on_screen(table), sep="\n")
@@ -206,7 +207,7 @@ def main(command: Sequence[str]) -> int:
     how = f"python scripts/compare_losses.py {shlex.join(command)}".strip()
     write(args.out, page(table, title, how, f"{cores()} cores, {args.jobs} runs side by side"))
     console.print(f"{args.out}, {args.json}", **PLAIN)
-    return 0
+    return EXIT_CODES["completed"]
 
 
 def title_of(args: argparse.Namespace) -> str:

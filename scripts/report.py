@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from grpo.exit_codes import EXIT_CODES
 from grpo.report.page import named_runs, write_report
 from grpo.report.serve import LiveRun, ReportServer
 from grpo.report.sweep import print_table
 from grpo.types import ReportError
-
-_INTERRUPTED = 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,7 +71,7 @@ def main() -> None:
     except ReportError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(_INTERRUPTED)
+        sys.exit(EXIT_CODES["interrupted"])
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from grpo.composition import explain, from_hydra, from_run, register
 from grpo.config import RunConfig
+from grpo.exit_codes import EXIT_CODES
 from grpo.tuning.fitting import profile_of
 from grpo.tuning.outcome import WARM_UP_STEPS, Outcome, outcome_of, read_metrics
 from grpo.tuning.profile import Lengths, Profile, load_profile, parse_lengths
@@ -46,7 +47,7 @@ def main() -> None:
     except GRPOError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(EXIT_CODES["interrupted"])
     sys.exit(0 if enough else 1)
 
 

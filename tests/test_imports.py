@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "structured": {"types"},
     "imports": {"types"},
     "config": {"pacing"},
+    "exit_codes": set(),
     "validation": {"types", "config"},
     "composition": {"types", "config", "validation"},
     "algorithms": {"types"},
@@ -70,14 +71,14 @@ MAY_IMPORT = {
         "prompts", "rollout", "observe", "run", "evaluation", "recovery", "checkpointing", "resume", "weight_sync",
     },
     "control": {"types", "services"},
-    "driver": {"config", "structured", "cluster"},
+    "driver": {"config", "exit_codes", "structured", "cluster"},
     "export": {"types", "config", "learner", "models"},
-    "command_line": {"types", "config", "composition"},
+    "command_line": {"types", "config", "exit_codes", "composition"},
     "report": {"types", "observe"},
     "sinks": {"types", "imports", "observe", "cluster"},
     "tuning": {
-        "types", "services", "config", "composition", "structured", "failures", "pacing", "observe", "weights",
-        "actors", "cluster", "run", "loop", "report",
+        "types", "services", "config", "exit_codes", "composition", "structured", "failures", "pacing", "observe",
+        "weights", "actors", "cluster", "run", "loop", "report",
     },
 }  # fmt: skip
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from grpo.exit_codes import EXIT_CODES
 from grpo.tuning.outcome import Outcome, outcome_of, read_metrics
 from grpo.tuning.search import Setting
 from grpo.types import TuningError
@@ -30,7 +31,7 @@ class ShortRuns:
         ours = (*setting.overrides, f"trainer.max_steps={self.steps}", *_QUICK, f"hydra.run.dir={folder}")
         command = [sys.executable, str(_TRAIN), *self.overrides, *ours]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
-        if done.returncode == 130:
+        if done.returncode == EXIT_CODES["interrupted"]:
             raise KeyboardInterrupt
         if done.returncode:
             error = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
