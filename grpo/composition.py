@@ -8,7 +8,9 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -20,6 +22,8 @@ from omegaconf.errors import (
 from grpo.config import RunConfig
 from grpo.types import ConfigError
 from grpo.validation import validate
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 def register() -> None:
@@ -45,6 +49,16 @@ def from_hydra(composed: DictConfig) -> RunConfig:
     assert isinstance(config, RunConfig)
     validate(config)
     return config
+
+
+def from_overrides(overrides: Sequence[str]) -> RunConfig:
+    """That of `train.py` with these arguments. Raises ConfigError for what the script would refuse."""
+    register()
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return from_hydra(compose("config", list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from None
 
 
 def from_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -25,19 +25,15 @@ from typing import Any
 
 from comparison.runs import begin_worker, make_run
 from comparison.table import Record, Setting, cell, on_screen, page, rows
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from grpo import preflight
-from grpo.composition import explain, from_hydra, register
+from grpo.composition import CONFIGS, from_overrides
 from grpo.config import RunConfig
 from grpo.exit_codes import EXIT_CODES
 from grpo.observe.run_dir import to_json
 from grpo.types import ConfigError, GRPOError
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FIXED = ["checkpoint.every=0", "trainer.snapshot_every=0", "eval.every=5", "eval.replicas=0", "reward.workers=1"]
 VARIED = {"loss", "correction", "seed", "buffer.max_policy_age", "rollout.concurrency"}
 PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
@@ -60,7 +56,7 @@ def config_of(setting: Setting, overrides: Sequence[str]) -> RunConfig:
 def _composed(loss: str, correction: str, age: int, overrides: tuple[str, ...]) -> RunConfig:
     """What train.py would use, with as many rollouts as there are tickets: fewer would keep the ages down."""
     groups = [f"loss={loss}", f"correction={correction}"]
-    config = from_hydra(compose("config", [*groups, f"buffer.max_policy_age={age}", *FIXED, *overrides]))
+    config = from_overrides([*groups, f"buffer.max_policy_age={age}", *FIXED, *overrides])
     config.rollout.concurrency = config.ticket_capacity
     return config
 
@@ -173,10 +169,8 @@ def parse(command: Sequence[str]) -> tuple[argparse.Namespace, argparse.Argument
 
 
 def configs_of(args: argparse.Namespace) -> dict[Setting, RunConfig]:
-    """Every run of the comparison, checked, and the model that they begin with made. Raises what Hydra raises."""
-    register()
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
-        configs = {setting: config_of(setting, args.overrides) for setting in settings(args)}
+    """Every run of the comparison, checked, and the model that they begin with made. Raises GRPOError, OSError."""
+    configs = {setting: config_of(setting, args.overrides) for setting in settings(args)}
     for config in {setting.loss: config for setting, config in configs.items()}.values():
         preflight.prepare_model(config, preflight.check_names(config))
     return configs
@@ -187,8 +181,8 @@ def main(command: Sequence[str]) -> int:
     console = Console()
     try:
         configs, results = configs_of(args), Results(args.json)
-    except (GRPOError, HydraException, OmegaConfBaseException, OSError) as error:
-        parser.error(explain(error))
+    except (GRPOError, OSError) as error:
+        parser.error(str(error))
     keys = {setting: key_of(config, args.target) for setting, config in configs.items()}
     todo = {setting: config for setting, config in configs.items() if not results.is_made(keys[setting])}
     console.print(f"{len(todo)} of {len(configs)} runs to make", **PLAIN)

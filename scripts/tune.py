@@ -17,13 +17,10 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
-from grpo.composition import explain, from_hydra, from_run, register
+from grpo.composition import from_overrides, from_run
 from grpo.config import RunConfig
 from grpo.exit_codes import EXIT_CODES
 from grpo.tuning.fitting import profile_of
@@ -31,12 +28,10 @@ from grpo.tuning.outcome import WARM_UP_STEPS, Outcome, outcome_of, read_metrics
 from grpo.tuning.profile import Lengths, Profile, load_profile, parse_lengths
 from grpo.tuning.search import Found, Setting, search
 from grpo.tuning.short_runs import ShortRuns
-from grpo.types import ConfigError, GRPOError
+from grpo.types import GRPOError
 
 MOST_STEPS = 150  # a policy that has learned much makes other groups than one that has not
 Measure = Callable[[Setting], Outcome]
-
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 def main() -> None:
@@ -100,7 +95,7 @@ def _simulating(args: argparse.Namespace, console: Console) -> tuple[RunConfig, 
 
 
 def _running(args: argparse.Namespace, console: Console) -> tuple[RunConfig, Measure]:
-    config = _composed(args.overrides)
+    config = from_overrides(args.overrides)
     folder = args.out or Path("outputs") / "tune" / f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
     steps = _steps_of(config, args)
     console.print(f"a run of {steps} steps for each setting, in {folder}; target: {args.target:.0%} wait")
@@ -141,7 +136,7 @@ def _simulated(profile: Profile, config: RunConfig, steps: int) -> Outcome:
 def _profile(args: argparse.Namespace) -> tuple[Profile, RunConfig]:
     first = args.simulate[0]
     if first.is_file():
-        profile, config = load_profile(first), _composed(args.overrides)
+        profile, config = load_profile(first), from_overrides(args.overrides)
     else:
         config = from_run(first, args.overrides)
         profile = profile_of(args.simulate)
@@ -151,16 +146,6 @@ def _profile(args: argparse.Namespace) -> tuple[Profile, RunConfig]:
     if args.lengths:
         profile = profile.with_lengths(args.lengths, config.rollout.max_completion_tokens)
     return profile, config
-
-
-def _composed(overrides: list[str]) -> RunConfig:
-    """What Hydra composes for these arguments of train.py."""
-    register()
-    try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
-            return from_hydra(compose("config", overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(error)) from None
 
 
 def _with(config: RunConfig, setting: Setting) -> RunConfig:

@@ -1,16 +1,12 @@
 import importlib.util
 import inspect
-from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from grpo.algorithms.losses import LOSSES, grpo
-from grpo.composition import explain, from_hydra, register, to_yaml
+from grpo.composition import CONFIGS, from_overrides, to_yaml
 from grpo.config import LOSS_PARAMETERS, CorrectionConfig, LossConfig, RunConfig
 from grpo.learner.collate import MicroBatch
 from grpo.learner.objective import Objective
@@ -18,17 +14,9 @@ from grpo.sinks import SINKS, check_sinks
 from grpo.types import ConfigError
 from grpo.validation import validate, warnings
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-
 
 def composed(*overrides) -> RunConfig:
-    """As `python scripts/train.py *overrides` would see it; raises ConfigError as the script would print it."""
-    register()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        try:
-            return from_hydra(compose("config", overrides=list(overrides)))
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(explain(error)) from error
+    return from_overrides(overrides)
 
 
 def checked(*overrides) -> RunConfig:
