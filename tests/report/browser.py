@@ -1,6 +1,5 @@
 """A real browser without a window, over Chromium's DevTools protocol on a pipe: nothing to install for it."""
 
-import base64
 import json
 import os
 import shutil
@@ -87,9 +86,6 @@ class Browser:
             return self.evaluate(expression)
         except Left:
             return False
-
-    def screenshot(self, file):
-        file.write_bytes(base64.b64decode(self._call("Page.captureScreenshot")["data"]))
 
     def close(self):
         os.close(self._to)
