@@ -367,6 +367,12 @@ def warnings(config: RunConfig) -> list[str]:
             "loss.kl=k1: its gradient has mean zero on samples of the policy, so it keeps nobody near the reference; "
             "take k2 or k3"
         )
+    aggregation = config.loss.aggregation or ("fixed_horizon" if config.loss.name == "dr_grpo" else None)
+    if aggregation == "fixed_horizon" and config.loss.horizon is None:
+        found.append(
+            "loss.horizon: without it fixed_horizon divides by the longest completion of the batch at hand, so a token "
+            "weighs more in one batch than in another; set it to rollout.max_completion_tokens, as loss=dr_grpo does"
+        )
     if "math_verify" in config.reward.functions and config.reward.on_error == "fail":
         found.append(
             "reward.functions: math_verify takes for ever on a few completions, and one of them ends the run after "

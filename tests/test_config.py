@@ -349,6 +349,15 @@ def test_algorithms_that_undo_each_other_are_warned_of():
     assert "take k2 or k3" in warning
 
 
+@pytest.mark.parametrize("horizonless", ["loss.aggregation=fixed_horizon", "loss.name=dr_grpo"])
+def test_a_fixed_horizon_that_is_not_given_is_warned_of(horizonless):
+    (warning,) = warnings(composed(horizonless))
+    assert warning.startswith("loss.horizon: without it")
+    assert warnings(composed(horizonless, "loss.horizon=16")) == []
+    assert warnings(composed("loss=dr_grpo")) == []
+    assert warnings(composed("loss.name=dr_grpo", "loss.aggregation=token_mean")) == []
+
+
 @pytest.mark.parametrize("penalty", ["shaping.length_penalty=0.1", "shaping=overlong_penalty"])
 def test_max_rl_takes_no_penalty_that_could_make_rewards_negative(penalty):
     with pytest.raises(ConfigError, match=r"^loss\.advantages: max_rl takes rewards of 0 and more, .* or no penalty$"):

@@ -26,8 +26,8 @@ def aggregate(
         token_mean      the sum over unmasked tokens / their number: long answers weigh more (DAPO, arXiv:2503.14476)
         sequence_mean   the mean over each sequence's tokens, summed / the number of sequences: every answer weighs the
                         same, and a token of a long one less (DeepSeekMath, arXiv:2402.03300, equation 3)
-        fixed_horizon   the sum over unmasked tokens / (B x `horizon`), T where that is left out: a token weighs the
-                        same in every answer and every batch (Dr. GRPO, arXiv:2503.20783)
+        fixed_horizon   the sum over unmasked tokens / (B x `horizon`): a token weighs the same in every answer and
+                        every batch (Dr. GRPO, arXiv:2503.20783); T where it is left out, which differs by batch
 
     `denominator` replaces what stands behind the slash. A sequence must not be split over two calls.
     """
