@@ -38,7 +38,7 @@ from grpo.services import Services
 from grpo.sinks import make_sinks
 from grpo.structured import unless
 from grpo.types import InfrastructureError
-from grpo.validation import warnings
+from grpo.validation.warnings import warnings
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from grpo.learner.manifest import write_manifest
 from grpo.resume import check_compatible, find_resume_point, leave_newer_behind
 from grpo.tasks.base import make_task
 from grpo.types import CheckpointError, ConfigError
-from tests.test_config import composed
+from tests.composed import composed
 
 
 @pytest.fixture

@@ -1,0 +1,17 @@
+"""Configs as users compose them."""
+
+from grpo.composition import from_overrides
+from grpo.config import RunConfig
+from grpo.learner.objective import Objective
+
+
+def composed(*overrides) -> RunConfig:
+    """That of train.py with these arguments; raises ConfigError as the script would print it."""
+    return from_overrides(overrides)
+
+
+def checked(*overrides) -> RunConfig:
+    """Composed, and asked for the loss that it names, as it is before anything starts."""
+    config = composed(*overrides)
+    Objective(config.loss, config.correction)
+    return config
