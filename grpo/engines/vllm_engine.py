@@ -103,32 +103,8 @@ class VLLMEngine:
         """
         check_installed()
         set_environment(device, threads)
-        from vllm.config import WeightTransferConfig
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.platforms import current_platform
-        from vllm.v1.engine.async_llm import AsyncLLM
-
-        if (built_for := current_platform.device_type) != device:
-            raise ConfigError(f"this vLLM computes on {built_for}, not on {device}", key="generator.num_gpus")
-        context = limits.max_prompt_tokens + limits.max_completion_tokens
         before = set(multiprocessing.active_children())
-        try:
-            args = AsyncEngineArgs(
-                model=path,
-                skip_tokenizer_init=True,
-                max_model_len=context,
-                max_num_seqs=limits.max_sequences,
-                logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature and filters applied
-                weight_transfer_config=WeightTransferConfig(backend=BACKEND),
-                worker_extension_cls=f"{WORKER}.WorkerExtension",
-                disable_log_stats=True,
-                **{**(cpu_settings(context) if device == "cpu" else {}), **settings},
-            )
-            llm = AsyncLLM.from_engine_args(args)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"vLLM refuses it: {' '.join(str(error).split())}", key="generator.args") from error
-        except RuntimeError as error:  # its engine process has ended; run.log has what that had to say
-            raise ActorDied(f"vLLM's engine did not start: {' '.join(str(error).split())}") from error
+        llm = _start_llm(path, limits, device, settings)
         await llm.update_weight_version("0")
         processes = [child for child in multiprocessing.active_children() if child not in before]
         return cls(
@@ -287,3 +263,32 @@ class VLLMEngine:
 
 def _gone() -> ActorDied:
     return ActorDied("the engine process of vLLM is gone")
+
+
+def _start_llm(path: str, limits: Limits, device: str, settings: Mapping[str, Any]) -> Any:
+    """vLLM with the model in an engine process of its own. Raises what `VLLMEngine.start` does."""
+    from vllm.config import WeightTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    if (built_for := current_platform.device_type) != device:
+        raise ConfigError(f"this vLLM computes on {built_for}, not on {device}", key="generator.num_gpus")
+    context = limits.max_prompt_tokens + limits.max_completion_tokens
+    try:
+        args = AsyncEngineArgs(
+            model=path,
+            skip_tokenizer_init=True,
+            max_model_len=context,
+            max_num_seqs=limits.max_sequences,
+            logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature and filters applied
+            weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+            worker_extension_cls=f"{WORKER}.WorkerExtension",
+            disable_log_stats=True,
+            **{**(cpu_settings(context) if device == "cpu" else {}), **settings},
+        )
+        return AsyncLLM.from_engine_args(args)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"vLLM refuses it: {' '.join(str(error).split())}", key="generator.args") from error
+    except RuntimeError as error:  # its engine process has ended; run.log has what that had to say
+        raise ActorDied(f"vLLM's engine did not start: {' '.join(str(error).split())}") from error
