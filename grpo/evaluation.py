@@ -91,7 +91,7 @@ class Evaluation:
 
     def _is_due(self, step: int, last: bool) -> bool:
         every = self._config.eval.every
-        if any(report.step == step for report in self._recorder.evaluations):
+        if any(report.step == step for report in self._recorder.history.evaluations):
             return False  # a resumed run begins with a step that was evaluated before
         return self._config.eval.prompts > 0 and (step == 0 or last or (every > 0 and step % every == 0))
 

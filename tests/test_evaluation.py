@@ -67,7 +67,7 @@ class Run:
 
     @property
     def evaluated(self):
-        return [report.step for report in self.recorder.evaluations]
+        return [report.step for report in self.recorder.history.evaluations]
 
 
 @pytest.fixture
@@ -227,7 +227,7 @@ async def test_without_an_evaluator_the_training_waits_and_the_generators_hold_s
 async def test_every_evaluation_draws_the_same_numbers(loop):
     """The simulated engine's lengths follow from the seed alone, whatever the version."""
     await loop()
-    first, *others = loop.recorder.evaluations
+    first, *others = loop.recorder.history.evaluations
     assert others
     assert {report.token_count for report in others} == {first.token_count}
 
@@ -242,7 +242,7 @@ async def test_metrics_and_summary_carry_the_results(loop):
         "eval/reward_mean", "eval/reward_stderr", "eval/pass@1", "eval/pass@2", "eval/pass@4", "eval/prompts",
         "eval/completion_tokens_mean", "eval/truncated_fraction", "eval/seconds",
     }  # fmt: skip
-    reports = loop.recorder.evaluations
+    reports = loop.recorder.history.evaluations
     assert [record["step"] for record in loop.summary["evaluations"]] == loop.evaluated
     assert loop.summary["eval_first"] == reports[0].reward_mean > 0
     assert loop.summary["eval_last"] == reports[-1].reward_mean
@@ -301,8 +301,8 @@ async def test_who_answers_may_die_and_every_answer_is_there_all_the_same(config
         await run(services, config, recorder, asyncio.Event())
         await asyncio.gather(*kills)
     assert list(recorder.failures.restarts.values()) == [3]
-    assert {report.step for report in recorder.evaluations} >= {0, 20}
-    assert {(report.prompts, report.completion_count) for report in recorder.evaluations} == {(6, 12)}
+    assert {report.step for report in recorder.history.evaluations} >= {0, 20}
+    assert {(report.prompts, report.completion_count) for report in recorder.history.evaluations} == {(6, 12)}
 
 
 async def test_an_evaluation_that_fails_ends_the_run_with_its_error(loop):
@@ -326,7 +326,7 @@ async def test_prompts_whose_reward_fails_are_left_out_and_counted(loop):
     loop.config.reward.functions = {"tests.fake_rewards:sometimes_raising": 1.0}
     loop.config.reward.on_error = "drop"
     await loop()
-    report = loop.recorder.evaluations[0]
+    report = loop.recorder.history.evaluations[0]
     assert report.prompts + report.prompts_left_out == 6
     assert 0 < report.prompts < 6
     assert report.completion_count == 2 * report.prompts

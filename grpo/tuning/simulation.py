@@ -22,8 +22,10 @@ from grpo.config import (
 from grpo.failures import Failures
 from grpo.loop import run
 from grpo.observe.display import Silent
-from grpo.observe.recorder import Recorder, Stopwatch, TrainedStep
+from grpo.observe.recorder import Recorder, TrainedStep
 from grpo.observe.run_dir import RunDirectory
+from grpo.observe.since_last_step import GeneratorRates
+from grpo.observe.stopwatch import Stopwatch
 from grpo.pacing import Pacer
 from grpo.run import make_pacer
 from grpo.tuning.outcome import Outcome, outcome_of
@@ -77,6 +79,7 @@ class _Recorder(Recorder):
         super().__init__(run_dir, Silent(), pacer, failures)
         self.lines: list[Metrics] = []
         self._before_s = 0.0
+        self._rates = GeneratorRates((), 0.0)
 
     async def watch(self, slow_callback_ms: float) -> None:
         """Nothing: this loop has no lag."""
@@ -87,6 +90,7 @@ class _Recorder(Recorder):
     def training_begins(self, generators: Sequence[GeneratorStats]) -> None:
         super().training_begins(generators)
         self._before_s = asyncio.get_running_loop().time()
+        self._rates = GeneratorRates(generators, self._before_s)
 
     def group_finished(self, rollout: Rollout, dropped: str | None = None) -> None:
         """Nothing of it is wanted."""
@@ -95,7 +99,7 @@ class _Recorder(Recorder):
     def metrics_line(self, trained: TrainedStep, generators: Sequence[GeneratorStats]) -> Iterator[None]:
         now_s = asyncio.get_running_loop().time()
         step_s, self._before_s = now_s - self._before_s, now_s
-        rates = self._generator_metrics(generators, now_s)
+        rates = self._rates.take(generators, now_s)
         self.lines.append({**trained.metrics, **trained.times.seconds, **rates, "time/step_s": step_s})
         self.step = trained.number
         self.failures.step_trained()

@@ -206,25 +206,6 @@ def test_the_ledger_names_every_group_that_was_trained_dropped_or_begun_again(ti
     ]
 
 
-def test_a_generator_that_replaces_another_counts_from_zero(tiny_config, make_recorder):
-    recorder = make_recorder(tiny_config)
-    hand_out_tickets(recorder)
-    recorder.training_begins([GeneratorStats(50.0, 50_000, "old"), GeneratorStats(10.0, 9_000, "other")])
-    times = recorder.stopwatch()
-    for name in ("time/trainer_wait_s", "time/train_step_s", "time/weight_sync_s"):
-        with times(name):
-            pass
-    batch = batch_of(Ticket(1), 0.5)
-    trained = {"loss": 0.1, "policy_age/max": 0, "policy_age/mean": 0.0}
-    after = [GeneratorStats(0.001, 70, "new"), GeneratorStats(10.001, 9_030, "other")]
-    with recorder.metrics_line(TrainedStep(1, trained, batch, times), after):
-        pass
-    recorder.run_dir.close()
-    (line,) = recorder.run_dir.read("metrics.jsonl")
-    assert line["generator/tokens_per_s"] * line["time/step_s"] == pytest.approx(100, rel=0.2)
-    assert line["generator/busy_fraction"] >= 0
-
-
 def test_a_resumed_run_goes_on_from_what_the_files_and_the_state_hold(tiny_config, make_recorder, tmp_path):
     recorder = make_recorder(tiny_config, tmp_path / "run")
     record_steps(recorder, [0.1, 0.2, 0.3])
@@ -234,23 +215,10 @@ def test_a_resumed_run_goes_on_from_what_the_files_and_the_state_hold(tiny_confi
     again = make_recorder(tiny_config, tmp_path / "run")
     again.restore(3, state)
     assert again.step == 3
-    assert again.evaluations == recorder.evaluations
+    assert again.history.evaluations == recorder.history.evaluations
     assert again.wall_s > state["wall_s"] > 0
     summary = again.write_summary("completed")
     assert (summary["steps"], summary["reward_first"], summary["resumed_at"]) == (3, 0.1, [3])
-
-
-def test_an_evaluation_that_still_runs_at_a_checkpoint_is_skipped_by_a_resumed_run_unless_it_can_be_made_again(
-    tiny_config, make_recorder
-):
-    recorder = make_recorder(tiny_config)
-    record_steps(recorder, [0.1, 0.2])
-    recorder.evaluation_began(2)
-    assert recorder.state()["evaluations_skipped"] == 0  # its step is the checkpoint's
-    recorder.step = 3
-    assert recorder.state()["evaluations_skipped"] == 1
-    recorder.evaluated(evaluation(2, reward=0.25))
-    assert recorder.state()["evaluations_skipped"] == 0
 
 
 def test_the_summary_tells_deaths_and_how_fast_all_was_well_again(tiny_config, make_recorder):

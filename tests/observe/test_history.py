@@ -1,0 +1,68 @@
+import json
+
+import pytest
+
+from grpo.failures import Death
+from grpo.observe.history import History, recovery_of
+from grpo.types import EvaluationReport
+
+
+def line(step):
+    return {
+        "step": step, "loss": 1.0, "reward/mean": step / 20, "policy_age/max": step % 3, "time/step_s": 2.0,
+        "time/trainer_wait_s": 0.5, "time/weight_sync_s": step / 10, "generator/busy_fraction": 0.75,
+    }  # fmt: skip
+
+
+def evaluation(step, reward, stderr=0.1):
+    return EvaluationReport(step, 4, 0, reward, stderr, {1: 0.5}, 4, 40, 1, seconds=2.0)
+
+
+def history_of(steps):
+    history = History()
+    for step in steps:
+        history.add_step(line(step))
+    return history
+
+
+def test_totals_are_means_over_the_steps_and_over_their_first_and_last_tenth():
+    totals = history_of(range(1, 21)).totals()
+    assert (totals["reward_first"], totals["reward_last"]) == (pytest.approx(0.075), pytest.approx(0.975))
+    assert (totals["max_policy_age_seen"], totals["trainer_wait_fraction"]) == (2, 0.25)
+    assert totals["weight_sync_s_mean"] == pytest.approx(1.05)
+
+
+def test_of_no_step_nothing_is_said():
+    totals = History().totals()
+    for name in ("reward_first", "eval_last", "max_policy_age_seen", "trainer_wait_fraction", "weight_sync_s_mean"):
+        assert totals[name] is None
+
+
+def test_what_is_restored_says_what_was_said_of_the_steps_until_then():
+    history = history_of(range(1, 6))
+    history.add_evaluation(evaluation(0, 0.25))
+    history.add_evaluation(evaluation(5, 0.5, stderr=float("nan")))
+    again = History()
+    state = json.loads(json.dumps(history.state(5)).replace("NaN", "null"))
+    again.restore(5, state, map(line, range(1, 9)))
+    expected = history.totals() | {"resumed_at": [5]}
+    assert json.dumps(again.totals()) == json.dumps(expected)
+
+
+def test_an_evaluation_that_still_runs_at_a_checkpoint_is_skipped_by_a_resumed_run_unless_it_can_be_made_again():
+    history = history_of([1, 2])
+    history.evaluating = 2
+    assert history.state(2)["evaluations_skipped"] == 0  # its step is the checkpoint's
+    assert history.state(3)["evaluations_skipped"] == 1
+    history.add_evaluation(evaluation(2, 0.25))
+    assert history.state(3)["evaluations_skipped"] == 0
+
+
+def test_deaths_are_told_on_the_clock_of_the_run_with_the_times_that_are_known():
+    deaths = [Death("trainer", "killed", at=3.0, back_s=2.0, next_step_s=6.0), Death("reward", "killed", at=5.0)]
+    told = recovery_of(deaths, run_s=lambda at: 100 + at)
+    assert [(death["actor"], death["at_s"], death["back_s"]) for death in told["deaths"]] == [
+        ("trainer", 103.0, 2.0), ("reward", 105.0, None),
+    ]  # fmt: skip
+    assert (told["back_s_median"], told["next_step_s_max"]) == (2.0, 6.0)
+    assert recovery_of([], run_s=float) == {"deaths": []}
