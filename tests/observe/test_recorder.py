@@ -158,13 +158,15 @@ def test_skipped_evaluations_are_counted(tiny_config, make_recorder):
 def test_waiting_for_an_evaluation_is_no_part_of_a_step(tiny_config, make_recorder):
     """The generators' rates span it all the same: they worked meanwhile."""
     recorder = make_recorder(tiny_config)
+    began = time.perf_counter()
     recorder.training_begins([GeneratorStats(0.0, 0)])
     with recorder.evaluation_wait():
         time.sleep(0.05)
     record_steps(recorder, [0.1, 0.1])
+    took_s = time.perf_counter() - began
     first, second = lines(recorder)
-    assert 0.05 <= first["time/eval_s"] < 0.2
-    assert first["time/step_s"] < 0.05
+    assert first["time/eval_s"] >= 0.05
+    assert first["time/eval_s"] + first["time/step_s"] + second["time/step_s"] <= took_s
     assert first["generator/tokens_per_s"] <= 10 / 0.05
     assert "time/eval_s" not in second
 
