@@ -44,6 +44,14 @@ def dying(problem, completions):
     os._exit(7)
 
 
+def raising_on_pairs(problem, completions):
+    return raising(problem, completions) if len(completions) == 2 else vowel_share(problem, completions)
+
+
+def raising_or_dying(problem, completions):
+    raising(problem, completions) if len(completions) == 1 else dying(problem, completions)
+
+
 def process(problem, completions):
     return [float(os.getpid())] * len(completions)
 

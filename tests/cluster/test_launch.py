@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from ray.util import placement_group, remove_placement_group
 
 from grpo.cluster.launch import check_dashboard, launch, launch_actors, ray_cluster
 from grpo.cluster.local import launch_local
@@ -19,8 +20,19 @@ from grpo.cluster.replicas import Call
 from grpo.config import ClusterConfig
 from grpo.failures import Failures
 from grpo.loop import run
-from grpo.types import ActorDied, Completion, ConfigError, LaunchError, RewardCrash, RewardError, SamplingParams
+from grpo.types import (
+    ActorDied,
+    Completion,
+    ConfigError,
+    LaunchError,
+    Problem,
+    Prompt,
+    RewardCrash,
+    RewardError,
+    SamplingParams,
+)
 
+PROMPT = Prompt(0, Problem("cab", "abc"), np.array([5, 6, 7]))
 ANSWER = Completion(np.array([5]), np.zeros(1), ((0, 1),), "length")
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -54,31 +66,24 @@ async def test_the_loop_on_ray_equals_the_loop_in_one_process(tiny_config, make_
     assert [step["loss"] for step in remote] == [step["loss"] for step in local]
 
 
-async def test_an_error_in_user_code_keeps_its_type_across_processes(tiny_config, make_recorder):
-    tiny_config.reward.functions = {"tests.fake_rewards:raising": 1.0}
-    with pytest.raises(RewardError, match="cannot score this"):
-        await run_on(launch, tiny_config, make_recorder)
-
-
-async def test_a_reward_that_ends_its_process_is_a_crash_that_names_it(tiny_config):
-    tiny_config.reward.functions = {"tests.fake_rewards:dying": 1.0}
-    async with launch_only(tiny_config, "dataloader", "reward") as services:
-        (prompt,) = (await services.dataloader.sample.call_one(0, 1)).prompts
+async def test_an_error_in_a_reward_keeps_its_type_across_processes_and_a_crash_of_one_names_it(tiny_config):
+    tiny_config.reward.functions = {"tests.fake_rewards:raising_or_dying": 1.0}
+    async with launch_only(tiny_config, "reward") as services:
+        with pytest.raises(RewardError, match="cannot score this"):
+            await services.reward.score.route(PROMPT, [ANSWER])
         with pytest.raises(RewardCrash, match=r"dying' on prompt .*: its process died with exit code 7"):
-            await services.reward.score.route(prompt, [ANSWER])
+            await services.reward.score.route(PROMPT, [ANSWER] * 2)
 
 
 async def test_no_process_of_a_reward_outlives_its_actor(tiny_config):
     tiny_config.reward.functions = {"tests.fake_rewards:process": 1.0}
-    async with launch_only(tiny_config, "dataloader", "generator", "reward") as services:
-        (prompt,) = (await services.dataloader.sample.call_one(0, 1)).prompts
-        completions, _ = await services.generator.generate.route(prompt, SamplingParams(n=2, max_tokens=4))
-        pid = int((await services.reward.score.route(prompt, completions)).rewards[0])
+    async with launch_only(tiny_config, "reward") as services:
+        pid = int((await services.reward.score.route(PROMPT, [ANSWER])).rewards[0])
         assert _runs(pid)
         (replica,) = services.reward.service.replicas
         os.kill(replica.endpoint.pid, signal.SIGKILL)
         await asyncio.to_thread(_wait_until_gone, pid)
-        pid = int((await services.reward.score.route(prompt, completions)).rewards[0])
+        pid = int((await services.reward.score.route(PROMPT, [ANSWER])).rewards[0])
     await asyncio.to_thread(_wait_until_gone, pid)
 
 
@@ -101,7 +106,7 @@ async def test_a_replica_that_is_added_holds_the_present_weights_and_one_that_ha
     tiny_config.generator.num_cpus = 0.25
     tiny_config.recovery.health_every_s = tiny_config.recovery.health_timeout_s = 1.0
     failures = Failures(tiny_config.recovery)
-    async with launch_only(tiny_config, "dataloader", "generator", "trainer", failures=failures) as services:
+    async with launch_only(tiny_config, "generator", "trainer", failures=failures) as services:
         ((weights, _),) = await services.trainer.push_weights.call()
         await services.generator.update_weights.fanout(weights)
         services.generator.scale(2)
@@ -110,8 +115,7 @@ async def test_a_replica_that_is_added_holds_the_present_weights_and_one_that_ha
         first, second = services.generator.service.replicas
         old = first.endpoint
         os.kill(old.pid, signal.SIGSTOP)
-        (prompt,) = (await services.dataloader.sample.call_one(0, 1)).prompts
-        answers = [services.generator.generate.route(prompt, SamplingParams(n=2, max_tokens=4)) for _ in range(4)]
+        answers = [services.generator.generate.route(PROMPT, SamplingParams(n=2, max_tokens=4)) for _ in range(4)]
         assert len(await asyncio.gather(*answers)) == 4  # those that the hanging one took were made again
         assert failures.restarts == {"generator": 1}
         assert "did not answer" in failures.deaths[0].error
@@ -130,11 +134,13 @@ async def test_a_setup_that_fails_is_raised_with_its_type_and_the_others_close(t
 
 async def test_resources_that_others_hold_are_a_clear_error(tiny_config):
     tiny_config.trainer.num_cpus = len(os.sched_getaffinity(0)) - 0.5
-    async with launch_only(tiny_config, "trainer"):
-        tiny_config.cluster.start_timeout_s = 1
-        with pytest.raises(LaunchError, match=r"cluster.start_timeout_s: trainer not up after 1 s"):
-            async with launch_only(tiny_config, "trainer"):
-                pass
+    tiny_config.cluster.start_timeout_s = 1
+    held = placement_group([{"CPU": tiny_config.trainer.num_cpus}])
+    await held.ready()
+    with pytest.raises(LaunchError, match=r"cluster.start_timeout_s: trainer not up after 1 s"):
+        async with launch_only(tiny_config, "trainer"):
+            pass
+    remove_placement_group(held)
 
 
 async def test_more_than_the_cluster_has_is_refused_at_once(tiny_config):
