@@ -4,10 +4,10 @@ import signal
 
 import pytest
 
-from tests.scripts.conftest import start, train
+from tests.scripts.conftest import run_script, train
 from tests.scripts.test_leaving import check_that_ending_it_leaves_a_joined_cluster_as_it_was, joined
 
-__all__ = ["joined", "start", "train"]
+__all__ = ["joined", "run_script", "train"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

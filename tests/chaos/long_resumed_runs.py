@@ -3,10 +3,10 @@
 import signal
 
 from tests.chaos.test_resumed_runs import SMALL, kill_after, moments, records, trained
-from tests.scripts.conftest import start, train
+from tests.scripts.conftest import run_script, train
 from tests.scripts.processes import finish
 
-__all__ = ["moments", "start", "train"]
+__all__ = ["moments", "run_script", "train"]
 
 
 def test_step_by_step_the_killed_and_resumed_run_learns_what_an_undisturbed_one_does(train, tmp_path, moments):

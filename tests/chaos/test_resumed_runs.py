@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from tests.scripts.conftest import start, train
+from tests.scripts.conftest import run_script, train, type_in
 from tests.scripts.processes import finish, processes_of
 
-__all__ = ["start", "train"]
+__all__ = ["run_script", "train", "type_in"]
 
 SMALL = (
     "resume=auto", "checkpoint.every=3", "trainer.groups_per_step=4", "rollout.group_size=4",
@@ -44,7 +44,7 @@ def trained(folder):
     return [entry for line in records(folder, "ledger.jsonl") for entry in line.get("trained", ())]
 
 
-def test_a_run_killed_at_any_moment_goes_on_and_is_through_in_the_end(train, tmp_path, moments):
+def test_a_run_killed_at_any_moment_goes_on_and_is_through_in_the_end(train, type_in, tmp_path, moments):
     steps = 9 * (1 + len(moments))  # more than there can be lines before all the kills
     settings = (*SMALL, "hydra.run.dir=run", f"trainer.max_steps={steps}", "eval.prompts=8")
     for moment in moments:
@@ -62,7 +62,7 @@ def test_a_run_killed_at_any_moment_goes_on_and_is_through_in_the_end(train, tmp
     assert [evaluation["step"] for evaluation in summary["evaluations"]] == [0, steps]
     assert summary["max_policy_age_seen"] <= 1
 
-    code, stdout, stderr = finish(train(*settings))
+    code, stdout, stderr = type_in("train.py", *settings)
     assert (code, stderr) == (0, "")
     assert stdout.endswith(f"step_{steps:06d} is of the last step: nothing is left to do\n")
     assert json.loads((run / "summary.json").read_text()) == summary

@@ -3,11 +3,14 @@
 import asyncio
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from grpo.cluster.launch import launch
+from grpo.cluster.launch import launch, launch_actors
+from grpo.cluster.plan import actor_specs
+from grpo.failures import Failures
 from grpo.loop import run
 from grpo.transport import Collective
 
@@ -61,9 +64,11 @@ async def test_a_run_trains_and_a_replica_killed_in_the_middle_of_a_transfer_hol
     assert all(line["generator/replicas"] == 2 for line in recorder.run_dir.read("metrics.jsonl"))
 
 
-async def test_a_replica_that_hangs_in_a_transfer_costs_one_time_out(config, make_recorder):
+async def test_a_replica_that_hangs_in_a_transfer_costs_one_time_out(config):
     config.weights.timeout_s, config.recovery.health_every_s, config.recovery.health_timeout_s = 1.0, 0.5, 3.0
-    async with launch(config, make_recorder(config).failures) as services:
+    specs = [spec for spec in actor_specs(config) if spec.name in ("generator", "trainer")]
+    async with launch_actors(specs, config, Failures(config.recovery)) as handles:
+        services = SimpleNamespace(**handles)
         publisher = Publisher(services, config)
         await publisher.publish()
         os.kill(services.generator.service.replicas[0].endpoint.pid, signal.SIGSTOP)

@@ -14,15 +14,15 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def start(tmp_path, tiny_model_path):
+def run_script(tmp_path, tiny_model_path):
     """Type `python scripts/SCRIPT ...` in an empty folder, with a random tiny model; gives the process.
 
-    Checkpoints and reports are made only where a test asks for them: they cost seconds on two cores.
+    Checkpoints, evaluations and reports are made only where a test asks for them: they cost seconds on two cores.
     """
 
     def start(script, *overrides, model=None):
         args = ["model=hf", f"model.path={tiny_model_path}"] if model is None else model
-        for costly in ("checkpoint.every=0", "observe.report=false"):
+        for costly in ("checkpoint.every=0", "observe.report=false", "eval.prompts=0"):
             if script == "train.py" and not any(costly.partition("=")[0] in override for override in overrides):
                 args = [*args, costly]
         return subprocess.Popen(
@@ -39,18 +39,18 @@ def start(tmp_path, tiny_model_path):
 
 
 @pytest.fixture
-def train(start):
-    return partial(start, "train.py")
+def train(run_script):
+    return partial(run_script, "train.py")
 
 
 @pytest.fixture
-def evaluate(start):
-    return partial(start, "evaluate.py")
+def evaluate(run_script):
+    return partial(run_script, "evaluate.py")
 
 
 @pytest.fixture
 def type_in(tmp_path, tiny_model_path, monkeypatch, capsys):
-    """As `start`, in this process: for what ends before Ray starts. Gives (exit code, stdout, stderr).
+    """As `run_script`, in this process: for what ends before Ray starts. Gives (exit code, stdout, stderr).
 
     A process of its own would take seconds to import torch.
     """

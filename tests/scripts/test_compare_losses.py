@@ -21,15 +21,22 @@ ONE = ["--losses", "grpo", "--seeds", "0", "--correction", "--jobs", "1", "--out
 
 
 @pytest.fixture
-def compare(start):
-    return lambda *words: start("compare_losses.py", *ONE, *TINY, *words)
+def compare(run_script):
+    return lambda *words: run_script("compare_losses.py", *ONE, *TINY, *words)
+
+
+@pytest.fixture
+def again(type_in, monkeypatch):
+    """As `compare`, in this process: where no run is made."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    return lambda *words: type_in("compare_losses.py", *ONE, *TINY, *words)
 
 
 def runs(tmp_path):
     return json.loads((tmp_path / "docs/losses.json").read_text())["runs"]
 
 
-def test_runs_are_made_once_and_end_at_the_target_or_the_last_step(compare, tmp_path):
+def test_runs_are_made_once_and_end_at_the_target_or_the_last_step(compare, again, tmp_path):
     code, stdout, stderr = finish(compare("--ages", "0", "1", "--target", "2", REWARD))
     assert (code, stderr) == (0, "")
     synchronous, aged = runs(tmp_path)
@@ -45,7 +52,7 @@ def test_runs_are_made_once_and_end_at_the_target_or_the_last_step(compare, tmp_
     assert "2 of 2 runs to make" in stdout
     assert all(text in stdout for text in shown)
 
-    code, stdout, stderr = finish(compare("--ages", "0", "1", "--target", "2", REWARD))
+    code, stdout, stderr = again("--ages", "0", "1", "--target", "2", REWARD)
     assert (code, stderr) == (0, "")
     assert "0 of 2 runs to make" in stdout
     assert all(text in stdout for text in shown)

@@ -7,9 +7,9 @@ import pytest
 from tests.scripts.processes import finish
 
 
-def test_a_setting_is_measured_and_then_simulated(start, type_in, tmp_path):
+def test_a_setting_is_measured_and_then_simulated(run_script, type_in, tmp_path):
     small = ("--steps", "8", "--ages", "0", "--target", "0.01", "trainer.groups_per_step=4")
-    code, stdout, stderr = finish(start("tune.py", *small, "--out", "runs"))
+    code, stdout, stderr = finish(run_script("tune.py", *small, "--out", "runs"))
     assert (code, stderr) == (1, "")  # with age 0 the trainer waits for more than that
     measured = re.search(r"age 0, +4 rollouts: trainer waits +(\d+)%, (\S+) steps/s", stdout)
     assert measured
