@@ -19,7 +19,7 @@ from grpo.observe.run_dir import RunDirectory
 from grpo.run import make_pacer
 from tests.ray_nodes import RayNodes
 
-TESTS = Path(__file__).parent
+STARTS_RAY = {"ray_session", "nodes", "joined", "run_script"}  # fixtures
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # there is another worker for the other core
 
@@ -30,9 +30,14 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    """With two workers, one takes all tests that start Ray: two of it on two cores would wait for each other."""
+    """With two workers, one takes nearly all tests that start Ray: two of it on two cores wait for each other.
+
+    The other has some whose only limit of time is minutes, so that both have as much to do: with a group of their own.
+    """
     for item in items:
-        if item.path.relative_to(TESTS).parts[0] in ("chaos", "cluster", "learning", "scripts"):
+        if item.get_closest_marker("xdist_group") is not None:
+            continue
+        if STARTS_RAY & set(item.fixturenames):
             item.add_marker(pytest.mark.xdist_group("processes"))
         elif "rank_processes" in item.fixturenames:  # of which there is one set for all
             item.add_marker(pytest.mark.xdist_group("ranks"))
@@ -84,6 +89,7 @@ def tiny_config(tiny_model_path) -> RunConfig:
     config.trainer.groups_per_step = 2
     config.trainer.lr = 1e-2
     config.reward.functions = {"tests.fake_rewards:vowel_share": 1.0}
+    config.reward.workers = 1
     config.observe.rollouts_every = 1
     config.watchdog.seconds = 60.0
     config.checkpoint.every = 0

@@ -67,6 +67,26 @@ class RayNodes:
         return ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={self._folder}"]
 
 
+class JoinedNode:
+    """One of a cluster that is not a run's own: the address, its session, and the processes that it began with."""
+
+    def __init__(self, address, session):
+        self.address, self.session = address, session
+        self.own = members(session).keys()
+
+    def guests(self):
+        return {process: command for process, command in members(self.session).items() if process not in self.own}
+
+    def guests_after_a_while(self):
+        deadline = time.monotonic() + 10
+        while self.guests() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return self.guests()
+
+    def is_whole(self):
+        return self.own <= members(self.session).keys()
+
+
 def members(session):
     """Process id and command line of the living processes of a session."""
     found = {}

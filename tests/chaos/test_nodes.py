@@ -1,4 +1,4 @@
-"""The default experiment on several nodes: one joins and gets a generator, another is lost, and the reward rises."""
+"""A run on several nodes: one joins and gets a generator, another is lost, and the reward rises."""
 
 import json
 import os
@@ -8,21 +8,30 @@ import sys
 import time
 from statistics import fmean
 
+import pytest
+
 from tests.ray_nodes import ENVIRONMENT, ROOT, members
+
+pytestmark = pytest.mark.xdist_group("nodes")
 
 
 class JoinedRun:
-    """An endless run of the default experiment, with a second generator as soon as the cluster has room for it."""
+    """An endless run with a tiny random model, which gets a second generator as soon as the cluster has room for it."""
 
-    def __init__(self, folder, address):
+    def __init__(self, folder, address, model):
         self._folder = folder
         cluster = (f"cluster.address={address}", "generator.max_replicas=2")
         endless = ("trainer.max_steps=100000", "trainer.lr_schedule=constant", "eval.prompts=0", "seed=11")
+        small = ("model=hf", f"model.path={model}", "trainer.lr=1e-3", "trainer.groups_per_step=8", "reward.workers=1")
+        reward = ("~reward.functions.task", "+reward.functions={tests.fake_rewards.vowel_share: 1.0}")
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "scripts/train.py"), *cluster, *endless, f"hydra.run.dir={folder}"],
+            [
+                sys.executable, str(ROOT / "scripts/train.py"), *cluster, *endless, *small, *reward,
+                f"hydra.run.dir={folder}", "checkpoint.every=0", "observe.report=false",
+            ],
             env=os.environ | ENVIRONMENT,
             stdout=subprocess.DEVNULL,
-        )
+        )  # fmt: skip
 
     def wait_for(self, condition):
         deadline = time.monotonic() + 120
@@ -56,9 +65,9 @@ def actors(node):
     return {title.partition(".")[0].partition("-")[0].lower() for title in titles}
 
 
-def test_a_node_joins_and_another_is_lost_and_the_reward_rises(nodes, tmp_path):
+def test_a_node_joins_and_another_is_lost_and_the_reward_rises(nodes, tmp_path, tiny_model_path):
     head, second = nodes.start(cpus=1), nodes.start(cpus=1)  # one has room for the trainer, one for a generator
-    run = JoinedRun(tmp_path / "run", nodes.address)
+    run = JoinedRun(tmp_path / "run", nodes.address, tiny_model_path)
     run.wait_for(lambda steps: len(steps) >= 5)
     assert len({"trainer", "generator"} & actors(head)) == len({"trainer", "generator"} & actors(second)) == 1
     assert run.steps()[-1]["generator/replicas"] == 1
@@ -67,6 +76,7 @@ def test_a_node_joins_and_another_is_lost_and_the_reward_rises(nodes, tmp_path):
     lost, enough = actors(second), max(60, len(run.steps()) + 10)
     nodes.kill(second)
     run.wait_for(lambda steps: len(steps) >= enough and fmean(rewards(steps[-10:])) >= 0.85)
+    assert fmean(rewards(run.steps()[:10])) <= 0.3
     run.process.send_signal(signal.SIGINT)
     assert run.process.wait(timeout=60) == 130
     assert lost & {"trainer", "generator"} <= {name.partition("-")[0] for name in run.deaths()}

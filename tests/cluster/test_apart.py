@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.ray_nodes import ENVIRONMENT, ROOT
+from tests.ray_nodes import ENVIRONMENT, ROOT, JoinedNode
+
+pytestmark = pytest.mark.xdist_group("nodes")
 
 OWN_TASK = '''
 """A task of somebody's own, which reads a file, with a reward of its own."""
@@ -60,14 +62,15 @@ def other_version():
         yield folder
 
 
-def test_a_node_gets_code_model_and_problems_without_a_shared_file_system(
+def test_a_node_gets_code_model_and_problems_without_a_shared_file_system_and_is_left_as_it_was(
     nodes, own_code, other_version, tmp_path, tiny_model_path
 ):
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
         pytest.skip("needs to mount, to hide the driver's files from a node")
-    nodes.start(cpus=0)
+    joined = [JoinedNode(nodes.address, nodes.start(cpus=0))]
     source = [ROOT / name for name in ("grpo", "tests", "scripts", "configs")]
-    nodes.start(cpus=3, hidden=[*source, tmp_path.parent, Path(tiny_model_path).parent])
+    hidden = [*source, tmp_path.parent, Path(tiny_model_path).parent]
+    joined.append(JoinedNode(nodes.address, nodes.start(cpus=3, hidden=hidden)))
     run = tmp_path / "run"
     done = subprocess.run(
         [
@@ -84,6 +87,7 @@ def test_a_node_gets_code_model_and_problems_without_a_shared_file_system(
         timeout=150,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    assert all(node.guests_after_a_while() == {} and node.is_whole() for node in joined)
     assert json.loads((run / "summary.json").read_text())["status"] == "completed"
     for line in (run / "rollouts.jsonl").read_text().splitlines():
         assert set(json.loads(line)["reward_parts"]["own_task.there"]) == {1.0}
