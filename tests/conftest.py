@@ -19,7 +19,7 @@ from grpo.observe.run_dir import RunDirectory
 from grpo.run import make_pacer
 from tests.ray_nodes import RayNodes
 
-STARTS_RAY = {"ray_session", "nodes", "joined", "run_script"}  # fixtures
+TESTS = Path(__file__).parent
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # there is another worker for the other core
 
@@ -30,14 +30,9 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    """With two workers, one takes nearly all tests that start Ray: two of it on two cores wait for each other.
-
-    The other has some whose only limit of time is minutes, so that both have as much to do: with a group of their own.
-    """
+    """With two workers, one takes all tests that start Ray: two of it on two cores would wait for each other."""
     for item in items:
-        if item.get_closest_marker("xdist_group") is not None:
-            continue
-        if STARTS_RAY & set(item.fixturenames):
+        if item.path.relative_to(TESTS).parts[0] in ("chaos", "cluster", "learning", "scripts"):
             item.add_marker(pytest.mark.xdist_group("processes"))
         elif "rank_processes" in item.fixturenames:  # of which there is one set for all
             item.add_marker(pytest.mark.xdist_group("ranks"))

@@ -8,11 +8,7 @@ import sys
 import time
 from statistics import fmean
 
-import pytest
-
-from tests.ray_nodes import ENVIRONMENT, ROOT, members
-
-pytestmark = pytest.mark.xdist_group("nodes")
+from tests.ray_nodes import ENVIRONMENT, ROOT, JoinedNode, members
 
 
 class JoinedRun:
@@ -65,8 +61,11 @@ def actors(node):
     return {title.partition(".")[0].partition("-")[0].lower() for title in titles}
 
 
-def test_a_node_joins_and_another_is_lost_and_the_reward_rises(nodes, tmp_path, tiny_model_path):
+def test_a_node_joins_and_another_is_lost_and_the_reward_rises_and_the_head_is_left_as_it_was(
+    nodes, tmp_path, tiny_model_path
+):
     head, second = nodes.start(cpus=1), nodes.start(cpus=1)  # one has room for the trainer, one for a generator
+    joined = JoinedNode(nodes.address, head)
     run = JoinedRun(tmp_path / "run", nodes.address, tiny_model_path)
     run.wait_for(lambda steps: len(steps) >= 5)
     assert len({"trainer", "generator"} & actors(head)) == len({"trainer", "generator"} & actors(second)) == 1
@@ -79,5 +78,7 @@ def test_a_node_joins_and_another_is_lost_and_the_reward_rises(nodes, tmp_path, 
     assert fmean(rewards(run.steps()[:10])) <= 0.3
     run.process.send_signal(signal.SIGINT)
     assert run.process.wait(timeout=60) == 130
+    assert joined.guests_after_a_while() == {}
+    assert joined.is_whole()
     assert lost & {"trainer", "generator"} <= {name.partition("-")[0] for name in run.deaths()}
     assert run.summary()["max_policy_age_seen"] <= 1

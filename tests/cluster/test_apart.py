@@ -11,8 +11,6 @@ import pytest
 
 from tests.ray_nodes import ENVIRONMENT, ROOT, JoinedNode
 
-pytestmark = pytest.mark.xdist_group("nodes")
-
 OWN_TASK = '''
 """A task of somebody's own, which reads a file, with a reward of its own."""
 

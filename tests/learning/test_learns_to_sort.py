@@ -5,11 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
-
-pytestmark = pytest.mark.xdist_group("learning")
 
 
 def test_the_default_experiment_learns(tmp_path):
