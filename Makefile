@@ -14,7 +14,7 @@ train: $(INSTALLED)  ## run the default experiment; ARGS="+experiment=NAME key=v
 	@$(BIN)/python scripts/train.py $(ARGS)
 
 test: check  ## linter, formatter, types, and all tests
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-vllm: $(VLLM_VENV)/.installed  ## the engine's contract and more, with the real vLLM on a CPU
 	@$(VLLM_VENV)/bin/python -m pytest tests/engines/test_engine_contract.py tests/engines/test_engine_adapters.py \

@@ -19,7 +19,6 @@ from grpo.observe.run_dir import RunDirectory
 from grpo.run import make_pacer
 from tests.ray_nodes import RayNodes
 
-TESTS = Path(__file__).parent
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # there is another worker for the other core
 
@@ -27,15 +26,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def pytest_addoption(parser):
     parser.addoption("--engine", choices=("torch", "vllm"), default="torch", help="the engine of the contract tests")
     parser.addoption("--kills", type=int, default=6, help="processes that each chaos test kills")
-
-
-def pytest_collection_modifyitems(items):
-    """With two workers, one takes all tests that start Ray: two of it on two cores would wait for each other."""
-    for item in items:
-        if item.path.relative_to(TESTS).parts[0] in ("chaos", "cluster", "learning", "scripts"):
-            item.add_marker(pytest.mark.xdist_group("processes"))
-        elif "rank_processes" in item.fixturenames:  # of which there is one set for all
-            item.add_marker(pytest.mark.xdist_group("ranks"))
 
 
 @pytest.fixture
