@@ -28,10 +28,10 @@ class Dataloader:
     async def setup(self) -> None:
         config = self._config
         self._task = make_task(config.task)
-        tokenizer = load_tokenizer(config.model)
+        self._problems = self._task.problems("train")  # first: it may be made with a model of the user's
+        tokenizer = load_tokenizer(config.model, text_only=True)
         self._encoder = PromptEncoder(tokenizer, config.task, config.rollout.max_prompt_tokens)
         self._encoder.check_usable(self._task)
-        self._problems = self._task.problems("train")
         self._order = lru_cache(maxsize=2)(self._permutation)
         self._draws = lru_cache(maxsize=2)(self._random_numbers)
 

@@ -36,7 +36,7 @@ class Reward:
 
     async def setup(self) -> None:
         """Start the processes. Raises ConfigError for a reward or a task that can't be made."""
-        self._tokenizer = load_tokenizer(self._config.model)
+        self._tokenizer = load_tokenizer(self._config.model, text_only=True)
         await self._scorer.start()
 
     @travels_gathered

@@ -6,12 +6,15 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, repeat
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedTokenizerBase
 
 from grpo.types import Completion
+
+if TYPE_CHECKING:  # takes a second to import
+    from transformers import PreTrainedTokenizerBase
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]) -> list[str]:

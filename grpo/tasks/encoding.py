@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from grpo.config import TaskConfig
 from grpo.tasks.base import Task
 from grpo.types import ConfigError, Ints, Problem, TaskError
+
+if TYPE_CHECKING:  # takes a second to import
+    from transformers import PreTrainedTokenizerBase
 
 
 class PromptEncoder:
