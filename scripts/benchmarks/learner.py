@@ -44,8 +44,8 @@ def run(quick: bool) -> list[Figure]:
         figures += _packing("tiny", budget, rounds=2 if quick else 10)
     if not quick:
         figures += _packing("SmolLM2", 2048, rounds=1)
-    for words in VOCABULARIES:
-        figures += _head(words, tokens=512 if quick else 1024, rounds=4 if quick else 6)
+    for words, tokens in zip(VOCABULARIES, (1024, 512) if quick else (1024, 1024), strict=True):
+        figures += _head(words, tokens, rounds=2 if quick else 6)
     return figures
 
 

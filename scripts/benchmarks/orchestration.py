@@ -63,7 +63,7 @@ async def _run(quick: bool) -> list[Figure]:
         _specs(latency_s, mixed_latency_s), config, failures := Failures(config.recovery)
     ) as actors:
         framework = partial(_framework, actors, failures)
-        bare, saturated, seconds = [], [], 3.0 if quick else 10.0
+        bare, saturated, seconds = [], [], 2.0 if quick else 10.0
         for _ in range(2 if quick else 4):  # alternating, so that a slow moment of the machine meets both
             bare.append(await _bare(seconds))
             saturated.append(await framework("instant", 32, round(20 * seconds)))

@@ -102,7 +102,7 @@ class Actors:
 def run(quick: bool) -> list[Figure]:
     with ray_cluster(ClusterConfig()):
         if quick:
-            return asyncio.run(_of_model("1M", (1,), (_OLDEST,), steps=11, tails_alone=False))
+            return asyncio.run(_of_model("1M", (1,), (_OLDEST,), steps=12, tails_alone=False))
         small = asyncio.run(_of_model("1M", (1, 2, _OLDEST), (1, 2, _OLDEST), steps=24))
         return [*small, *asyncio.run(_of_model("10M", (1, _OLDEST), (1, _OLDEST), steps=24))]
 
