@@ -1,7 +1,7 @@
 """Measure the framework against physical limits and against what one would use instead.
 
     python scripts/bench.py orchestration            one benchmark, or several
-    python scripts/bench.py all --quick              shorter and rougher: a minute each at most, but peer two
+    python scripts/bench.py all --quick              shorter and rougher: about a minute each, but peer two
 
     python scripts/bench.py --markdown               the table of what was measured last
 
