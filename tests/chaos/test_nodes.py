@@ -25,7 +25,7 @@ class JoinedRun:
                 sys.executable, str(ROOT / "scripts/train.py"), *cluster, *endless, *small, *reward,
                 f"hydra.run.dir={folder}", "checkpoint.every=0", "observe.report=false",
             ],
-            env=os.environ | ENVIRONMENT,
+            env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
             stdout=subprocess.DEVNULL,
         )  # fmt: skip
 
