@@ -1,8 +1,11 @@
 """Configs as users compose them."""
 
+import pytest
+
 from grpo.composition import from_overrides
 from grpo.config import RunConfig
 from grpo.learner.objective import Objective
+from grpo.types import ConfigError
 
 
 def composed(*overrides) -> RunConfig:
@@ -15,3 +18,10 @@ def checked(*overrides) -> RunConfig:
     config = composed(*overrides)
     Objective(config.loss, config.correction)
     return config
+
+
+def assert_refused(overrides: str, message: str) -> None:
+    """In one line, which `message` matches."""
+    with pytest.raises(ConfigError, match=message) as caught:
+        composed(*overrides.split())
+    assert "\n" not in str(caught.value)
