@@ -27,12 +27,12 @@ from comparison.runs import begin_worker, make_run
 from comparison.table import Record, Setting, cell, on_screen, page, rows
 from rich.console import Console
 
-from grpo import preflight
-from grpo.composition import CONFIGS, from_overrides
-from grpo.config import RunConfig
-from grpo.exit_codes import EXIT_CODES
+from grpo.cli import preflight
+from grpo.config.composition import CONFIGS, from_overrides
+from grpo.config.schema import RunConfig
+from grpo.errors import ConfigError, GRPOError
 from grpo.observe.run_dir import to_json
-from grpo.types import ConfigError, GRPOError
+from grpo.types import EXIT_CODES
 
 FIXED = ["checkpoint.every=0", "trainer.snapshot_every=0", "eval.every=5", "eval.replicas=0", "reward.workers=1"]
 VARIED = {"loss", "correction", "seed", "buffer.max_policy_age", "rollout.concurrency"}

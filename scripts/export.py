@@ -21,8 +21,8 @@ def main() -> None:
 
     import torch  # after the arguments, which may only ask for help
 
-    from grpo.export import export
-    from grpo.types import GRPOError
+    from grpo.cli.export import export
+    from grpo.errors import GRPOError
 
     try:
         checkpoint, warnings = export(

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from grpo.exit_codes import EXIT_CODES
+from grpo.errors import ReportError
 from grpo.report.page import named_runs, write_report
 from grpo.report.serve import LiveRun, ReportServer
 from grpo.report.sweep import print_table
-from grpo.types import ReportError
+from grpo.types import EXIT_CODES
 
 
 class _Parser(argparse.ArgumentParser):

@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from grpo.control import SCALABLE, ask
-from grpo.types import ControlError
+from grpo.errors import ControlError
+from grpo.services.control import SCALABLE, ask
 
 
 def _service(text: str) -> tuple[str, int]:

@@ -7,17 +7,17 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from grpo.collection import collect_rarely
-from grpo.command_line import main, run_job
-from grpo.composition import register
-from grpo.config import RunConfig
+from grpo.cli.hydra_jobs import main, run_job
+from grpo.config.composition import register
+from grpo.config.schema import RunConfig
+from grpo.utils.gc_tuning import collect_rarely
 
 register()
 
 
 def _train(config: RunConfig, folder: Path) -> int:
     collect_rarely()
-    from grpo.train import train  # torch and Ray are imported only for a config that can work
+    from grpo.cli.train import train  # torch and Ray are imported only for a config that can work
 
     return train(config, folder)
 

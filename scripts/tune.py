@@ -20,15 +20,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from grpo.composition import from_overrides, from_run
-from grpo.config import RunConfig
-from grpo.exit_codes import EXIT_CODES
+from grpo.config.composition import from_overrides, from_run
+from grpo.config.schema import RunConfig
+from grpo.errors import GRPOError
 from grpo.tuning.fitting import profile_of
-from grpo.tuning.outcome import WARM_UP_STEPS, Outcome, outcome_of, read_metrics
 from grpo.tuning.profile import Lengths, Profile, load_profile, parse_lengths
-from grpo.tuning.search import Found, Setting, search
-from grpo.tuning.short_runs import ShortRuns
-from grpo.types import GRPOError
+from grpo.tuning.search import WARM_UP_STEPS, Found, Outcome, Setting, ShortRuns, outcome_of, read_metrics, search
+from grpo.types import EXIT_CODES
 
 MOST_STEPS = 150  # a policy that has learned much makes other groups than one that has not
 Measure = Callable[[Setting], Outcome]

@@ -2,10 +2,10 @@
 
 import pytest
 
-from grpo.composition import from_overrides
-from grpo.config import RunConfig
+from grpo.config.composition import from_overrides
+from grpo.config.schema import RunConfig
+from grpo.errors import ConfigError
 from grpo.learner.objective import Objective
-from grpo.types import ConfigError
 
 
 def composed(*overrides) -> RunConfig:

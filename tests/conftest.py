@@ -9,14 +9,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from grpo.cluster.launch import ray_cluster
-from grpo.config import ClusterConfig, RunConfig
-from grpo.failures import Failures
+from grpo.cluster.connect import ray_cluster
+from grpo.config.schema import ClusterConfig, RunConfig
+from grpo.driver.context import make_pacer
+from grpo.driver.recorder import Recorder
 from grpo.models.tiny import character_tokenizer, tiny_llama
-from grpo.observe.display import PlainDisplay
-from grpo.observe.recorder import Recorder
 from grpo.observe.run_dir import RunDirectory
-from grpo.run import make_pacer
+from grpo.observe.terminal.display import PlainDisplay
+from grpo.services.failures import Failures
 from tests.ray_nodes import RayNodes
 
 if "PYTEST_XDIST_WORKER" in os.environ:

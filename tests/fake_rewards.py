@@ -3,7 +3,7 @@
 import os
 import time
 
-from grpo.types import RewardTimeout
+from grpo.errors import RewardTimeout
 
 
 def vowel_share(problem, completions):

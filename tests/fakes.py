@@ -11,17 +11,18 @@ from functools import partial
 
 import numpy as np
 
+from grpo.actors.marks import returns_payload, travels_gathered
 from grpo.algorithms.losses import grpo
-from grpo.checksum import buffer_checksum
-from grpo.cluster.endpoints import LocalEndpoint
-from grpo.cluster.replicas import Claims, Common, Replica, State, Timeouts
-from grpo.cluster.services import Service
-from grpo.config import RecoveryConfig
-from grpo.failures import Failures
-from grpo.services import returns_payload, travels_gathered
-from grpo.structured import Signal
-from grpo.types import Batch, GenerationReport, GeneratorStats, RewardError, SamplingParams, Scores
-from grpo.weights import Weights
+from grpo.config.schema import RecoveryConfig
+from grpo.errors import RewardError
+from grpo.services.failures import Failures
+from grpo.services.local import LocalEndpoint
+from grpo.services.replica import Claims, Common, Replica, State, Timeouts
+from grpo.services.service import Service
+from grpo.types import Batch, GenerationReport, GeneratorStats, SamplingParams, Scores
+from grpo.utils.aio import Signal
+from grpo.weights.flat_buffer import buffer_checksum
+from grpo.weights.payload import Weights
 
 
 def service_of(*endpoints, name="actor"):

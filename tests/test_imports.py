@@ -137,11 +137,11 @@ def test_every_place_has_its_line():
 
 
 def test_the_loop_is_about_a_page():
-    assert len((ROOT / "grpo/loop.py").read_text().splitlines()) <= 140
+    assert len((ROOT / "grpo/driver/loop.py").read_text().splitlines()) <= 140
 
 
 def test_the_models_code_is_imported_where_a_model_is_loaded():
     """It takes as long as torch; the driver looks at it while Ray starts."""
-    program = "import sys, grpo.train, grpo.actors.reward; print('transformers.modeling_utils' in sys.modules)"
+    program = "import sys, grpo.cli.train, grpo.actors.reward; print('transformers.modeling_utils' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from grpo.compute import ComputeThread
-from grpo.config import RunConfig
-from grpo.learner import checkpoint
-from grpo.learner.manifest import total_bytes
-from grpo.learner.state import TrainerState
-from grpo.services import returns_payload
+from grpo.actors.marks import returns_payload
+from grpo.checkpoint import store
+from grpo.checkpoint.store import total_bytes
+from grpo.checkpoint.trainer_state import TrainerState
+from grpo.config.schema import RunConfig
 from grpo.telemetry.recording import span
 from grpo.types import Group
+from grpo.utils.torch_utils import ComputeThread
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +51,12 @@ class Checkpointer:
     @returns_payload
     async def load_trainer(self, path: str) -> tuple[Sequence[TrainerState], None]:
         """The learner's state of the checkpoint at `path`, of all ranks. Raises CheckpointError."""
-        return await self._thread.run(checkpoint.load_trainer, Path(path)), None
+        return await self._thread.run(store.load_trainer, Path(path)), None
 
     @returns_payload
     async def load_groups(self, path: str) -> tuple[list[tuple[int, Group]], list[int]]:
         """The (ticket serial, group) pairs of the checkpoint at `path`, and the serials. Raises CheckpointError."""
-        groups = await self._thread.run(checkpoint.load_groups, Path(path))
+        groups = await self._thread.run(store.load_groups, Path(path))
         return groups, [serial for serial, _ in groups]
 
     async def close(self) -> None:
@@ -71,9 +71,9 @@ class Checkpointer:
         progress: Mapping[str, Any],
     ) -> dict[str, float]:
         started = time.perf_counter()
-        path = checkpoint.save_checkpoint(self._folder, step, states, groups, progress, self._export)
+        path = store.save_checkpoint(self._folder, step, states, groups, progress, self._export)
         try:
-            checkpoint.prune(self._folder, self._config.checkpoint.keep)
+            store.prune(self._folder, self._config.checkpoint.keep)
         except OSError as error:  # this one is written all the same
             log.warning("checkpoints before %s can't be removed: %s", path, error)
         return {"seconds": time.perf_counter() - started, "bytes": float(total_bytes(path))}

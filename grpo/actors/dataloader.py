@@ -8,10 +8,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from grpo.config import RunConfig
+from grpo.config.schema import RunConfig
 from grpo.models.tokenizer import load_tokenizer
-from grpo.tasks.base import make_task
-from grpo.tasks.encoding import PromptEncoder
+from grpo.tasks.base import PromptEncoder, make_task
 from grpo.types import Ints, Prompt, PromptBatch
 
 

@@ -7,21 +7,21 @@ from dataclasses import replace
 
 import torch
 
-from grpo.adapters import Merge, base_of
-from grpo.broadcast import Broadcaster, BroadcastGroup
-from grpo.compute import run_apart
-from grpo.config import RunConfig
+from grpo.actors.marks import brings_up_to_date, returns_payload
+from grpo.config.schema import RunConfig
 from grpo.engines.base import Engine, Limits
 from grpo.engines.simulated import SimulatedEngine
-from grpo.engines.torch_engine import TorchEngine
-from grpo.engines.vllm_engine import VLLMEngine
-from grpo.imports import check_arguments
+from grpo.engines.torch.engine import TorchEngine
+from grpo.engines.vllm.engine import VLLMEngine
 from grpo.models.loading import load_model, load_skeleton, stop_token_ids
 from grpo.models.tokenizer import load_tokenizer
-from grpo.services import brings_up_to_date, returns_payload
 from grpo.telemetry.recording import span
 from grpo.types import Completion, GenerationReport, GeneratorStats, Prompt, SamplingParams
-from grpo.weights import Weights, WeightsHeader, parameter_shapes
+from grpo.utils.imports import check_arguments
+from grpo.utils.torch_utils import run_apart
+from grpo.weights.adapters import Merge, base_of
+from grpo.weights.broadcast import Broadcaster, BroadcastGroup
+from grpo.weights.payload import Weights, WeightsHeader, parameter_shapes
 
 
 class Generator:

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from grpo.compute import ComputeThread, run_apart
-from grpo.config import RunConfig
-from grpo.learner.collate import Sample, make_sample
+from grpo.actors.marks import returns_payload
+from grpo.config.schema import RunConfig
+from grpo.learner.batch import Sample, make_sample
 from grpo.learner.logprobs import TokenLogprobs
 from grpo.models.loading import load_model
-from grpo.services import returns_payload
 from grpo.telemetry.recording import span
 from grpo.types import Completion, Floats, Prompt
+from grpo.utils.torch_utils import ComputeThread, run_apart
 
 
 class Reference:

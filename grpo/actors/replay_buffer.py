@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from grpo.services import returns_payload, travels_gathered
+from grpo.actors.marks import returns_payload, travels_gathered
 from grpo.types import Batch, BatchReport, Group, Ticket
 
 

@@ -7,12 +7,11 @@ import math
 import time
 from collections.abc import Sequence
 
-from grpo.actors.scoring import Parts, Scorer
-from grpo.config import RunConfig
-from grpo.models.token_texts import tokens_as_json
-from grpo.models.tokenizer import load_tokenizer
-from grpo.rewards.killable import Killable
-from grpo.services import travels_gathered
+from grpo.actors.marks import travels_gathered
+from grpo.config.schema import RunConfig
+from grpo.models.tokenizer import load_tokenizer, tokens_as_json
+from grpo.rewards.process_pool import Killable
+from grpo.rewards.scoring import Parts, Scorer
 from grpo.telemetry.recording import measure
 from grpo.types import Completion, Detail, Prompt, Scores
 

@@ -7,18 +7,19 @@ from functools import partial
 
 import torch
 
-from grpo.broadcast import Broadcaster, BroadcastGroup
-from grpo.compute import ComputeThread, run_apart
-from grpo.config import RunConfig
+from grpo.actors.marks import of_rank_0, outlives_its_node, returns_payload
+from grpo.checkpoint.trainer_state import TrainerState
+from grpo.config.schema import RunConfig
+from grpo.errors import TransferError
 from grpo.learner.learner import Learner
 from grpo.learner.objective import Objective
-from grpo.learner.ranks import Ranks, join, leave
-from grpo.learner.state import TrainerState
 from grpo.models.lora import adapters_off, load_policy
-from grpo.services import of_rank_0, outlives_its_node, returns_payload
 from grpo.telemetry.recording import measure, span
-from grpo.types import Batch, TransferError
-from grpo.weights import Weights, WeightsHeader
+from grpo.types import Batch
+from grpo.utils.ranks import Ranks, join, leave
+from grpo.utils.torch_utils import ComputeThread, run_apart
+from grpo.weights.broadcast import Broadcaster, BroadcastGroup
+from grpo.weights.payload import Weights, WeightsHeader
 
 
 class Trainer:

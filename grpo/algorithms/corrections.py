@@ -1,21 +1,35 @@
-"""Off-policy correction: importance weights for samples of older weights, or of an engine that rounds differently.
+"""How much likelier one policy makes a token than another, as a log-ratio [B, T] whose exp can be worked with."""
 
-With a correction the loss takes its ratio to the proximal policy, that at the start of the train step, and the
-advantages are multiplied by how much likelier it makes the sample than the behavior policy that drew it:
-
-    loss(policy, proximal, advantages x weights, mask)
-
-All losses are linear in the size of the advantage, so this weights the policy gradient, and leaves the KL term alone.
-configs/correction/ has the presets of the literature. (Decoupled objective: Hilton et al., arXiv:2110.00641;
-AReaL, arXiv:2505.24298, section 5.2.)
-"""
+# MERGED: Off-policy correction: importance weights for samples of older weights, or of an engine that rounds
+# differently.
+#
+# With a correction the loss takes its ratio to the proximal policy, that at the start of the train step, and the
+# advantages are multiplied by how much likelier it makes the sample than the behavior policy that drew it:
+#
+#     loss(policy, proximal, advantages x weights, mask)
+#
+# All losses are linear in the size of the advantage, so this weights the policy gradient, and leaves the KL
+# term alone.
+# configs/correction/ has the presets of the literature. (Decoupled objective: Hilton et al., arXiv:2110.00641;
+# AReaL, arXiv:2505.24298, section 5.2.)
+#
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from grpo.algorithms.ratios import bounded, log_ratio
+_LARGEST = 20.0  # exp of more would overflow, and make NaN of a gradient; no ratio that means anything comes near it
+
+
+def log_ratio(policy_logprobs_BT: Tensor, other_logprobs_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """log(policy / other) of every token, 0 where the boolean mask is False, whatever stands there."""
+    return (policy_logprobs_BT - other_logprobs_BT).masked_fill(~mask_BT, 0.0)
+
+
+def bounded(log_ratio_BT: Tensor) -> Tensor:
+    """The same, as far from 0 as exp can be taken of it."""
+    return log_ratio_BT.clamp(-_LARGEST, _LARGEST)
 
 
 @torch.no_grad()

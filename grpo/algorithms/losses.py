@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from grpo.algorithms.aggregation import aggregate
-from grpo.algorithms.ratios import bounded, log_ratio
+from grpo.algorithms.corrections import bounded, log_ratio
 
 SHARED_PARAMETERS = ("reference_logprobs_BT", "denominator", "aggregation", "horizon", "beta", "kl")
 
@@ -225,7 +225,6 @@ def k3(log_ratio_BT: Tensor) -> Tensor:
 
 KL: dict[str, Callable[[Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
 """Estimates of KL(policy || reference) per token from log(p / reference). (Schulman, Approximating KL Divergence.)"""
-
 LOSSES: dict[str, Callable[..., LossOutput]] = {
     "grpo": grpo,
     "dr_grpo": dr_grpo,

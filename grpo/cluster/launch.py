@@ -3,108 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
-import logging
-import os
-import signal
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from grpo.cluster.endpoints import Endpoint
-from grpo.cluster.files import carried
-from grpo.cluster.gang import Gang
-from grpo.cluster.handles import ActorHandle
-from grpo.cluster.joining import nodes_at
-from grpo.cluster.own_code import runtime_env
-from grpo.cluster.placement import Node, check_placement
-from grpo.cluster.places import Places
-from grpo.cluster.plan import ActorSpec, actor_specs
-from grpo.cluster.ray_actor import RayEndpoint, host_class, name_of
-from grpo.cluster.reaper import session_reaper
-from grpo.cluster.replicas import Claims, State
-from grpo.cluster.services import Service, make_service
-from grpo.config import ClusterConfig, RunConfig
-from grpo.failures import Failures
-from grpo.services import Services, methods_marked
-from grpo.structured import together, within
-from grpo.types import ConfigError, LaunchError
+from grpo.actors.marks import methods_marked
+from grpo.actors.specs import ActorSpec, actor_specs
+from grpo.cluster.actor import RayEndpoint, host_class, name_of
+from grpo.cluster.placement import Node, Places, check_placement
+from grpo.cluster.shipping import carried
+from grpo.config.schema import ClusterConfig, RunConfig
+from grpo.errors import LaunchError
+from grpo.services.endpoint import Endpoint, Gang
+from grpo.services.failures import Failures
+from grpo.services.handle import ActorHandle, Services
+from grpo.services.replica import Claims, State
+from grpo.services.service import Service, make_service
+from grpo.utils.aio import together, within
 
 _CLOSE_TIMEOUT_S = 5.0
-_DASHBOARD_PACKAGES = ("aiohttp", "aiohttp_cors", "opencensus", "prometheus_client")  # some of ray[default]
 _CALLS_PER_ACTOR = 10_000  # concurrent calls: more than tickets, so none queues inside Ray
-
-
-@contextmanager
-def ray_cluster(config: ClusterConfig) -> Iterator[str | None]:
-    """Join the cluster at `cluster.address`, or start one on this machine that ends with the run, however that ends.
-
-    Gives the address of the dashboard where `cluster.dashboard` started one. Raises LaunchError when there is no
-    cluster at that address.
-    """
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the behaviour that Ray announces
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # those of cancelled calls
-    # Freed objects give their memory back at once, not once a second: the next weights find its pages mapped, and
-    # copying into fresh ones takes six times as long.
-    os.environ.setdefault("RAY_free_objects_batch_size", "1")
-    with session_reaper():
-        try:
-            with _signals_held_back():
-                dashboard = _connect(config)
-            yield dashboard
-        finally:
-            ray.shutdown()
-
-
-def check_dashboard(config: ClusterConfig) -> None:
-    """Raise ConfigError when it is wanted and Ray came without it."""
-    if config.dashboard and not all(map(importlib.util.find_spec, _DASHBOARD_PACKAGES)):
-        raise ConfigError("is not installed: pip install -e '.[dashboard]'", key="cluster.dashboard")
-
-
-def _connect(config: ClusterConfig) -> str | None:
-    address = config.address
-    if address is not None:
-        nodes_at(address)
-    try:
-        with TemporaryDirectory() as empty:
-            there = ray.init(
-                address=address or "local",
-                include_dashboard=None if address else config.dashboard,
-                dashboard_host="127.0.0.1",
-                runtime_env=runtime_env(empty) if address else None,
-                log_to_driver=True,  # into the run's log: the driver's own stdout leads there
-                logging_level=logging.WARNING,
-            )
-    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())  # of versions that differ, it lists them line by line
-        raise LaunchError(f"cluster.address: can't reach Ray at {address or 'local'}: {reason}") from error
-    except SystemExit as ended:  # by Ray's handler of SIGTERM, which it puts in the place of ours
-        raise KeyboardInterrupt from ended
-    return f"http://{there.dashboard_url}" if config.dashboard else None
-
-
-@contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM wait: interrupted half-way, `ray.init` leaves processes behind."""
-    held: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda number, frame: held.append(number)) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if held:
-        raise KeyboardInterrupt
 
 
 @asynccontextmanager

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from grpo.types import Completion, GeneratorStats, Ints, SamplingParams
-from grpo.weights import Weights
+from grpo.weights.payload import Weights
 
 WeightUpdate = Literal["in_flight", "in_flight_recompute", "drain"]
 

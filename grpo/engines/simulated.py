@@ -8,7 +8,7 @@ import time
 import numpy as np
 
 from grpo.types import Completion, GeneratorStats, Ints, SamplingParams
-from grpo.weights import Weights
+from grpo.weights.payload import Weights
 
 
 class SimulatedEngine:

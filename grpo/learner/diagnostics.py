@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from grpo.learner.collate import MicroBatch
-from grpo.learner.ranks import Ranks
+from grpo.learner.batch import MicroBatch
+from grpo.utils.ranks import Ranks
 
 _PERCENTILES = (1, 50, 99)
 _LABELS = {"ratio": "ratio_mean"}

@@ -11,25 +11,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import transformers  # get_scheduler by its full name: where peft is, it imports all there is
+import transformers
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from grpo.config import TrainerConfig
-from grpo.learner.collate import Sample, collate, samples_of
+from grpo.checkpoint.trainer_state import StateWriter, TrainerState
+from grpo.config.schema import TrainerConfig
+from grpo.errors import CheckpointError, NonFiniteError, StalenessError
+from grpo.learner.batch import Sample, Share, collate, samples_of, share_of
 from grpo.learner.diagnostics import Diagnostics
-from grpo.learner.layers import checkpoint_layers, compile_layers
+from grpo.learner.fsdp import checkpoint_layers, compile_layers, sharded
 from grpo.learner.logprobs import TokenLogprobs
 from grpo.learner.objective import Objective
-from grpo.learner.ranks import Ranks
-from grpo.learner.sharding import sharded
-from grpo.learner.shares import Share, share_of
-from grpo.learner.state import StateWriter, TrainerState
 from grpo.telemetry.recording import span
-from grpo.types import Batch, CheckpointError, Floats, NonFiniteError, StalenessError
-from grpo.weights import Weights
+from grpo.types import Batch, Floats
+from grpo.utils.ranks import Ranks
+from grpo.weights.payload import Weights
 
-if TYPE_CHECKING:  # the module behind it takes a second to import
+if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _COUNTERS = {"nonfinite_steps", "nonfinite_in_a_row", "schedule_position", "optimizer_steps"}

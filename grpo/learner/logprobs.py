@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grpo.learner.collate import Sample
-from grpo.learner.head import linear_logprobs
+from grpo.learner.batch import Sample
+from grpo.learner.lm_head import linear_logprobs
 from grpo.types import Floats
 
-if TYPE_CHECKING:  # the module behind it takes a second to import
+if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CHUNK = 1 << 22  # logits of which the entropy is computed at a time, to bound the memory
@@ -29,7 +29,7 @@ class TokenLogprobs:
     """
 
     def __init__(self, model: PreTrainedModel, temperature: float, packing: str = "auto") -> None:
-        from grpo.learner.choices import layout_for, plain_head  # as much to import as a model, which is there by now
+        from grpo.learner.layouts import layout_for, plain_head  # as much to import as a model, which is there by now
 
         self._model, self._temperature = model, temperature
         self._layout, why_padded = layout_for(model, packing)

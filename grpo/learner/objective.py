@@ -16,10 +16,10 @@ from grpo.algorithms.advantages import BATCH_SCALED, batch_scale
 from grpo.algorithms.aggregation import batch_denominator
 from grpo.algorithms.corrections import importance_ratio, importance_weights
 from grpo.algorithms.losses import LOSSES, SHARED_PARAMETERS, LossOutput
-from grpo.config import LOSS_PARAMETERS, CorrectionConfig, LossConfig
-from grpo.imports import named_function
-from grpo.learner.collate import MicroBatch
-from grpo.types import ConfigError
+from grpo.config.schema import LOSS_PARAMETERS, CorrectionConfig, LossConfig
+from grpo.errors import ConfigError
+from grpo.learner.batch import MicroBatch
+from grpo.utils.imports import named_function
 
 
 class Objective:

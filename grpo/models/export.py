@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from grpo.checksum import file_checksum
-from grpo.config import LoraConfig, ModelConfig
-from grpo.models.cache import cached
-from grpo.models.loading import load_original
+from grpo.config.schema import LoraConfig, ModelConfig
+from grpo.errors import CheckpointError
+from grpo.models.loading import cached, load_original
 from grpo.models.lora import TENSORS, adapted_base, merge_folder, write_adapters
 from grpo.models.tokenizer import load_tokenizer
-from grpo.types import CheckpointError
-from grpo.weights import trained_parameters
+from grpo.weights.flat_buffer import file_checksum
+from grpo.weights.payload import trained_parameters
 
-if TYPE_CHECKING:  # the module behind it takes a second to import
+if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 

@@ -1,9 +1,15 @@
-"""Loading ordinary Hugging Face models, the one way for every actor."""
+"""Models that are made once and kept in the user's cache."""
+
+# MERGED: Loading ordinary Hugging Face models, the one way for every actor.
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -18,15 +24,44 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, has_file
 from transformers.utils import logging as transformers_logging
 
-from grpo.config import ModelConfig
-from grpo.device import check_device
-from grpo.types import ConfigError
+from grpo.config.schema import ModelConfig
+from grpo.errors import ConfigError
+from grpo.utils.torch_utils import check_device
 
-if TYPE_CHECKING:  # the module behind it takes a second to import
+if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-transformers_logging.disable_progress_bar()
 
+def cached(name: str, make: Callable[[Path], None]) -> Path:
+    """The folder `name` of the cache; where it is not there yet, `make` fills it first.
+
+    It appears whole or not at all. Of two processes that make the same folder at once, the first wins.
+    """
+    folder = cache_folder() / name
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder.parent) as temporary:
+            unfinished = Path(temporary, "model")
+            unfinished.mkdir()
+            make(unfinished)
+            _publish(unfinished, folder)
+    return folder
+
+
+def cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "grpo"
+
+
+def _publish(unfinished: Path, folder: Path) -> None:
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+
+
+transformers_logging.disable_progress_bar()
 _LOADING = Lock()  # from_pretrained puts the whole process into a state in which no other thread can load
 _ALIBI = ("bloom", "mpt")  # they look at distances, so it doesn't matter where a row begins
 

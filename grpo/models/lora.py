@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from grpo.adapters import ADAPTER, module_of
-from grpo.config import LoraConfig, ModelConfig, RunConfig
+from grpo.config.schema import LoraConfig, ModelConfig, RunConfig
+from grpo.errors import ConfigError
 from grpo.models.loading import load_model
-from grpo.types import ConfigError
-from grpo.weights import trained_parameters
+from grpo.weights.adapters import ADAPTER, module_of
+from grpo.weights.payload import trained_parameters
 
-if TYPE_CHECKING:  # the module behind it takes a second to import
+if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ADAPTER_CONFIG = "adapter_config.json"  # peft's name for it

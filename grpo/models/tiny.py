@@ -16,15 +16,16 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import transformers  # what takes a second to import by its full name: for nothing where the cache has the model
+import transformers
 from rich.progress import Progress
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from grpo.models.cache import cached
+from grpo.errors import ConfigError
+from grpo.models.loading import cached
 from grpo.tasks.base import Task
-from grpo.types import ConfigError, Problem
+from grpo.types import Problem
 
 _CHARACTERS = string.ascii_letters + string.digits + " +-*/=<>?:.,()#"
 _SPECIAL = ("<pad>", "<eos>", "<unk>")

@@ -9,14 +9,13 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import NoReturn, Protocol
 
+from grpo.errors import InfrastructureError
 from grpo.observe.timeline import Timeline
-from grpo.structured import Signal, cancelled, together
-from grpo.telemetry.accumulators import MetricSet
+from grpo.telemetry.metrics import MetricSet
 from grpo.telemetry.recording import Harvest, Recording, record_in
-from grpo.types import InfrastructureError
+from grpo.utils.aio import Signal, cancelled, together
 
 log = logging.getLogger(__name__)
-
 _AT_MOST_EVERY_S = 2.0
 _LAST_S = 5.0  # how long the last answers are waited for
 

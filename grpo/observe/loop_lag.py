@@ -17,7 +17,6 @@ from typing import NoReturn
 import numpy as np
 
 log = logging.getLogger(__name__)
-
 _INTERVAL_S = 0.02
 _PACKAGE = Path(__file__).parents[1]
 

@@ -1,5 +1,8 @@
 """The folder a run leaves behind. Writing happens in a thread: the event loop never waits for a disk."""
 
+# MERGED: `events.jsonl`: what befell a run, each with the moment at which it did.
+# MERGED: A finished group that came with its texts: as files and as people are shown it.
+
 from __future__ import annotations
 
 import errno
@@ -8,15 +11,16 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
-from grpo.types import ConfigError
+from grpo.errors import ConfigError
+from grpo.services.failures import Death
+from grpo.types import Rollout
 
 log = logging.getLogger(__name__)
-
 _GROWING = ("metrics.jsonl", "rollouts.jsonl", "ledger.jsonl", "events.jsonl", "timeline.json")
 
 
@@ -159,3 +163,51 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return value
+
+
+class Events:
+    """Grows while the run goes on. `at_s` counts as `wall_s` of the metrics and the times of the timeline do."""
+
+    def __init__(self, run_dir: RunDirectory, run_s: Callable[[float], float]) -> None:
+        """`run_s` makes `at_s` of a time of time.perf_counter."""
+        self._run_dir, self._run_s = run_dir, run_s
+
+    def died(self, death: Death) -> None:
+        self._add("died", self._run_s(death.at), actor=death.actor, error=death.error)
+
+    def is_back(self, death: Death) -> None:
+        """A replacement serves, `after_s` after the death."""
+        assert death.back_s is not None
+        self._add("back", self._run_s(death.at + death.back_s), actor=death.actor, after_s=death.back_s)
+
+    def resumed(self, step: int, at_s: float) -> None:
+        """The run goes on with what it was after `step`."""
+        self._add("resumed", at_s, step=step)
+
+    def _add(self, event: str, at_s: float, **about: object) -> None:
+        self._run_dir.append("events.jsonl", {"event": event, "at_s": round(at_s, 4), **about})
+
+
+def as_record(step: int, rollout: Rollout, dropped: str | None) -> dict[str, Any]:
+    """What `rollouts.jsonl` has of it, but for its tokens. `dropped` is the reason, where there is one."""
+    group, scores = rollout.group, rollout.scores
+    return {
+        "step": step,
+        "prompt_serial": group.prompt.serial,
+        "prompt": group.prompt.problem.question,
+        "answer": group.prompt.problem.answer,
+        "completions": scores.texts,
+        "rewards": scores.rewards,
+        "reward_parts": dict(scores.parts),
+        "shaped_rewards": rollout.shaped_rewards,
+        "advantages": group.advantages,
+        "policy_version": group.oldest_version,
+        **({"dropped": dropped} if dropped else {}),
+    }
+
+
+def as_rows(rollout: Rollout) -> list[dict[str, Any]]:
+    """A row for each completion."""
+    rows = zip(rollout.scores.texts, rollout.scores.rewards, rollout.group.advantages, strict=True)
+    question = rollout.group.prompt.problem.question
+    return [{"prompt": question, "completion": text, "reward": r, "advantage": a} for text, r, a in rows]

@@ -14,10 +14,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from grpo.types import NothingTrained, ReportError
+from grpo.errors import NothingTrained, ReportError
 
 Record = dict[str, Any]
-
 _EXAMPLE = "outputs/2026-01-31/12-00-00"
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from grpo.errors import ReportError
 from grpo.observe.run_dir import to_json
 from grpo.report.data import Record, Run, differing, figures, read_attempt, read_rollouts, read_run, runs_of
 from grpo.report.timeline import read_timeline
-from grpo.types import ReportError
 
 _SCRIPTS = ("base.js", "curves.js", "compare.js", "groups.js", "lanes.js", "loop.js", "live.js", "report.js")
 _MOST_POINTS = 4000  # of a curve

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from grpo.errors import NothingTrained, ReportError
 from grpo.observe.run_dir import to_json
 from grpo.report.data import Record, check_folder, read_run, read_summary
 from grpo.report.page import name_of, one, page, timeline_of
 from grpo.report.timeline import MOST_SPANS
-from grpo.types import NothingTrained, ReportError
 
 _FILES = ("config.yaml", "metrics.jsonl", "rollouts.jsonl", "events.jsonl", "timeline.json", "summary.json")
 

@@ -11,12 +11,11 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from grpo.observe.output import Screen
+from grpo.observe.terminal.output import Screen
 from grpo.report.data import Record, Run, differing, figures, read_attempt, runs_of
 from grpo.report.page import in_order, write_report
 
 log = logging.getLogger(__name__)
-
 _WIDE = 200  # columns, where stdout is no terminal
 _NARROW, _SETTING = 100, 8
 

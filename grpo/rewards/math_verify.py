@@ -6,13 +6,13 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from grpo.types import ConfigError, Problem
+from grpo.errors import ConfigError
+from grpo.types import Problem
 
 try:
     from math_verify import parse, verify
 except ImportError as error:
     raise ConfigError("math_verify needs a library: pip install -e '.[math]'", key="reward.functions") from error
-
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the time-outs that are switched off below
 
 

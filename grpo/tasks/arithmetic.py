@@ -9,8 +9,9 @@ from itertools import product
 
 import numpy as np
 
+from grpo.errors import ConfigError
 from grpo.tasks.base import Split
-from grpo.types import ConfigError, Problem
+from grpo.types import Problem
 
 _OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 _INTEGER = re.compile(r"-?\d+")

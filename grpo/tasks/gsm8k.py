@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from grpo.rewards.final_answer import final_number
-from grpo.rewards.numbers import numbers_in, parse_number
+from grpo.errors import ConfigError
+from grpo.rewards.final_answer import final_number, numbers_in, parse_number
 from grpo.tasks.base import Split
-from grpo.types import ConfigError, Problem
+from grpo.types import Problem
 
 _HUB_NAME, _SUBSET = "openai/gsm8k", "main"
 _LOCAL = "or name a local file, task.path=FILE.jsonl"

@@ -8,8 +8,9 @@ from itertools import permutations, product
 
 import numpy as np
 
+from grpo.errors import ConfigError
 from grpo.tasks.base import Split
-from grpo.types import ConfigError, Problem
+from grpo.types import Problem
 
 _LEGS = {
     2: ("birds", "chickens", "ducks", "geese", "owls", "people"),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from grpo.errors import ConfigError
 from grpo.tasks.base import Split
-from grpo.types import ConfigError, Problem
+from grpo.types import Problem
 
 _HELD_OUT_SEED = 1 << 30  # apart from the seeds that training uses
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from grpo.errors import ConfigError
 from grpo.tasks.base import Split
-from grpo.types import ConfigError, Problem
+from grpo.types import Problem
 
 ALPHABET = "abcdefghijkl"
 

@@ -17,7 +17,7 @@ from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
-from grpo.telemetry.accumulators import MetricSet
+from grpo.telemetry.metrics import MetricSet
 
 _MOST = 100_000  # spans kept between two collections
 

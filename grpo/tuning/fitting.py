@@ -10,12 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from grpo.tuning.profile import Cost, GroupShape, Profile
-from grpo.tuning.trace import Trace, TraceSpan, overlaps, read_trace, service_times
-from grpo.types import TuningError
+from grpo.errors import TuningError
+from grpo.tuning.profile import Cost, GroupShape, Profile, Trace, TraceSpan, overlaps, read_trace, service_times
 
 Array = NDArray[np.float64]
-
 _FEW = 5  # spans that say something about a condition
 _STEPS_TO_WARM_UP = 2  # the first ones load code and pages: not what a step takes
 

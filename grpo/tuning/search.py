@@ -1,12 +1,57 @@
-"""The smallest policy age, and then the smallest rollout concurrency, that keep the trainer from waiting."""
+"""What a run with some settings was like, as far as its pace goes; the same of a real and of a simulated one."""
+
+# MERGED: The smallest policy age, and then the smallest rollout concurrency, that keep the trainer from waiting.
+# MERGED: What a setting does, measured: a short run with it, as one would type it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
 
-from grpo.pacing import ticket_capacity
-from grpo.tuning.outcome import Outcome
+from grpo.config.schema import ticket_capacity
+from grpo.errors import TuningError
+from grpo.types import EXIT_CODES
+
+WARM_UP_STEPS = 5  # that don't count: code and pages are loaded, the first groups all come at once
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`trainer_wait` and `generator_busy` are shares of the time, `policy_age` is in versions."""
+
+    steps_per_s: float
+    trainer_wait: float
+    generator_busy: float
+    policy_age: float
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """The lines of its metrics.jsonl. Raises TuningError when there is none."""
+    try:
+        text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+    except OSError as error:
+        raise TuningError(f"{run} has no metrics: {error.strerror}") from None
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def outcome_of(lines: Sequence[Mapping[str, float]]) -> Outcome:
+    """From the lines of metrics.jsonl. Raises TuningError when there are too few."""
+    counted = lines[WARM_UP_STEPS:]
+    if not counted:
+        raise TuningError(f"a run of {len(lines)} steps says nothing: the first {WARM_UP_STEPS} don't count")
+    total_s = sum(line["time/step_s"] for line in counted)
+    return Outcome(
+        steps_per_s=len(counted) / total_s,
+        trainer_wait=sum(line["time/trainer_wait_s"] for line in counted) / total_s,
+        generator_busy=fmean(line["generator/busy_fraction"] for line in counted),
+        policy_age=fmean(line["policy_age/mean"] for line in counted),
+    )
+
 
 _CLOSE_ENOUGH = 1.15  # between a concurrency that is enough and one that is not: runs differ by more
 
@@ -72,3 +117,32 @@ def _fewest(is_enough: Callable[[Setting], bool], enough: Setting) -> Setting:
         else:
             too_few = middle.concurrency
     return enough
+
+
+_TRAIN = Path(__file__).parents[2] / "scripts" / "train.py"
+_QUICK = ("eval.prompts=0", "checkpoint.every=0", "observe.report=false")
+
+
+@dataclass(frozen=True)
+class ShortRuns:
+    """Runs `scripts/train.py` with `overrides`, each in a folder of its own below `folder`."""
+
+    overrides: Sequence[str]
+    steps: int
+    folder: Path
+
+    def run(self, setting: Setting) -> Path:
+        """Returns the run's folder. Raises TuningError when it failed, KeyboardInterrupt when it was interrupted."""
+        folder = self.folder / f"age{setting.max_policy_age}_concurrency{setting.concurrency}"
+        ours = (*setting.overrides, f"trainer.max_steps={self.steps}", *_QUICK, f"hydra.run.dir={folder}")
+        command = [sys.executable, str(_TRAIN), *self.overrides, *ours]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode == EXIT_CODES["interrupted"]:
+            raise KeyboardInterrupt
+        if done.returncode:
+            error = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise TuningError(f"the run with {setting} failed, {error.removeprefix('error: ')} ({folder})")
+        return folder
+
+    def measure(self, setting: Setting) -> Outcome:
+        return outcome_of(read_metrics(self.run(setting)))

@@ -12,11 +12,11 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.engine_rounds import Case, VLLMProcess, embedded_tokens_per_s, generate_tokens_per_s, vllm_python
 from benchmarks.figures import Figure
-from grpo.compute import run_apart
-from grpo.config import ModelConfig
+from grpo.config.schema import ModelConfig
 from grpo.models.loading import load_model
 from grpo.models.smollm2 import prepare
 from grpo.models.tiny import tiny_llama
+from grpo.utils.torch_utils import run_apart
 
 DTYPES = {"tiny": "float32", "SmolLM2": "bfloat16"}
 ROUNDS = {"tiny": 4, "SmolLM2": 1}  # the first of several warms up; with SmolLM2 one takes minutes, and needs none

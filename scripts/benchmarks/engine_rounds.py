@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from grpo.compute import run_apart
 from grpo.engines.base import Limits
-from grpo.engines.torch_engine import TorchEngine
+from grpo.engines.torch.engine import TorchEngine
 from grpo.types import SamplingParams
+from grpo.utils.torch_utils import run_apart
 
 GROUP = 8
 PROMPT_TOKENS = 32

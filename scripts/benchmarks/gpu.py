@@ -14,13 +14,13 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks import gpu_run
 from benchmarks.figures import Figure
-from grpo.config import CorrectionConfig, LossConfig, TrainerConfig
+from grpo.config.schema import CorrectionConfig, LossConfig, TrainerConfig
 from grpo.engines.base import Limits
-from grpo.engines.torch_engine import TorchEngine
+from grpo.engines.torch.engine import TorchEngine
 from grpo.learner.learner import Learner
 from grpo.learner.objective import Objective
 from grpo.types import Batch, Completion, Group, Problem, Prompt, SamplingParams
-from grpo.weights import StagedWeights, WeightsWriter, check_intact
+from grpo.weights.payload import StagedWeights, WeightsWriter, check_intact
 
 # The shapes of Qwen2.5's, with random weights: width, inner width, layers, heads, heads for keys and values.
 SHAPES = {"0.5B": (896, 4864, 24, 14, 2), "1.5B": (1536, 8960, 28, 12, 2)}

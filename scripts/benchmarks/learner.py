@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.figures import Figure
-from grpo.config import ModelConfig
-from grpo.learner.collate import Sample
-from grpo.learner.head import linear_logprobs
-from grpo.learner.layout import Layout
+from grpo.config.schema import ModelConfig
+from grpo.learner.batch import Sample
+from grpo.learner.layouts import PADDED, Layout
+from grpo.learner.lm_head import linear_logprobs
 from grpo.learner.logprobs import TokenLogprobs, logits_logprobs
-from grpo.learner.padding import PADDED
 from grpo.models.loading import load_model
 from grpo.models.smollm2 import prepare
 from grpo.models.tiny import tiny_llama

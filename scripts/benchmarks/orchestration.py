@@ -18,10 +18,10 @@ from benchmarks.figures import Figure
 from benchmarks.runs import run_on
 from benchmarks.simulated_actors import IdleDataloader, IdleGenerator, IdleReward, IdleTrainer
 from grpo.actors.replay_buffer import ReplayBuffer
-from grpo.cluster.handles import ActorHandle
-from grpo.cluster.launch import launch_actors, ray_cluster
-from grpo.cluster.plan import ActorSpec
-from grpo.config import (
+from grpo.actors.specs import ActorSpec
+from grpo.cluster.connect import ray_cluster
+from grpo.cluster.launch import launch_actors
+from grpo.config.schema import (
     BufferConfig,
     CheckpointConfig,
     ClusterConfig,
@@ -29,8 +29,9 @@ from grpo.config import (
     RunConfig,
     TrainerConfig,
 )
-from grpo.failures import Failures
-from grpo.observe.display import Silent
+from grpo.observe.terminal.display import Silent
+from grpo.services.failures import Failures
+from grpo.services.handle import ActorHandle
 from grpo.types import Group, Prompt, SamplingParams, Ticket
 
 GROUPS_PER_STEP = 16

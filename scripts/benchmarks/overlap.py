@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from benchmarks.figures import Figure
 from benchmarks.runs import run_on
 from benchmarks.stages import EVEN_TOKENS, nouns, specs
-from grpo.cluster.handles import ActorHandle
-from grpo.cluster.launch import launch_actors, ray_cluster
-from grpo.config import (
+from grpo.cluster.connect import ray_cluster
+from grpo.cluster.launch import launch_actors
+from grpo.config.schema import (
     BufferConfig,
     CheckpointConfig,
     ClusterConfig,
@@ -24,9 +24,10 @@ from grpo.config import (
     RunConfig,
     TrainerConfig,
 )
-from grpo.failures import Failures
 from grpo.models.tiny import character_tokenizer, tiny_llama
-from grpo.observe.display import Silent
+from grpo.observe.terminal.display import Silent
+from grpo.services.failures import Failures
+from grpo.services.handle import ActorHandle
 
 GROUPS, GROUP_SIZE, MOST_TOKENS = 8, 8, 256
 _MODELS = {"1M": {"width": 128, "layers": 4}, "10M": {"width": 384, "layers": 6}}

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from benchmarks.peer_case import COMPLETIONS, THREADS, Case
-from grpo.config import ModelConfig, TaskConfig
+from grpo.config.schema import ModelConfig, TaskConfig
 from grpo.engines.base import Limits
-from grpo.engines.torch_engine import TorchEngine
+from grpo.engines.torch.engine import TorchEngine
 from grpo.models.loading import load_model, stop_token_ids
 from grpo.models.tokenizer import load_tokenizer
 from grpo.tasks.base import Task, make_task

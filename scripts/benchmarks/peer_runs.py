@@ -14,8 +14,8 @@ from typing import Any
 
 from benchmarks.memory import PeakMemory
 from benchmarks.peer_case import COMPLETIONS, PROMPTS_PER_STEP, SAMPLES_PER_STEP, Case, Training
-from grpo.config import TaskConfig
-from grpo.models.cache import cached
+from grpo.config.schema import TaskConfig
+from grpo.models.loading import cached
 from grpo.tasks.base import make_task
 
 _SCRIPTS = Path(__file__).parents[1]

@@ -7,16 +7,15 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from grpo.cluster.handles import ActorHandle
-from grpo.config import RunConfig
-from grpo.failures import Failures
-from grpo.loop import run as run_loop
-from grpo.observe.display import Silent
-from grpo.observe.recorder import Recorder
+from grpo.config.schema import RunConfig
+from grpo.driver.context import make_pacer
+from grpo.driver.loop import run as run_loop
+from grpo.driver.pacing import Pacer
+from grpo.driver.recorder import Recorder
 from grpo.observe.run_dir import RunDirectory
-from grpo.pacing import Pacer
-from grpo.run import make_pacer
-from grpo.services import Services
+from grpo.observe.terminal.display import Silent
+from grpo.services.failures import Failures
+from grpo.services.handle import ActorHandle, Services
 
 
 async def run_on(actors: Mapping[str, ActorHandle], config: RunConfig, failures: Failures, watch: Silent) -> Pacer:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grpo.services import brings_up_to_date, returns_payload
+from grpo.actors.marks import brings_up_to_date, returns_payload
 from grpo.types import (
     Batch,
     Completion,

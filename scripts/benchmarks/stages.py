@@ -16,17 +16,17 @@ import torch
 
 from benchmarks.simulated_actors import IdleDataloader, IdleReward
 from grpo.actors.generator import Generator
+from grpo.actors.marks import brings_up_to_date, returns_payload
 from grpo.actors.replay_buffer import ReplayBuffer
+from grpo.actors.specs import ActorSpec
 from grpo.actors.trainer import Trainer
-from grpo.cluster.handles import ActorHandle
-from grpo.cluster.plan import ActorSpec
-from grpo.config import RunConfig
+from grpo.config.schema import RunConfig
 from grpo.engines.base import Limits
-from grpo.engines.torch_engine import TorchEngine
+from grpo.engines.torch.engine import TorchEngine
 from grpo.models.loading import load_model, load_settings
-from grpo.services import brings_up_to_date, returns_payload
+from grpo.services.handle import ActorHandle
 from grpo.types import Batch, Completion, GenerationReport, GeneratorStats, Prompt, SamplingParams
-from grpo.weights import Weights
+from grpo.weights.payload import Weights
 
 PROMPT_TOKENS = 32
 EVEN_TOKENS = 32

@@ -14,14 +14,16 @@ import torch
 from torch import nn
 
 from benchmarks.figures import Figure
-from grpo.broadcast import Broadcaster, BroadcastGroup
-from grpo.cluster.launch import launch_actors, ray_cluster
-from grpo.cluster.plan import ActorSpec
-from grpo.config import ClusterConfig, RunConfig
-from grpo.failures import Failures
-from grpo.services import Handle, brings_up_to_date, returns_payload
-from grpo.structured import together
-from grpo.weights import StagedWeights, Weights, WeightsHeader, WeightsWriter, check_intact
+from grpo.actors.marks import brings_up_to_date, returns_payload
+from grpo.actors.specs import ActorSpec
+from grpo.cluster.connect import ray_cluster
+from grpo.cluster.launch import launch_actors
+from grpo.config.schema import ClusterConfig, RunConfig
+from grpo.services.failures import Failures
+from grpo.services.handle import ActorHandle
+from grpo.utils.aio import together
+from grpo.weights.broadcast import Broadcaster, BroadcastGroup
+from grpo.weights.payload import StagedWeights, Weights, WeightsHeader, WeightsWriter, check_intact
 
 _WIDTH = 1024
 _COPIED = 2**28  # bytes, much more than the caches hold
@@ -138,7 +140,7 @@ async def _measure(nbytes: int, dtype: str, updates: int, broadcasts: int) -> di
     return found
 
 
-async def _updates(publisher: Handle, receivers: Handle, nbytes: int, updates: int) -> dict[str, float]:
+async def _updates(publisher: ActorHandle, receivers: ActorHandle, nbytes: int, updates: int) -> dict[str, float]:
     memcpys_s, totals_s, pauses_s, used = [], [], [], []
     for _ in range(updates + 2):
         began = time.perf_counter()
@@ -156,7 +158,7 @@ async def _updates(publisher: Handle, receivers: Handle, nbytes: int, updates: i
     }
 
 
-async def _broadcasts(publisher: Handle, receivers: Handle, replicas: int, count: int) -> float:
+async def _broadcasts(publisher: ActorHandle, receivers: ActorHandle, replicas: int, count: int) -> float:
     host, port = await publisher.rendezvous()
     bucket_bytes = int(RunConfig().weights.bucket_mb * 2**20)
     group = BroadcastGroup(replicas, host, port, replicas, "gloo", bucket_bytes, 600.0)

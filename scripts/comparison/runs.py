@@ -13,14 +13,14 @@ from typing import Any, Self
 
 import torch
 
-from grpo import preflight
-from grpo.cluster.local import launch_local
-from grpo.config import RunConfig
-from grpo.failures import Failures
-from grpo.loop import run
-from grpo.observe.recorder import Recorder
-from grpo.observe.view import Glance, Sample
-from grpo.run import make_pacer
+from grpo.cli import preflight
+from grpo.config.schema import RunConfig
+from grpo.driver.context import make_pacer
+from grpo.driver.loop import run
+from grpo.driver.recorder import Recorder
+from grpo.observe.terminal.view import Glance, Sample
+from grpo.services.failures import Failures
+from grpo.services.local import launch_local
 from grpo.types import EvaluationReport
 
 Record = dict[str, Any]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from grpo.config import (
+from grpo.config.schema import (
     BufferConfig,
     GeneratorConfig,
     LossConfig,

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from grpo.types import RewardTimeout
+from grpo.errors import RewardTimeout
 
 
 def lengths(problem, texts):

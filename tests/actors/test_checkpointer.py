@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from grpo.actors.checkpointer import Checkpointer
 from grpo.actors.trainer import Trainer
-from grpo.config import CheckpointConfig, LoraConfig, LossConfig
-from grpo.learner import checkpoint
-from grpo.learner.state import Parameters
-from grpo.types import Batch, CheckpointError
+from grpo.checkpoint import store
+from grpo.checkpoint.trainer_state import Parameters
+from grpo.config.schema import CheckpointConfig, LoraConfig, LossConfig
+from grpo.errors import CheckpointError
+from grpo.types import Batch
 
 
 @pytest.fixture
@@ -38,18 +39,18 @@ async def checkpointer(config, tmp_path):
 
 
 def names(tmp_path):
-    return [path.name for path in checkpoint.checkpoints(tmp_path / "checkpoints")]
+    return [path.name for path in store.checkpoints(tmp_path / "checkpoints")]
 
 
 async def test_a_trainer_goes_on_from_what_was_saved(config, trainer, checkpointer, make_group, tmp_path):
     await trainer.train_step(Batch([make_group()]))
     state, _ = await trainer.snapshot()
     report = await checkpointer.save(1, [state], [(4, make_group(version=1))], {"step": 1})
-    [path] = checkpoint.checkpoints(tmp_path / "checkpoints")
+    [path] = store.checkpoints(tmp_path / "checkpoints")
     assert report["seconds"] > 0
     files = [file for file in path.rglob("*") if file.is_file() and file.name != "manifest.json"]
     assert report["bytes"] == sum(file.stat().st_size for file in files)
-    assert checkpoint.load_progress(path) == {"step": 1}
+    assert store.load_progress(path) == {"step": 1}
 
     other = Trainer(config)
     await other.setup()
@@ -68,7 +69,7 @@ async def test_a_trainer_goes_on_from_what_was_saved(config, trainer, checkpoint
 
 async def test_the_model_is_in_the_dtype_of_the_config(trainer, checkpointer, tmp_path):
     await checkpointer.save(1, [(await trainer.snapshot())[0]], [], {})
-    [path] = checkpoint.checkpoints(tmp_path / "checkpoints")
+    [path] = store.checkpoints(tmp_path / "checkpoints")
     assert AutoModelForCausalLM.from_pretrained(path / "model").dtype == torch.bfloat16
     loaded, _ = await checkpointer.load_trainer(str(path))
     assert {tensor.dtype for tensor in Parameters(loaded).values()} == {torch.float32}
@@ -87,7 +88,7 @@ async def test_an_old_one_that_can_not_be_removed_does_not_make_the_new_one_fail
     def fail(folder, keep):
         raise OSError("Stale file handle")
 
-    monkeypatch.setattr(checkpoint, "prune", fail)
+    monkeypatch.setattr(store, "prune", fail)
     report = await checkpointer.save(1, [(await trainer.snapshot())[0]], [], {})
     assert report["bytes"] > 0
     assert names(tmp_path) == ["step_000001"]
@@ -96,7 +97,7 @@ async def test_an_old_one_that_can_not_be_removed_does_not_make_the_new_one_fail
 
 async def test_one_checkpoint_is_written_at_a_time_and_closing_waits(trainer, config, tmp_path, monkeypatch):
     checkpointer, state = Checkpointer(config, str(tmp_path / "checkpoints")), (await trainer.snapshot())[0]
-    started, go_on, written, real = threading.Event(), threading.Event(), [], checkpoint.save_checkpoint
+    started, go_on, written, real = threading.Event(), threading.Event(), [], store.save_checkpoint
 
     def slow(folder, step, *args):
         started.set()
@@ -104,7 +105,7 @@ async def test_one_checkpoint_is_written_at_a_time_and_closing_waits(trainer, co
         written.append(step)
         return real(folder, step, *args)
 
-    monkeypatch.setattr(checkpoint, "save_checkpoint", slow)
+    monkeypatch.setattr(store, "save_checkpoint", slow)
     saves = [asyncio.create_task(checkpointer.save(step, [state], [], {})) for step in (1, 2)]
     await asyncio.to_thread(started.wait)
     closing = asyncio.create_task(checkpointer.close())
@@ -138,8 +139,8 @@ async def test_of_adapters_only_they_are_kept_and_gone_on_from(config, make_grou
         await actor.setup()
     await trainer.train_step(Batch([make_group()]))
     await checkpointer.save(1, [(await trainer.snapshot())[0]], [], {})
-    [path] = checkpoint.checkpoints(tmp_path / "checkpoints")
-    checkpoint.verify(path)
+    [path] = store.checkpoints(tmp_path / "checkpoints")
+    store.verify(path)
     assert {file.name for file in (path / "model").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     assert not (path / "model/config.json").exists()
     states, _ = await checkpointer.load_trainer(str(path))

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from grpo.cluster.plan import actor_specs
+from grpo.actors.specs import actor_specs
 
 
 @pytest.fixture

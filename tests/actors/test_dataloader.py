@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from grpo.actors.dataloader import Dataloader
+from grpo.errors import ConfigError, TaskError
 from grpo.tasks.base import make_task
-from grpo.types import ConfigError, TaskError
 
 
 @pytest.fixture

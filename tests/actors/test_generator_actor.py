@@ -9,10 +9,11 @@ import torch
 
 from grpo.actors.generator import Generator
 from grpo.actors.trainer import Trainer
-from grpo.config import GeneratorConfig, LoraConfig
+from grpo.config.schema import GeneratorConfig, LoraConfig
+from grpo.errors import ConfigError
 from grpo.models.loading import load_model
-from grpo.types import Batch, ConfigError, SamplingParams
-from grpo.weights import WeightsWriter
+from grpo.types import Batch, SamplingParams
+from grpo.weights.payload import WeightsWriter
 
 SIMULATED = GeneratorConfig(engine="simulated", args={"mean_tokens": 3.0})
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from grpo.actors.reference import Reference
-from grpo.learner.collate import make_sample
+from grpo.learner.batch import make_sample
 from grpo.learner.logprobs import TokenLogprobs
 from grpo.models.loading import load_model
 

@@ -11,16 +11,9 @@ import numpy as np
 import pytest
 
 from grpo.actors.reward import Reward
-from grpo.config import RewardConfig, TaskConfig
+from grpo.config.schema import RewardConfig, TaskConfig
+from grpo.errors import ConfigError, RewardCrash, RewardError, RewardInvalid, RewardMemory, RewardTimeout
 from grpo.rewards import REWARDS
-from grpo.types import (
-    ConfigError,
-    RewardCrash,
-    RewardError,
-    RewardInvalid,
-    RewardMemory,
-    RewardTimeout,
-)
 
 FINE = {"timeout_s": 60.0, "memory_gb": 0.5, "workers": 1}
 HASTY = {**FINE, "timeout_s": 0.5}

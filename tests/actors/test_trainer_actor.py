@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from grpo.actors.trainer import Trainer
-from grpo.broadcast import BroadcastGroup
-from grpo.config import ModelConfig
-from grpo.learner.collate import samples_of
+from grpo.config.schema import ModelConfig
+from grpo.errors import StalenessError, TransferError, WeightsError
+from grpo.learner.batch import samples_of
 from grpo.learner.logprobs import TokenLogprobs
 from grpo.models.loading import load_model
 from grpo.models.tiny import tiny_llama
-from grpo.types import Batch, StalenessError, TransferError, WeightsError
+from grpo.types import Batch
+from grpo.weights.broadcast import BroadcastGroup
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from grpo.algorithms.advantages import (
     max_rl,
     mean_only,
 )
-from grpo.types import DataError
+from grpo.errors import DataError
 
 
 def slow_mean_only(rewards):

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from grpo.algorithms.ratios import bounded, log_ratio
+from grpo.algorithms.corrections import bounded, log_ratio
 
 
 def test_what_stands_in_masked_places_has_no_influence():

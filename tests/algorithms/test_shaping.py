@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from grpo.algorithms.shaping import shape
+from grpo.algorithms.advantages import shape
 
 MAX_TOKENS = 20
 REWARDS = [-3.0, -0.5, -0.0, 0.1, 1 / 3, 0.7, 1.0, 2.5]

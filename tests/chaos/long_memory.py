@@ -8,7 +8,7 @@ from statistics import fmean
 import ray
 
 from grpo.cluster.launch import launch
-from grpo.loop import run
+from grpo.driver.loop import run
 
 STEPS, EVERY = 2000, 50
 MIB = 2**20

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from grpo.cluster.launch import launch
-from grpo.loop import run
+from grpo.driver.loop import run
 from tests.chaos.monkey import Monkey
 
 pytestmark = pytest.mark.usefixtures("ray_session")

@@ -8,11 +8,11 @@ from contextlib import suppress
 import ray
 from ray.util import placement_group, placement_group_table, remove_placement_group
 
+from grpo.actors.specs import ActorSpec
 from grpo.cluster.launch import _nodes, launch_actors
-from grpo.cluster.places import Places
-from grpo.cluster.plan import ActorSpec
-from grpo.config import RunConfig
-from grpo.failures import Failures
+from grpo.cluster.placement import Places
+from grpo.config.schema import RunConfig
+from grpo.services.failures import Failures
 from tests.fakes import MeetingRank, Worker
 
 GENERATOR = ActorSpec("generator", Worker, replicas=2, num_cpus=1)

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from grpo.actors.specs import actor_specs
 from grpo.cluster.launch import launch, launch_actors
-from grpo.cluster.plan import actor_specs
-from grpo.failures import Failures
-from grpo.loop import run
-from grpo.transport import Collective
+from grpo.driver.loop import run
+from grpo.driver.weight_sync import Collective
+from grpo.services.failures import Failures
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from grpo.cluster.copies import NewestCopy
+from grpo.cluster.actor import NewestCopy
 
 
 class Payloads:

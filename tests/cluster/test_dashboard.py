@@ -14,8 +14,8 @@ import json, sys, time, urllib.request
 from pathlib import Path
 import ray
 from grpo.cluster.launch import ray_cluster
-from grpo.cluster.ray_sink import RaySink
-from grpo.config import ClusterConfig
+from grpo.cluster.ray_metrics import RaySink
+from grpo.config.schema import ClusterConfig
 
 def exported(address):
     while True:

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 from ray.util import placement_group, placement_group_table, remove_placement_group
 
+from grpo.actors.specs import ActorSpec
 from grpo.cluster.launch import _nodes, _spawn, launch_actors
-from grpo.cluster.places import Places
-from grpo.cluster.plan import ActorSpec
-from grpo.config import RunConfig
-from grpo.failures import Failures
-from grpo.types import ActorDied, LaunchError
+from grpo.cluster.placement import Places
+from grpo.config.schema import RunConfig
+from grpo.errors import ActorDied, LaunchError
+from grpo.services.failures import Failures
 from tests.fakes import MeetingRank
 
 pytestmark = pytest.mark.usefixtures("ray_session")

@@ -13,24 +13,16 @@ import numpy as np
 import pytest
 from ray.util import placement_group, remove_placement_group
 
-from grpo.cluster.launch import check_dashboard, launch, launch_actors, ray_cluster
-from grpo.cluster.local import launch_local
-from grpo.cluster.plan import actor_specs
-from grpo.cluster.replicas import Call
-from grpo.config import ClusterConfig
-from grpo.failures import Failures
-from grpo.loop import run
-from grpo.types import (
-    ActorDied,
-    Completion,
-    ConfigError,
-    LaunchError,
-    Problem,
-    Prompt,
-    RewardCrash,
-    RewardError,
-    SamplingParams,
-)
+from grpo.actors.specs import actor_specs
+from grpo.cluster.connect import check_dashboard, ray_cluster
+from grpo.cluster.launch import launch, launch_actors
+from grpo.config.schema import ClusterConfig
+from grpo.driver.loop import run
+from grpo.errors import ActorDied, ConfigError, LaunchError, RewardCrash, RewardError
+from grpo.services.failures import Failures
+from grpo.services.local import launch_local
+from grpo.services.replica import Call
+from grpo.types import Completion, Problem, Prompt, SamplingParams
 
 PROMPT = Prompt(0, Problem("cab", "abc"), np.array([5, 6, 7]))
 ANSWER = Completion(np.array([5]), np.zeros(1), ((0, 1),), "length")
@@ -193,7 +185,7 @@ def test_what_ray_says_when_it_cannot_be_joined_is_one_line(monkeypatch):
 
     monkeypatch.setattr("ray.init", refuse)
     monkeypatch.setattr("ray.shutdown", lambda: None)
-    monkeypatch.setattr("grpo.cluster.launch.nodes_at", lambda _: [])
+    monkeypatch.setattr("grpo.cluster.connect.nodes_at", lambda _: [])
     with (
         pytest.raises(LaunchError, match=r"cluster.address: can't reach Ray at auto: .* Ray: 2.50 this .* 2.60"),
         ray_cluster(ClusterConfig(address="auto")),

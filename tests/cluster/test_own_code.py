@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import grpo
-from grpo.cluster.own_code import own_places, runtime_env
+from grpo.cluster.shipping import own_places, runtime_env
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 import pytest
 
+from grpo.actors.specs import ActorSpec, actor_specs
 from grpo.cluster.placement import Node, check_placement, nodes_for_all_ranks
-from grpo.cluster.plan import ActorSpec, actor_specs
-from grpo.types import LaunchError
+from grpo.errors import LaunchError
 
 
 def spec(name, replicas, cpus, gpus=0.0, ranks=1):

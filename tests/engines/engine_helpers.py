@@ -21,11 +21,11 @@ from transformers import (
 )
 
 from grpo.engines.base import Limits
-from grpo.engines.prefixes import cache_argument
-from grpo.engines.torch_engine import TorchEngine
+from grpo.engines.torch.engine import TorchEngine
+from grpo.engines.torch.kv_cache import cache_argument
 from grpo.models.tiny import tiny_llama
 from grpo.types import SamplingParams
-from grpo.weights import Weights, WeightsWriter
+from grpo.weights.payload import Weights, WeightsWriter
 
 VOCABULARY = 79
 _SIZES = {

@@ -11,12 +11,11 @@ from engine_helpers import (
     weights_of,
 )
 
-from grpo.engines import decode_batch
-from grpo.engines.decode_batch import DecodeBatch
-from grpo.engines.requests import Request
-from grpo.engines.sampling import RowSampler, uniforms
+from grpo.engines.torch import batch as batch_module
+from grpo.engines.torch.batch import DecodeBatch, Request
+from grpo.engines.torch.sampling import RowSampler, uniforms
 from grpo.types import SamplingParams
-from grpo.weights import load_weights
+from grpo.weights.payload import load_weights
 
 MAX_ROWS, MAX_PROMPT, MAX_COMPLETION = 6, 6, 20
 
@@ -64,7 +63,7 @@ def assert_drawn_as_alone(models, request):
 @pytest.mark.parametrize("make_model", [grouped_query_llama, sliding_mistral])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_rows_that_join_leave_are_aborted_and_see_new_weights_at_random(make_model, seed, monkeypatch):
-    monkeypatch.setattr(decode_batch, "_SLACK_COLUMNS", 2)
+    monkeypatch.setattr(batch_module, "_SLACK_COLUMNS", 2)
     rng = np.random.default_rng(seed)
     models = [make_model(seed=version + 1) for version in range(4)]
     batch = batch_of(make_model(seed=1))
@@ -104,7 +103,7 @@ def test_a_step_without_rows_does_nothing():
 
 
 def test_a_longest_prompt_joins_right_after_short_rows_moved_to_the_left(monkeypatch):
-    monkeypatch.setattr(decode_batch, "_SLACK_COLUMNS", 1)
+    monkeypatch.setattr(batch_module, "_SLACK_COLUMNS", 1)
     model = grouped_query_llama()
     batch = batch_of(model, stop_token_ids=())
     long, short, last = (Request(prompt_of(n), greedy(count)) for n, count in ((6, 20), (1, 8), (6, 5)))

@@ -14,14 +14,14 @@ import torch
 from engine_helpers import at_forward, begin, full_logprobs, greedy, greedy_tokens, lively, prompt_of, weights_of
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from grpo.adapters import Merge, base_of
-from grpo.checksum import buffer_checksum
 from grpo.engines.base import Limits
-from grpo.engines.torch_engine import TorchEngine
-from grpo.flat_buffer import buffer_for, lay_out, views
+from grpo.engines.torch.engine import TorchEngine
+from grpo.errors import WeightsError
 from grpo.models.tiny import tiny_llama
-from grpo.types import SamplingParams, WeightsError
-from grpo.weights import Weights, load_weights, parameter_shapes
+from grpo.types import SamplingParams
+from grpo.weights.adapters import Merge, base_of
+from grpo.weights.flat_buffer import buffer_checksum, buffer_for, lay_out, views
+from grpo.weights.payload import Weights, load_weights, parameter_shapes
 
 LIMITS = Limits(max_prompt_tokens=16, max_completion_tokens=24, max_sequences=8)
 SCALE, RANK = 0.5, 4
@@ -74,7 +74,7 @@ async def opened(kind, model, folder):
     if kind == "torch":
         engine = TorchEngine(copy.deepcopy(model), stop_token_ids=(), limits=LIMITS, threads=1, merge=merge)
     else:
-        from grpo.engines.vllm_engine import VLLMEngine
+        from grpo.engines.vllm.engine import VLLMEngine
 
         model.save_pretrained(folder)
         engine = await VLLMEngine.start(

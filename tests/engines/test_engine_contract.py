@@ -13,12 +13,13 @@ from engine_helpers import chosen_logprobs, full_logits, full_logprobs, greedy, 
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo.engines.base import Limits
-from grpo.engines.torch_engine import TorchEngine
-from grpo.learner.collate import make_sample
+from grpo.engines.torch.engine import TorchEngine
+from grpo.errors import WeightsError
+from grpo.learner.batch import make_sample
 from grpo.learner.logprobs import TokenLogprobs
 from grpo.models.tiny import tiny_llama
-from grpo.types import SamplingParams, WeightsError
-from grpo.weights import parameter_shapes
+from grpo.types import SamplingParams
+from grpo.weights.payload import parameter_shapes
 
 LIMITS = Limits(max_prompt_tokens=300, max_completion_tokens=200, max_sequences=16)
 VOCABULARY = 79
@@ -67,7 +68,7 @@ async def opened(kind, make_model, weight_update, folder):
             copy.deepcopy(model), stop_token_ids=(EOS,), limits=LIMITS, weight_update=weight_update, threads=1
         )
     else:
-        from grpo.engines.vllm_engine import VLLMEngine
+        from grpo.engines.vllm.engine import VLLMEngine
 
         model.save_pretrained(folder)
         engine = await VLLMEngine.start(

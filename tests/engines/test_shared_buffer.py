@@ -5,11 +5,11 @@ import sys
 import numpy as np
 import pytest
 
-from grpo.engines.shared_buffer import SharedBuffer, read_shared
+from grpo.engines.vllm.engine import SharedBuffer, read_shared
 
 READER = """
 import sys
-from grpo.engines.shared_buffer import read_shared
+from grpo.engines.vllm.engine import read_shared
 seen = read_shared(sys.argv[1], int(sys.argv[2]))
 for _ in sys.stdin:
     print(int(seen.sum()), flush=True)

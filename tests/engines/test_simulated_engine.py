@@ -7,7 +7,7 @@ import pytest
 from grpo.engines import simulated
 from grpo.engines.simulated import SimulatedEngine
 from grpo.types import SamplingParams
-from grpo.weights import Weights
+from grpo.weights.payload import Weights
 
 PROMPT = np.array([1, 2, 3])
 

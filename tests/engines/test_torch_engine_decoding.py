@@ -18,8 +18,8 @@ from engine_helpers import (
     sliding_mistral,
 )
 
-from grpo.engines import decode_batch, prefixes
-from grpo.engines.kv_grid import KVGrid
+from grpo.engines.torch import batch, kv_cache
+from grpo.engines.torch.kv_cache import KVGrid
 from grpo.types import SamplingParams
 
 
@@ -92,14 +92,14 @@ async def test_decoding_goes_on_unchanged_when_the_columns_run_out(make_model, s
 
 
 async def test_the_columns_may_run_out_at_any_step(monkeypatch, shifts):
-    monkeypatch.setattr(decode_batch, "_SLACK_COLUMNS", 1)
+    monkeypatch.setattr(batch, "_SLACK_COLUMNS", 1)
     requests = [(prompt_of(1 + i % 8, i), 1 + 7 * i % 12) for i in range(16)]
     await assert_greedy_matches_generate(llama(), requests, max_rows=3, max_completion_tokens=12)
     assert len(shifts) > 2
 
 
 async def test_a_prefill_in_several_passes_gives_the_same(monkeypatch):
-    monkeypatch.setattr(prefixes, "_PREFILL_TOKENS", 16)
+    monkeypatch.setattr(kv_cache, "_PREFILL_TOKENS", 16)
     requests = [(prompt_of(length, length), 8) for length in (8, 2, 5, 8, 1)]
     await assert_greedy_matches_generate(llama(), requests)
 

@@ -21,8 +21,10 @@ from engine_helpers import (
     weights_of,
 )
 
-from grpo.engines import prefixes, torch_engine
-from grpo.types import SamplingParams, WeightsError
+from grpo.engines.torch import engine as torch_engine
+from grpo.engines.torch import kv_cache
+from grpo.errors import WeightsError
+from grpo.types import SamplingParams
 
 
 async def generate_through_update(model, new, *, swap, params, prompt, **settings):
@@ -87,7 +89,7 @@ async def test_in_flight_goes_on_over_the_old_keys_and_values(make_model):
 
 
 async def test_recompute_covers_rows_of_every_length_in_several_passes(monkeypatch):
-    monkeypatch.setattr(prefixes, "_PREFILL_TOKENS", 20)
+    monkeypatch.setattr(kv_cache, "_PREFILL_TOKENS", 20)
     model, new, running, updates = llama(), llama(seed=2), [], []
     params = SamplingParams(n=2, max_tokens=12)
     async with serving(model, weight_update="in_flight_recompute") as engine:

@@ -15,15 +15,16 @@ import torch
 from engine_helpers import full_logprobs, greedy, greedy_tokens, lively, weights_of
 
 from grpo.actors.generator import make_engine
-from grpo.config import RunConfig
+from grpo.config.schema import RunConfig
 from grpo.engines.base import Limits
-from grpo.engines.vllm_engine import VLLMEngine
+from grpo.engines.vllm.engine import VLLMEngine
+from grpo.errors import ActorDied, ConfigError
 from grpo.models import smollm2
 from grpo.models.loading import load_model
 from grpo.models.tiny import tiny_llama
 from grpo.models.tokenizer import load_tokenizer
-from grpo.types import ActorDied, ConfigError, SamplingParams
-from grpo.weights import WeightsWriter, parameter_shapes
+from grpo.types import SamplingParams
+from grpo.weights.payload import WeightsWriter, parameter_shapes
 from tests.scripts.processes import finish, processes_of
 
 LIMITS = Limits(max_prompt_tokens=64, max_completion_tokens=200, max_sequences=16)

@@ -9,10 +9,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo.engines.base import Limits
-from grpo.engines.decoding import PlainDecoding
-from grpo.engines.torch_engine import TorchEngine
+from grpo.engines.torch.engine import TorchEngine
+from grpo.engines.torch.forward import PlainDecoding
 from grpo.types import SamplingParams
-from grpo.weights import WeightsWriter
+from grpo.weights.payload import WeightsWriter
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

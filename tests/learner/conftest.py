@@ -10,7 +10,7 @@ from rank_processes import RankProcesses
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from grpo.learner import learner as learner_module
-from grpo.learner.collate import collate
+from grpo.learner.batch import collate
 from grpo.models.tiny import tiny_llama
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from grpo.config import CorrectionConfig, LossConfig, TrainerConfig
+from grpo.config.schema import CorrectionConfig, LossConfig, TrainerConfig
 from grpo.learner.learner import Learner
 from grpo.learner.objective import Objective
 from grpo.types import Completion, Group, Problem, Prompt

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from grpo.cluster.endpoints import free_port
-from grpo.learner.ranks import Ranks, join, leave
+from grpo.services.endpoint import free_port
+from grpo.utils.ranks import Ranks, join, leave
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
         "grpo.learner.learner",
-        "grpo.learner.choices",
+        "grpo.learner.layouts",
         "torch.distributed.fsdp",
         "transformers.models.llama.modeling_llama",
     ]

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from grpo.engines.base import Limits
-from grpo.engines.torch_engine import TorchEngine
-from grpo.learner.collate import samples_of
+from grpo.engines.torch.engine import TorchEngine
+from grpo.learner.batch import samples_of
 from grpo.learner.logprobs import TokenLogprobs
 from grpo.types import Batch, Group, Problem, Prompt, SamplingParams
 

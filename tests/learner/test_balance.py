@@ -5,9 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from grpo.learner.balance import balanced
-from grpo.learner.ranks import Ranks
-from grpo.learner.rows import Rows
+from grpo.learner.batch import balanced
+from grpo.utils.ranks import Ranks, Rows
 
 
 def load(costs, parts):

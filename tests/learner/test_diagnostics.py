@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from grpo.learner.collate import MicroBatch
+from grpo.learner.batch import MicroBatch
 from grpo.learner.diagnostics import Diagnostics
 
 

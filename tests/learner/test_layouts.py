@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from grpo.learner.attention import ROWS
-from grpo.learner.collate import Sample, samples_of
-from grpo.learner.packing import PACKED
-from grpo.learner.padding import PADDED
+from grpo.learner.batch import Sample, samples_of
+from grpo.learner.layouts import PACKED, PADDED
+from grpo.learner.packed_attention import ROWS
 
 CPU = torch.device("cpu")
 LAYOUTS = pytest.mark.parametrize("layout", [PADDED, PACKED], ids=["padded", "packed"])

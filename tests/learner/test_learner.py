@@ -9,8 +9,9 @@ import torch
 
 from grpo.algorithms.advantages import ADVANTAGES
 from grpo.algorithms.losses import LOSSES, LossOutput
+from grpo.errors import NonFiniteError, StalenessError
 from grpo.telemetry.recording import Recording, context_for
-from grpo.types import Batch, Completion, Group, NonFiniteError, Problem, Prompt, StalenessError
+from grpo.types import Batch, Completion, Group, Problem, Prompt
 
 
 @pytest.fixture

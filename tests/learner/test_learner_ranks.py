@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from rank_processes import Died
 
-from grpo.learner.ranks import Ranks
+from grpo.utils.ranks import Ranks
 
 
 def talk(ranks):

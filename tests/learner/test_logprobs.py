@@ -16,10 +16,9 @@ from transformers import (
 )
 
 from grpo.learner import logprobs
-from grpo.learner.collate import samples_of
+from grpo.learner.batch import samples_of
+from grpo.learner.layouts import PACKED, PADDED
 from grpo.learner.logprobs import TokenLogprobs, logits_logprobs
-from grpo.learner.packing import PACKED
-from grpo.learner.padding import PADDED
 
 SMALL = {
     "vocab_size": 79, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -12,16 +12,17 @@ import pytest
 import torch
 
 from grpo.actors.reference import Reference
-from grpo.adapters import Merge, base_of
-from grpo.config import LoraConfig, ModelConfig, RunConfig
+from grpo.config.schema import LoraConfig, ModelConfig, RunConfig
 from grpo.engines.base import Limits
-from grpo.engines.torch_engine import TorchEngine
-from grpo.learner.collate import make_sample, samples_of
+from grpo.engines.torch.engine import TorchEngine
+from grpo.errors import CheckpointError
+from grpo.learner.batch import make_sample, samples_of
 from grpo.learner.logprobs import TokenLogprobs
 from grpo.models.lora import adapters_off, add_adapters
 from grpo.models.tiny import character_tokenizer
-from grpo.types import Batch, CheckpointError, Problem, Prompt, SamplingParams
-from grpo.weights import load_weights, trained_parameters
+from grpo.types import Batch, Problem, Prompt, SamplingParams
+from grpo.weights.adapters import Merge, base_of
+from grpo.weights.payload import load_weights, trained_parameters
 
 LORA = LoraConfig(rank=4, alpha=8.0)
 

@@ -5,10 +5,10 @@ import torch
 
 from grpo.algorithms.corrections import importance_weights
 from grpo.algorithms.losses import LOSSES, LossOutput, grpo
-from grpo.config import CorrectionConfig, LossConfig
-from grpo.learner.collate import collate, samples_of
+from grpo.config.schema import CorrectionConfig, LossConfig
+from grpo.errors import ConfigError
+from grpo.learner.batch import collate, samples_of
 from grpo.learner.objective import Objective
-from grpo.types import ConfigError
 
 DECOUPLED = CorrectionConfig(weights="mask", level="token", high=5.0)
 

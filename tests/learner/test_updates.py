@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from grpo.config import CorrectionConfig, LossConfig
-from grpo.learner.collate import samples_of
+from grpo.config.schema import CorrectionConfig, LossConfig
+from grpo.errors import NonFiniteError
+from grpo.learner.batch import samples_of
 from grpo.learner.logprobs import TokenLogprobs
-from grpo.types import Batch, NonFiniteError
+from grpo.types import Batch
 
 DECOUPLED = CorrectionConfig(weights="mask", level="token", high=None)
 

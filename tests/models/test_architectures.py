@@ -24,19 +24,20 @@ from transformers import (
     TrOCRConfig,
 )
 
-from grpo.config import CorrectionConfig, LossConfig, ModelConfig, TrainerConfig
+from grpo.checkpoint.trainer_state import Parameters
+from grpo.config.schema import CorrectionConfig, LossConfig, ModelConfig, TrainerConfig
 from grpo.engines.base import Limits
-from grpo.engines.torch_engine import TorchEngine
-from grpo.learner.collate import samples_of
+from grpo.engines.torch.engine import TorchEngine
+from grpo.errors import ConfigError
+from grpo.learner.batch import samples_of
 from grpo.learner.learner import Learner
 from grpo.learner.logprobs import TokenLogprobs
 from grpo.learner.objective import Objective
-from grpo.learner.state import Parameters
 from grpo.models.export import export_model
 from grpo.models.loading import check_architecture, load_model, load_skeleton, stop_token_ids
 from grpo.models.tiny import character_tokenizer
 from grpo.models.tokenizer import load_tokenizer
-from grpo.types import Batch, ConfigError, Group, Problem, Prompt, SamplingParams
+from grpo.types import Batch, Group, Problem, Prompt, SamplingParams
 
 EOS, TURN_END = 1, 7
 PROMPT_LENGTHS = (3, 9)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo.models.cache import cache_folder, cached
+from grpo.models.loading import cache_folder, cached
 
 
 @pytest.fixture(autouse=True)

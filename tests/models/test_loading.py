@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import BioGptConfig, BioGptForCausalLM, BloomConfig, GPT2Config, GPT2LMHeadModel
 
-from grpo.config import ModelConfig
+from grpo.config.schema import ModelConfig
+from grpo.errors import ConfigError
 from grpo.models.loading import check_weights, context_length, load_model, load_settings, load_skeleton, stop_token_ids
 from grpo.models.tiny import character_tokenizer, tiny_llama
 from grpo.models.tokenizer import load_tokenizer
-from grpo.types import ConfigError
 
 TOKENS = torch.tensor([[5, 6, 7, 8, 9]])
 

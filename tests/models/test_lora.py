@@ -7,13 +7,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from grpo.adapters import Merge, base_of
-from grpo.config import LoraConfig, ModelConfig, RunConfig
+from grpo.config.schema import LoraConfig, ModelConfig, RunConfig
+from grpo.errors import ConfigError
 from grpo.models.export import export_adapters, export_merged, whole_model
 from grpo.models.loading import load_model
 from grpo.models.lora import adapted_base, adapters_off, add_adapters, check_targets, load_policy
-from grpo.types import ConfigError
-from grpo.weights import WeightsWriter, load_weights, trained_parameters
+from grpo.weights.adapters import Merge, base_of
+from grpo.weights.payload import WeightsWriter, load_weights, trained_parameters
 
 TOKENS = torch.tensor([[5, 6, 7, 8, 9]])
 LORA = LoraConfig(rank=4, alpha=6.0)

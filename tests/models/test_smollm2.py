@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo.config import ModelConfig
+from grpo.config.schema import ModelConfig
+from grpo.errors import ConfigError
 from grpo.models import smollm2
 from grpo.models.loading import load_model, stop_token_ids
 from grpo.models.tokenizer import load_tokenizer
-from grpo.types import ConfigError
 
 
 @pytest.fixture(scope="module")

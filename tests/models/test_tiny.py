@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from grpo.models import tiny
-from grpo.models.cache import cache_folder
+from grpo.models.loading import cache_folder
 from grpo.models.tiny import character_tokenizer, prepare, tiny_llama
 from grpo.tasks.sorting import Sorting
 

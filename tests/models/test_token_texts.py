@@ -2,7 +2,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from grpo.models.token_texts import token_texts
+from grpo.models.tokenizer import token_texts
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,14 @@ import json
 
 import pytest
 
+from grpo.errors import ActorDied
 from grpo.observe import collector
 from grpo.observe.collector import collecting
 from grpo.observe.run_dir import RunDirectory
 from grpo.observe.timeline import Timeline
-from grpo.structured import Signal
-from grpo.telemetry.accumulators import MetricSet
+from grpo.telemetry.metrics import MetricSet
 from grpo.telemetry.recording import Recording, context_for, measure, on_track, span
-from grpo.types import ActorDied
+from grpo.utils.aio import Signal
 
 
 class Actor:

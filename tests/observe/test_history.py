@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from grpo.failures import Death
-from grpo.observe.history import History, recovery_of
+from grpo.observe.metrics import History, recovery_of
+from grpo.services.failures import Death
 from grpo.types import EvaluationReport
 
 

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from grpo.observe.loop_lag import LoopLag, SlowCallbacks
-from grpo.structured import cancelled
+from grpo.utils.aio import cancelled
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import resource
 
 import pytest
 
+from grpo.errors import ConfigError
 from grpo.observe.run_dir import RunDirectory, to_json
-from grpo.types import ConfigError
 
 
 def test_lines_and_files_are_on_disk_after_close(tmp_path):

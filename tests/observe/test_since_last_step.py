@@ -1,6 +1,6 @@
 import pytest
 
-from grpo.observe.since_last_step import FinishedGroups, GeneratorRates
+from grpo.observe.metrics import FinishedGroups, GeneratorRates
 from grpo.types import GenerationReport, GeneratorStats, Group, Problem, Prompt, Rollout, Scores
 
 

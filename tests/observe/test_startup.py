@@ -1,11 +1,11 @@
 """Stages of the start."""
 
-from grpo.observe.startup import Startup, process_age_s
+from grpo.observe.metrics import Startup, process_age_s
 
 
 def test_stages_follow_one_another_from_the_begin_of_the_process(monkeypatch):
     ages = iter((3.0, 3.5, 6.0))
-    monkeypatch.setattr("grpo.observe.startup.process_age_s", lambda: next(ages))
+    monkeypatch.setattr("grpo.observe.metrics.process_age_s", lambda: next(ages))
     startup = Startup()
     for stage in ("imports", "checks", "ray", "ray"):
         startup.ended(stage)

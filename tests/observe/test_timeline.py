@@ -6,7 +6,7 @@ import pytest
 
 from grpo.observe.run_dir import RunDirectory
 from grpo.observe.timeline import Clocks, Timeline
-from grpo.telemetry.accumulators import MetricSet
+from grpo.telemetry.metrics import MetricSet
 from grpo.telemetry.recording import Harvest, Span
 
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from grpo.errors import ReportError
 from grpo.report.data import differing, figures, read_jsonl, read_rollouts, read_run
 from grpo.report.page import columns, page, write_report
-from grpo.types import ReportError
 from tests.report.made_runs import NASTY, make_run, write_jsonl
 
 

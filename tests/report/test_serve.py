@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import pytest
 
+from grpo.errors import ReportError
 from grpo.report.serve import LiveRun, ReportServer
-from grpo.types import ReportError
 from tests.report.made_runs import events, make_failed_run, make_run
 
 HURRY = "Live.every = 50; void ask()"

@@ -5,9 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from grpo.actors.scoring import reward_function
-from grpo.rewards.killable import Killable
-from grpo.types import ConfigError, Problem, RewardTimeout
+from grpo.errors import ConfigError, RewardTimeout
+from grpo.rewards.process_pool import Killable
+from grpo.rewards.scoring import reward_function
+from grpo.types import Problem
 
 
 def build():

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from grpo.rewards.numbers import numbers_in, parse_number
+from grpo.rewards.final_answer import numbers_in, parse_number
 
 ALPHABET = [
     "0",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo import command_line
+from grpo.cli import hydra_jobs as command_line
 
 ROOT = Path(__file__).parents[2]
 

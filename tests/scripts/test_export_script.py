@@ -12,16 +12,16 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo.config import CorrectionConfig, LoraConfig, LossConfig, ModelConfig, TrainerConfig
-from grpo.export import export
-from grpo.learner.checkpoint import find_checkpoint, save_checkpoint
+from grpo.checkpoint.store import find_checkpoint, save_checkpoint
+from grpo.cli.export import export
+from grpo.config.schema import CorrectionConfig, LoraConfig, LossConfig, ModelConfig, TrainerConfig
+from grpo.errors import CheckpointError
 from grpo.learner.learner import Learner
 from grpo.learner.objective import Objective
 from grpo.models.export import export_adapters, export_model
 from grpo.models.loading import load_model
 from grpo.models.lora import add_adapters
-from grpo.types import CheckpointError
-from grpo.weights import trained_parameters
+from grpo.weights.payload import trained_parameters
 
 SCRIPT = Path(__file__).parents[2] / "scripts/export.py"
 TOKENS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -118,7 +118,7 @@ def test_what_can_not_be_written_leaves_nothing(run, tmp_path, monkeypatch):
         folder.mkdir()
         raise ValueError("two\nlines")
 
-    monkeypatch.setattr("grpo.export.export_model", failing)
+    monkeypatch.setattr("grpo.cli.export.export_model", failing)
     with pytest.raises(CheckpointError, match="exported can't be written: two lines"):
         export(run, tmp_path / "exported", torch.bfloat16)
     assert not (tmp_path / "exported").exists()

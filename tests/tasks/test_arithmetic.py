@@ -1,7 +1,8 @@
 import pytest
 
+from grpo.errors import ConfigError
 from grpo.tasks.arithmetic import Arithmetic
-from grpo.types import ConfigError, Problem
+from grpo.types import Problem
 
 
 def test_every_pair_appears_once_and_the_splits_share_none():

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from grpo.config import TaskConfig
+from grpo.config.schema import TaskConfig
+from grpo.errors import ConfigError
 from grpo.tasks.base import make_task
 from grpo.tasks.sorting import Sorting
-from grpo.types import ConfigError, Problem
+from grpo.types import Problem
 
 SORTING = "grpo.tasks.sorting:Sorting"
 

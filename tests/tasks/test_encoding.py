@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from grpo.config import TaskConfig
+from grpo.config.schema import TaskConfig
+from grpo.errors import ConfigError, TaskError
 from grpo.models.tiny import character_tokenizer
-from grpo.tasks.encoding import PromptEncoder
+from grpo.tasks.base import PromptEncoder
 from grpo.tasks.sorting import Sorting
-from grpo.types import ConfigError, Problem, TaskError
+from grpo.types import Problem
 
 PLAIN = TaskConfig("grpo.tasks.sorting:Sorting")
 CHAT = TaskConfig(PLAIN.target, template="chat")

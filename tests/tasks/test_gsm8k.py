@@ -7,9 +7,10 @@ import sys
 import datasets
 import pytest
 
-from grpo.rewards.numbers import parse_number
+from grpo.errors import ConfigError
+from grpo.rewards.final_answer import parse_number
 from grpo.tasks.gsm8k import GSM8K
-from grpo.types import ConfigError, Problem
+from grpo.types import Problem
 
 ROW = {"question": "2 + 2?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}
 

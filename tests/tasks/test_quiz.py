@@ -4,8 +4,9 @@ import re
 
 import pytest
 
+from grpo.errors import ConfigError
 from grpo.tasks.quiz import KINDS, Quiz
-from grpo.types import ConfigError, Problem
+from grpo.types import Problem
 
 SPLITS = ("train", "held_out")
 

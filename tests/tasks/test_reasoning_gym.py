@@ -2,8 +2,8 @@ import sys
 
 import pytest
 
+from grpo.errors import ConfigError
 from grpo.tasks.reasoning_gym import ReasoningGym
-from grpo.types import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from grpo.errors import ConfigError
 from grpo.tasks.sorting import ALPHABET, Sorting
-from grpo.types import ConfigError, Problem
+from grpo.types import Problem
 
 
 @pytest.fixture

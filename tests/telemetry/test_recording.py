@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 
-from grpo.compute import ComputeThread
-from grpo.structured import together
 from grpo.telemetry.recording import Recording, context_for, measure, note, on_track, record_in, span, unrecorded
+from grpo.utils.aio import together
+from grpo.utils.torch_utils import ComputeThread
 
 
 @pytest.fixture

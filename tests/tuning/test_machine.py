@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from grpo.tuning.machine import Calls, Line, Worker
-from grpo.tuning.virtual_time import run_in_virtual_time
+from grpo.tuning.simulation import run_in_virtual_time
 
 
 def now():

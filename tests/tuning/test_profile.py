@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from grpo.composition import to_yaml
-from grpo.config import ModelConfig, RunConfig, TaskConfig
+from grpo.config.composition import to_yaml
+from grpo.config.schema import ModelConfig, RunConfig, TaskConfig
+from grpo.errors import TuningError
 from grpo.tuning.fitting import profile_of
 from grpo.tuning.profile import Cost, GroupShape, Profile, load_profile, parse_lengths
-from grpo.types import TuningError
 
 DECODE = Cost(0.004, 0.0001, 0.0005)
 PREFILL = Cost(0.010, 0.0002)

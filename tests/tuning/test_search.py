@@ -2,8 +2,7 @@
 
 import pytest
 
-from grpo.tuning.outcome import Outcome
-from grpo.tuning.search import Setting, search
+from grpo.tuning.search import Outcome, Setting, search
 
 
 class Measured:

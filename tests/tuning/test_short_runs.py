@@ -4,9 +4,8 @@ import textwrap
 
 import pytest
 
-from grpo.tuning.search import Setting
-from grpo.tuning.short_runs import ShortRuns
-from grpo.types import TuningError
+from grpo.errors import TuningError
+from grpo.tuning.search import Setting, ShortRuns
 
 
 @pytest.fixture
@@ -28,7 +27,7 @@ def runs(tmp_path, monkeypatch):
             """
         )
     )
-    monkeypatch.setattr("grpo.tuning.short_runs._TRAIN", script)
+    monkeypatch.setattr("grpo.tuning.search._TRAIN", script)
     return lambda *overrides: ShortRuns(overrides, 8, tmp_path / "runs")
 
 

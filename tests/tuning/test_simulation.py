@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from grpo.config import RunConfig
+from grpo.config.schema import RunConfig
 from grpo.tuning.profile import Cost, GroupShape, Profile
 from grpo.tuning.search import search
 from grpo.tuning.simulation import simulate

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from grpo.tuning.virtual_time import run_in_virtual_time
+from grpo.tuning.simulation import run_in_virtual_time
 
 
 def test_hours_pass_at_once_and_in_order():
@@ -36,7 +36,7 @@ def test_who_waits_for_a_thread_is_woken_by_it():
 
 
 def test_a_deadlock_is_an_error(monkeypatch):
-    monkeypatch.setattr("grpo.tuning.virtual_time._PATIENCE_S", 0.01)
+    monkeypatch.setattr("grpo.tuning.simulation._PATIENCE_S", 0.01)
 
     async def waits_for_ever():
         await asyncio.Event().wait()

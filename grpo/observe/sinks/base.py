@@ -1,5 +1,7 @@
 """What a sink is."""
 
+# MERGED: From `observe.sinks` to the sinks of a run.
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

@@ -6,21 +6,24 @@ errors in a row switch it off. On one that hangs: it is left behind when the run
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from operator import methodcaller
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from grpo.errors import ConfigError
 from grpo.observe.sinks.base import Sink
+from grpo.utils.imports import check_arguments, named_function
 
 log = logging.getLogger(__name__)
-
 _ERRORS_IN_A_ROW = 3
 _ROOM = 256  # calls that wait for a sink
-
 Tell = Callable[[str], None]
 _Call = tuple[str, tuple[Any, ...]]  # method and arguments
 
@@ -145,3 +148,51 @@ class Sinks:
     def _put(self, method: str, *arguments: Any) -> None:
         for worker in self._workers.values():
             worker.put((method, arguments))
+
+
+class Known(NamedTuple):
+    """A sink that comes with the project: the package that it needs, and the extra that installs it."""
+
+    target: str
+    package: str
+    extra: str
+
+
+SINKS = {
+    "tensorboard": Known("grpo.observe.sinks.tensorboard:TensorBoardSink", "tensorboard", "tensorboard"),
+    "wandb": Known("grpo.observe.sinks.wandb:WandbSink", "wandb", "wandb"),
+    "trackio": Known("grpo.observe.sinks.trackio:TrackioSink", "trackio", "trackio"),
+    "ray": Known("grpo.cluster.ray_metrics:RaySink", "prometheus_client", "dashboard"),
+}
+_KEY = "observe.sinks"
+
+
+def check_sinks(config_sinks: Mapping[str, Any]) -> dict[str, Callable[..., Sink]]:
+    """The class of every sink, by name. Imports nothing heavy.
+
+    Raises ConfigError for an unknown name, a package that is not installed, or options that the class doesn't take.
+    """
+    classes = {}
+    for name, options in config_sinks.items():
+        found = named_function(str(name), {name: known.target for name, known in SINKS.items()}, key=_KEY)
+        if name in SINKS and importlib.util.find_spec(SINKS[name].package) is None:
+            known = SINKS[name]
+            raise ConfigError(
+                f"{known.package} is not installed: pip install -e '.[{known.extra}]'", key=f"{_KEY}.{name}"
+            )
+        if not isinstance(options, Mapping):
+            raise ConfigError(f"is {options!r}, must be its options, {{}} for none", key=f"{_KEY}.{name}")
+        check_arguments(found, options, key=f"{_KEY}.{name}")
+        classes[name] = found
+    return classes
+
+
+def make_sinks(
+    config_sinks: Mapping[str, Mapping[str, Any]], folder: Path, config: Mapping[str, Any], tell: Tell
+) -> Sinks:
+    """Start the sinks that are named, for the run in `folder`; raises what `check_sinks` raises.
+
+    They open in threads of their own: one that can't be opened is told and does without, the run goes on.
+    """
+    classes = check_sinks(config_sinks)
+    return Sinks({n: partial(made, folder, config, **config_sinks[n]) for n, made in classes.items()}, tell)

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from grpo.observe.sinks.tensorboard_sink import TensorBoardSink
+from grpo.observe.sinks.tensorboard import TensorBoardSink
 
 pytest.importorskip("tensorboard")
 
@@ -71,7 +71,7 @@ def test_steps_are_on_disk_before_the_end(tmp_path):
 
 def test_it_needs_neither_torch_nor_tensorflow(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from grpo.observe.sinks.tensorboard_sink import TensorBoardSink\n"
+        "import sys; from pathlib import Path; from grpo.observe.sinks.tensorboard import TensorBoardSink\n"
         f"TensorBoardSink(Path({str(tmp_path)!r}), {{}}).close()\n"
         f"assert not {{'torch', 'tensorflow'}} & sys.modules.keys()"
     )

@@ -13,7 +13,7 @@ WRITES = """
 import json, sys
 from functools import partial
 from pathlib import Path
-from grpo.sinks import make_sinks
+from grpo.observe.sinks.fanout import make_sinks
 from trackio.sqlite_storage import SQLiteStorage
 
 def write(step, loss):

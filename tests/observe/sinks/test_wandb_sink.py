@@ -8,14 +8,14 @@ import sys
 
 import pytest
 
-from grpo.observe.sinks.wandb_sink import run_id
+from grpo.observe.sinks.wandb import run_id
 
 pytest.importorskip("wandb", reason="needs the extra wandb")
 
 WRITES = """
 import sys, threading
 from pathlib import Path
-from grpo.sinks import make_sinks
+from grpo.observe.sinks.fanout import make_sinks
 sinks = make_sinks({"wandb": {"mode": "offline", "project": "sorting"}}, Path(sys.argv[1]), {"a": {"b": 1}}, print)
 sinks._close_s = 60
 sinks.scalars(7, {"loss": 0.5, "reward/mean": float("nan")})

@@ -1,0 +1,97 @@
+"""Which actors a run needs and what each asks of the cluster: shared by launch, checks and dry run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from grpo.actors.checkpointer import Checkpointer
+from grpo.actors.dataloader import Dataloader
+from grpo.actors.generator import Generator
+from grpo.actors.reference import Reference
+from grpo.actors.replay_buffer import ReplayBuffer
+from grpo.actors.reward import Reward
+from grpo.actors.trainer import Trainer
+from grpo.config.schema import EvalConfig, GeneratorConfig, ReferenceConfig, RunConfig, TrainerConfig
+from grpo.utils.torch_utils import device_for
+
+
+@dataclass(frozen=True, eq=False)
+class ActorSpec:
+    """One noun: its class, how it is built, how many of it, and what each process of it needs.
+
+    Optional replicas are started beyond the others as soon as the cluster has room for them. One that is `beside` the
+    driver runs on its node: what only has little to do is not lost with another one. Each of several ranks is built
+    with its `rank`.
+    """
+
+    name: str
+    cls: type
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    replicas: int = 1
+    num_cpus: float = 0.0
+    num_gpus: float = 0.0
+    optional_replicas: int = 0
+    beside: bool = False
+    ranks: int = 1
+
+    @property
+    def config_group(self) -> str:
+        """Where the config says what this actor gets."""
+        return "eval" if self.name == "evaluator" else self.name
+
+    @property
+    def processes(self) -> int:
+        """Those that are not optional."""
+        return self.replicas * self.ranks
+
+    @property
+    def counted_by(self) -> str:
+        """The setting of its group that says how many processes there are."""
+        return "ranks" if self.ranks > 1 else "replicas"
+
+
+def actor_specs(config: RunConfig) -> list[ActorSpec]:
+    """The actors of a run, in the order of the dataflow; some only where the config uses them."""
+    specs = evaluation_specs(config)
+    if config.uses_reference:
+        specs.append(_compute("reference", Reference, config, config.reference, config.reference.replicas))
+    if config.uses_evaluator:
+        specs.append(_compute("evaluator", Generator, config, config.eval, config.eval.replicas))
+    if config.uses_checkpointer:
+        kwargs = {"config": config, "folder": str(config.checkpoint.dir)}
+        specs.append(ActorSpec("checkpointer", Checkpointer, kwargs, beside=True))
+    return [
+        *specs,
+        ActorSpec("replay_buffer", ReplayBuffer, {"window": config.buffer.window}, beside=True),
+        replace(_compute("trainer", Trainer, config, config.trainer, 1), ranks=config.trainer.ranks),
+    ]
+
+
+def evaluation_specs(config: RunConfig) -> list[ActorSpec]:
+    """The actors that hand out prompts, answer them and score the answers: all that a model is evaluated with."""
+    common = {"config": config}
+    generator = _compute("generator", Generator, config, config.generator, config.generator.replicas)
+    most = config.generator.max_replicas or config.generator.replicas
+    return [
+        ActorSpec("dataloader", Dataloader, common, beside=True),
+        replace(generator, optional_replicas=most - config.generator.replicas),
+        ActorSpec("reward", Reward, common, config.reward.replicas, config.reward.num_cpus),
+    ]
+
+
+def _compute(
+    name: str,
+    cls: type,
+    config: RunConfig,
+    resources: EvalConfig | GeneratorConfig | ReferenceConfig | TrainerConfig,
+    replicas: int,
+) -> ActorSpec:
+    """An actor that runs a model: on the GPU it was given, or with as many threads as it has CPUs."""
+    kwargs = {
+        "config": config,
+        "device": device_for(resources.num_gpus),
+        "threads": resources.threads or max(1, int(resources.num_cpus)),
+    }
+    return ActorSpec(name, cls, kwargs, replicas, resources.num_cpus, resources.num_gpus)

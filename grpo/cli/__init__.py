@@ -1,0 +1,1 @@
+"""The commands behind the scripts and the `grpo` console command."""

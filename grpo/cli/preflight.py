@@ -1,0 +1,212 @@
+"""Everything that can be found wrong before a cluster is started."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from grpo.actors.specs import ActorSpec
+from grpo.checkpoint.resume import ResumePoint, check_compatible, is_completed, leave_newer_behind
+from grpo.checkpoint.store import checkpoints
+from grpo.cluster.connect import check_dashboard, wait_for_room
+from grpo.cluster.placement import Node, check_placement
+from grpo.config.composition import to_yaml
+from grpo.config.schema import LoraConfig, ModelConfig, RunConfig
+from grpo.driver.rollout import advantage_function
+from grpo.engines.simulated import SimulatedEngine
+from grpo.engines.vllm.params import check_installed
+from grpo.errors import ConfigError
+from grpo.learner.objective import Objective
+from grpo.models.loading import check_architecture, check_weights, context_length, load_settings, load_skeleton
+from grpo.models.lora import ADAPTER_CONFIG, adapted_base, check_peft, check_targets
+from grpo.models.tokenizer import load_tokenizer
+from grpo.observe.run_dir import RunDirectory
+from grpo.observe.sinks.fanout import check_sinks
+from grpo.rewards.scoring import reward_function
+from grpo.tasks.base import PromptEncoder, Task, make_task
+from grpo.utils.imports import check_arguments, import_target
+from grpo.utils.torch_utils import gpus_here
+
+T = TypeVar("T")
+
+
+def check(config: RunConfig, specs: Sequence[ActorSpec], tell: Callable[[str], None]) -> Task:
+    """Everything that needs no model made; in a dry run, the model too where it is there. Returns the task.
+
+    `tell` gets a line when the cluster to join is waited for.
+    """
+    check_resources(config, specs, tell)
+    task = check_names(config)
+    if config.dry_run and config.model.prepare is None:
+        check_model(config, task)
+        check_runnable(config)
+    return task
+
+
+def open_run(
+    config: RunConfig, task: Task, folder: Path, resume: ResumePoint | None = None
+) -> tuple[RunConfig, RunDirectory]:
+    """The config that the actors get, its model made and checked; and the run's folder, with that config in it.
+
+    Raises ConfigError when the folder holds another run, or the settings differ from those of the run to resume.
+    """
+    run_dir = RunDirectory(folder)
+    try:
+        config = _fit_to_run(config, task, folder, resume)
+        if resume is not None and resume.in_place:
+            leave_newer_behind(resume)
+            run_dir.cut(resume.progress["files"])
+        else:
+            if config.resume != "auto" or is_completed(folder):  # else: a run killed before its first checkpoint
+                run_dir.refuse_old_runs()
+            run_dir.cut({})
+    except BaseException:
+        run_dir.close()
+        raise
+    run_dir.write("config.yaml", to_yaml(config))
+    if config.checkpoint.every:
+        run_dir.lead_to(Path(str(config.checkpoint.dir)))
+    return config, run_dir
+
+
+def _fit_to_run(config: RunConfig, task: Task, folder: Path, resume: ResumePoint | None) -> RunConfig:
+    config = prepare_model(config, task)
+    kept = Path(config.checkpoint.dir or folder / "checkpoints").expanduser().absolute()
+    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, dir=str(kept)))
+    check_model(config, task)
+    if resume is not None:
+        check_compatible(config, resume)
+    elif config.checkpoint.every and kept != folder.absolute() / "checkpoints" and checkpoints(kept):
+        raise ConfigError(
+            f"{kept} holds another run's checkpoints, which this one's would displace; name another folder, "
+            "or set resume=auto to go on with it",
+            key="checkpoint.dir",
+        )
+    return config
+
+
+def check_names(config: RunConfig) -> Task:
+    """Look up everything that the config names; returns the task. Raises ConfigError or TaskError."""
+    Objective(config.loss, config.correction)
+    advantage_function(config.loss)
+    check_sinks(config.observe.sinks)
+    check_dashboard(config.cluster)
+    check_peft(config.lora)
+    if config.generator.engine == "simulated":
+        check_arguments(SimulatedEngine, config.generator.args, key="generator.args")
+    elif config.generator.engine == "vllm":
+        check_installed()
+    elif config.generator.args:
+        raise ConfigError(f"the {config.generator.engine} engine takes none", key="generator.args")
+    if config.model.prepare is not None:
+        check_arguments(import_target(config.model.prepare, key="model.prepare"), config.model.args, key="model.args")
+    task = make_task(config.task)
+    for name in config.reward.functions:
+        reward_function(name, task)
+    if len(task.problems("train")) == 0:
+        raise ConfigError(f"{config.task.target} has no training problems; check task.args", key="task.target")
+    return task
+
+
+def check_resources(config: RunConfig, specs: Sequence[ActorSpec], tell: Callable[[str], None]) -> None:
+    """Compare what the actors ask for with this machine, or with the cluster to join. Raises LaunchError.
+
+    A dry run may be made where that cluster can't be reached.
+    """
+    cluster = config.cluster
+    if cluster.address is not None:
+        if not config.dry_run:
+            wait_for_room(specs, cluster.address, cluster.nodes_timeout_s, tell)
+    else:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        check_placement(specs, [Node(cores, gpus_here())], "this machine")
+
+
+def prepare_model(config: RunConfig, task: Task) -> RunConfig:
+    """The config that the actors get: with `model.path`, and prompts limited to what the model's context has room for.
+
+    The folder is made by `model.prepare` where the config names it; of adapters, it is that of the model which they
+    make of theirs. Paths are made absolute: actors start elsewhere.
+    """
+    if config.model.prepare is None:
+        path = os.path.expanduser(str(config.model.path))
+        path = os.path.abspath(path) if path.startswith(".") or os.path.isdir(path) else path  # else: a hub's name
+    else:
+        prepare = import_target(config.model.prepare, key="model.prepare")
+        path = str(prepare(task, **config.model.args))
+    model = dataclasses.replace(config.model, path=path, prepare=None)
+    if adapted_base(model) is not None:
+        model = dataclasses.replace(model, path=_merged(model))
+    file = config.task.path and os.path.abspath(os.path.expanduser(config.task.path))
+    return _within_context(dataclasses.replace(config, model=model, task=dataclasses.replace(config.task, path=file)))
+
+
+def check_model(config: RunConfig, task: Task) -> None:
+    """Raise unless the model can be found, a prompt fits, and a held-out one too."""
+    config = prepare_model(config, task)
+    check_weights(config.model)
+    encoder = PromptEncoder(_found(load_tokenizer, config.model), config.task, config.rollout.max_prompt_tokens)
+    encoder.check_usable(task)
+    if config.eval.prompts and all(encoder.encode(problem) is None for problem in task.problems("held_out")):
+        raise ConfigError("the task has no held-out prompt that fits; set it to 0 to do without", key="eval.prompts")
+
+
+def check_runnable(config: RunConfig) -> None:
+    """Raise ConfigError unless the model can be trained and run.
+
+    Apart from the other checks since it imports the model's code, which takes as long as all of them: that is done
+    while Ray starts.
+    """
+    skeleton = _found(load_skeleton, config.model)
+    check_architecture(skeleton, config.generator.engine)
+    if config.uses_adapters:
+        check_targets(skeleton, config.lora)
+
+
+def _merged(model: ModelConfig) -> str:
+    from grpo.models.export import whole_model  # a second of imports that few runs need
+
+    check_peft(LoraConfig(rank=1))
+    try:
+        return whole_model(model)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"can't merge the adapters at {str(model.path)!r} into their base: {' '.join(str(error).split())}; "
+            f"{ADAPTER_CONFIG} there names the base",
+            key="model.path",
+        ) from error
+
+
+def _within_context(config: RunConfig) -> RunConfig:
+    context, rollout = context_length(_found(load_settings, config.model)), config.rollout
+    if context is None:
+        return config
+    if rollout.max_completion_tokens >= context:
+        raise ConfigError(
+            f"is {rollout.max_completion_tokens}, which leaves no room for a prompt in the model's context of "
+            f"{context} tokens; lower it",
+            key="rollout.max_completion_tokens",
+        )
+    room = min(rollout.max_prompt_tokens, context - rollout.max_completion_tokens)
+    return dataclasses.replace(config, rollout=dataclasses.replace(rollout, max_prompt_tokens=room))
+
+
+def _found(load: Callable[[ModelConfig], T], config: ModelConfig) -> T:
+    path = str(config.path)
+    if path.startswith("/") and not Path(path, "config.json").is_file():
+        raise ConfigError(f"no model folder at {path!r} (it would hold a config.json)", key="model.path")
+    try:
+        return load(config)
+    except (OSError, ValueError) as error:
+        if not config.trust_remote_code and "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"{path!r} brings code of its own; set it to true if you trust it", key="model.trust_remote_code"
+            ) from error
+        first_line = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"can't load {path!r} from the hub or this machine ({first_line}); name a folder or a reachable model",
+            key="model.path",
+        ) from error

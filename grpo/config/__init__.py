@@ -1,0 +1,1 @@
+"""Every setting with its type, limits and meaning, and how Hydra composes them."""

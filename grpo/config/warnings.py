@@ -1,0 +1,88 @@
+"""Settings that work, but not as one may think."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from grpo.config.limits import value_of
+from grpo.config.schema import RunConfig
+
+
+def warnings(config: RunConfig) -> list[str]:
+    """A line for each, which names the key."""
+    parts = (_of_rollouts, _of_rewards, _of_the_loss, _of_resources, _of_evaluation)
+    return [line for part in parts for line in part(config)]
+
+
+def _of_rollouts(config: RunConfig) -> Iterator[str]:
+    if config.most_rollouts > config.ticket_capacity:
+        yield (
+            f"rollout.concurrency={config.rollout.concurrency}: only {config.ticket_capacity} rollouts can ever run, "
+            f"(max_policy_age {config.buffer.max_policy_age} + 1) x {config.trainer.groups_per_step} groups_per_step "
+            "tickets; raise buffer.max_policy_age or lower the concurrency"
+        )
+    if config.rollout.top_p < 1 or config.rollout.top_k > 0:
+        yield (
+            "rollout.top_p and top_k cut the distribution that is sampled from, but not the trainer's: "
+            "importance ratios are biased; train with top_p=1 and top_k=0"
+        )
+    if config.rollout.temperature == 0:
+        yield "rollout.temperature=0 makes all completions of a group equal: there will be nothing to learn"
+
+
+def _of_rewards(config: RunConfig) -> Iterator[str]:
+    if config.shaping.length_penalty > 0 and config.filter.zero_advantage:
+        yield (
+            "filter.zero_advantage: with shaping.length_penalty above 0 answers of other lengths have other rewards, "
+            "so groups that are always right or never are hardly ever dropped"
+        )
+    if "math_verify" in config.reward.functions and config.reward.on_error == "fail":
+        yield (
+            "reward.functions: math_verify takes for ever on a few completions, and one of them ends the run after "
+            "reward.timeout_s; reward.on_error=drop leaves its group out instead"
+        )
+
+
+def _of_the_loss(config: RunConfig) -> Iterator[str]:
+    if config.uses_adapters and config.lora.dropout > 0:
+        yield (
+            f"lora.dropout={config.lora.dropout:g}: the trainer sees another distribution than was sampled from, so "
+            "importance ratios are noisy; 0 is usual"
+        )
+    if config.loss.kl == "k1" and config.loss.beta > 0:
+        yield (
+            "loss.kl=k1: its gradient has mean zero on samples of the policy, so it keeps nobody near the reference; "
+            "take k2 or k3"
+        )
+    aggregation = config.loss.aggregation or ("fixed_horizon" if config.loss.name == "dr_grpo" else None)
+    if aggregation == "fixed_horizon" and config.loss.horizon is None:
+        yield (
+            "loss.horizon: without it fixed_horizon divides by the longest completion of the batch at hand, so a token "
+            "weighs more in one batch than in another; set it to rollout.max_completion_tokens, as loss=dr_grpo does"
+        )
+
+
+def _of_resources(config: RunConfig) -> Iterator[str]:
+    groups_per_update = config.trainer.groups_per_step // config.trainer.updates_per_batch
+    if config.trainer.ranks > groups_per_update:
+        yield (
+            f"trainer.ranks={config.trainer.ranks}: an update has {groups_per_update} groups (trainer.groups_per_step, "
+            "updates_per_batch), which are not split between ranks, so some have nothing to do"
+        )
+    used = {"reference": config.uses_reference, "eval": config.uses_evaluator and config.generator.engine != "vllm"}
+    for group in used:
+        if used[group] and config.trainer.num_gpus > 0 and value_of(config, f"{group}.num_gpus") == 0:
+            yield (
+                f"{group}.num_gpus=0: it computes on CPUs while the trainer has GPUs, far slower; give it one, or a "
+                "part of one"
+            )
+
+
+def _of_evaluation(config: RunConfig) -> Iterator[str]:
+    if config.eval.every > 0 and config.eval.prompts == 0:
+        yield f"eval.every={config.eval.every}: nothing is evaluated, eval.prompts is 0"
+    elif config.eval.every >= config.trainer.max_steps:
+        yield (
+            f"eval.every={config.eval.every}: there are {config.trainer.max_steps} steps (trainer.max_steps), so only "
+            "the start and the end are evaluated"
+        )

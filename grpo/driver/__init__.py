@@ -1,0 +1,1 @@
+"""The one thread with the event loop: rollout and training coroutines and everything beside them."""

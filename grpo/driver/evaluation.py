@@ -1,0 +1,224 @@
+"""Held-out prompts, answered by one policy version at a time while the training goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from statistics import fmean, stdev
+
+from grpo.config.schema import RunConfig
+from grpo.driver.context import Run
+from grpo.driver.rollout import sampling_params
+from grpo.driver.watchdog import Watchdog
+from grpo.errors import MixedVersionsError, PayloadLost, RewardError
+from grpo.services.handle import EvaluationServices
+from grpo.telemetry.activity import begin_activity
+from grpo.telemetry.recording import span, unrecorded
+from grpo.types import Detail, EvaluationReport, GenerationReport, Prompt, Scores
+from grpo.utils.aio import Signal, together, unless
+
+log = logging.getLogger(__name__)
+_SEED = 1 << 20  # apart from the seeds that training draws with
+_STILL_RUNS = (
+    "the one before it still runs; raise eval.every, or speed it up with fewer eval.prompts or more eval.replicas"
+)
+_AT_ONCE = 2000  # prompts under way: fewer than calls that an actor takes
+Answer = tuple[Scores, GenerationReport]
+OnAnswer = Callable[[Prompt, Scores | None], None]
+
+
+class Evaluation:
+    """Evaluates the policy at the start, every `eval.every` steps, and at the end.
+
+    With an evaluator the new weights are loaded into it and its evaluation runs as a task of `tasks`, side by side
+    with the training; its weights stay put meanwhile. Without one the training waits while its own generators answer,
+    so their weights stay put too.
+    """
+
+    def __init__(self, run: Run, tasks: asyncio.TaskGroup) -> None:
+        services = run.services
+        generator = services.evaluator or services.generator
+        self._services = EvaluationServices(services.dataloader, generator, services.reward)
+        self._evaluator, self._weights, self._tasks = services.evaluator, run.weights, tasks
+        self._config, self._recorder, self._shutdown = run.config, run.recorder, run.shutdown
+        self._prompts: Sequence[Prompt] = ()
+        self._running: asyncio.Task[None] | None = None
+
+    async def after(self, step: int) -> None:
+        """Evaluate the policy after `step`, whose weights the generators hold, if it is due.
+
+        Waits until the evaluator has loaded the weights, and at the last step, or without an evaluator, until the
+        evaluation is finished. One that is due while another still runs is skipped and counted, the last one never.
+        Raises Interrupted when the shutdown comes first.
+        """
+        last = step == self._config.trainer.max_steps
+        if not self._is_due(step, last):
+            return
+        if not self.holds_up(step):
+            self._recorder.evaluation_skipped(step, _STILL_RUNS)
+            return
+        with self._recorder.evaluation_wait():
+            await unless(self._shutdown, self._load())
+            if self._evaluator is None or last:
+                await unless(self._shutdown, self._evaluate(step))
+            else:
+                self._recorder.evaluation_began(step)
+                self._running = self._tasks.create_task(self._evaluate_beside(step), name=f"evaluation-{step}")
+
+    def cancel(self) -> None:
+        """End an evaluation that is under way."""
+        if self._running is not None:
+            self._running.cancel()
+
+    def holds_up(self, step: int) -> bool:
+        """Whether the training waits for one after `step`: it is due, and will not be skipped."""
+        last = step == self._config.trainer.max_steps
+        return self._is_due(step, last) and (last or self._running is None or self._running.done())
+
+    def _is_due(self, step: int, last: bool) -> bool:
+        every = self._config.eval.every
+        if any(report.step == step for report in self._recorder.history.evaluations):
+            return False  # a resumed run begins with a step that was evaluated before
+        return self._config.eval.prompts > 0 and (step == 0 or last or (every > 0 and step % every == 0))
+
+    async def _load(self) -> None:
+        """Bring the weights into the evaluator, once it is free; the buffer they lie in is written to again later."""
+        if self._running is not None:
+            await asyncio.wait([self._running])
+        if self._evaluator is not None:
+            await self._evaluator.update_weights.fanout(self._weights.stored())
+
+    async def _evaluate_beside(self, step: int) -> None:
+        begin_activity("evaluation")
+        restarts = self._recorder.failures.restarts
+        try:
+            await self._evaluate(step)
+        except MixedVersionsError as error:
+            if self._recorder.failures.restarts == restarts:
+                raise
+            # The weights were lost before an evaluator that was replaced had them, and there are only newer ones.
+            self._recorder.evaluation_skipped(step, str(error))
+
+    async def _evaluate(self, step: int) -> None:
+        """Every answer is progress, for its own watchdog and for that of the training, which may wait for it."""
+        answered, progress = Signal(), self._recorder.failures.progress
+
+        def on_answer(prompt: Prompt, scores: Scores | None) -> None:
+            answered.notify()
+            progress.notify()
+
+        self._prompts = self._prompts or await held_out_prompts(self._services, self._config)
+        work = evaluate(self._services, self._config, self._prompts, step, on_answer)
+        report = await Watchdog(self._config.watchdog, answered, self._recorder.warn).over(work)
+        self._recorder.evaluated(report)
+
+
+async def held_out_prompts(services: EvaluationServices, config: RunConfig) -> list[Prompt]:
+    """The first `eval.prompts` held-out prompts, always the same ones; fewer when there are no more."""
+    prompts: list[Prompt] = await services.dataloader.held_out.call_one(config.eval.prompts)
+    return prompts
+
+
+async def evaluate(
+    services: EvaluationServices,
+    config: RunConfig,
+    prompts: Sequence[Prompt],
+    version: int,
+    on_answer: OnAnswer = lambda prompt, scores: None,
+    detail: Detail = "rewards",
+) -> EvaluationReport:
+    """Have `eval.samples` completions of every prompt made and scored, all prompts side by side.
+
+    The random numbers are the same at every call: two evaluations differ by the weights alone. `on_answer` hears of
+    every prompt as it is done, with `detail`, or with None for one that is left out because its reward failed
+    (`reward.on_error=drop`).
+    Raises MixedVersionsError when a token was sampled under another policy version than `version`.
+    """
+    started = time.perf_counter()
+    turnstile, places = asyncio.Lock(), asyncio.Semaphore(_AT_ONCE)
+
+    async def answer(prompt: Prompt) -> Answer | None:
+        begin_activity("answers")
+        unrecorded()  # hundreds side by side would bury the training's own track
+        async with places:
+            async with turnstile:  # one after another: hundreds of calls begun at once would block the event loop
+                await asyncio.sleep(0)
+            while True:
+                try:
+                    return await _answer(services, config, prompt, version, on_answer, detail)
+                except PayloadLost as error:
+                    log.warning("answered again: %s", error)
+
+    with span("evaluation", "stage", prompts=len(prompts)):
+        answers = await together(*map(answer, prompts))
+    return summarize(answers, config, version, time.perf_counter() - started)
+
+
+async def _answer(
+    services: EvaluationServices,
+    config: RunConfig,
+    prompt: Prompt,
+    version: int,
+    on_answer: OnAnswer,
+    detail: Detail,
+) -> Answer | None:
+    temperature = config.rollout.temperature if config.eval.temperature is None else config.eval.temperature
+    rollout = dataclasses.replace(config.rollout, temperature=temperature)
+    params = sampling_params(rollout, _SEED, prompt, n=config.eval.samples)
+    completions, report = await services.generator.generate.route(prompt, params)
+    if not report.oldest_version == report.newest_version == version:
+        raise MixedVersionsError(
+            f"the evaluation of version {version} was answered by versions {report.oldest_version} to "
+            f"{report.newest_version}"
+        )
+    try:
+        scores = await services.reward.score.route(prompt, completions, detail)
+    except RewardError as error:
+        if config.reward.on_error == "fail":
+            raise
+        log.warning("left out of the evaluation: %s", error)
+        on_answer(prompt, None)
+        return None
+    on_answer(prompt, scores)
+    return scores, report
+
+
+def summarize(answers: Sequence[Answer | None], config: RunConfig, version: int, seconds: float) -> EvaluationReport:
+    """Means over the prompts that were scored, NaN when there are none."""
+    counted = [answer for answer in answers if answer is not None]
+    rewards = [scores.rewards for scores, _ in counted]
+    reports = [report for _, report in counted]
+    means = [fmean(group) for group in rewards]
+    solved = [sum(reward >= config.eval.solved_at for reward in group) for group in rewards]
+    samples = config.eval.samples
+    return EvaluationReport(
+        step=version,
+        prompts=len(counted),
+        prompts_left_out=len(answers) - len(counted),
+        reward_mean=_mean(means),
+        reward_stderr=stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan,
+        pass_at={
+            k: _mean([pass_at_k(samples, right, k) for right in solved])
+            for k in (2**power for power in range(samples.bit_length()))
+        },
+        completion_count=sum(report.completion_count for report in reports),
+        token_count=sum(report.token_count for report in reports),
+        truncated_count=sum(report.truncated_count for report in reports),
+        seconds=seconds,
+    )
+
+
+def pass_at_k(samples: int, solved: int, k: int) -> float:
+    """The chance that k of `samples` completions, drawn without replacement, hold one of the `solved` right ones.
+
+    The unbiased estimate of pass@k: Chen et al. 2021, arXiv:2107.03374, eq. 1.
+    """
+    return 1.0 - math.comb(samples - solved, k) / math.comb(samples, k)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return fmean(values) if values else math.nan

@@ -1,0 +1,1 @@
+"""The engine on plain PyTorch and transformers."""

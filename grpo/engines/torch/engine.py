@@ -1,0 +1,193 @@
+"""The embedded engine: continuous batching over any Hugging Face causal LM with full or sliding attention.
+
+Requests wait in arrival order. One task runs the batch step by step in a thread of its own; between two steps the
+rows of waiting groups take the places of finished ones, cancelled requests are dropped and new weights are swapped in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from grpo.engines.base import Limits, WeightUpdate
+from grpo.engines.torch.batch import DecodeBatch, Request
+from grpo.telemetry.recording import measure, span
+from grpo.types import Completion, GeneratorStats, Ints, SamplingParams
+from grpo.utils.torch_utils import ComputeThread, run_apart
+from grpo.weights.adapters import Merge
+from grpo.weights.payload import StagedWeights, Weights, check_intact
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class TorchEngine:
+    """Build it inside a running event loop; `close` it when done.
+
+    `weight_update` says what a swap means for completions under way: `in_flight` goes on with the keys and values of
+    the old weights, `in_flight_recompute` recomputes them under the new ones, `drain` finishes the running groups
+    under the old weights first, while new groups wait. With `merge` the weights that come are adapters. `cuda_graphs`
+    are for models on a GPU that allow them.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        stop_token_ids: Sequence[int],
+        limits: Limits,
+        weight_update: WeightUpdate = "in_flight",
+        cuda_graphs: bool = True,
+        threads: int = 0,
+        merge: Merge | None = None,
+    ) -> None:
+        self._batch = DecodeBatch(
+            model,
+            stop_token_ids=stop_token_ids,
+            max_rows=limits.max_sequences,
+            max_prompt_tokens=limits.max_prompt_tokens,
+            max_completion_tokens=limits.max_completion_tokens,
+            cuda_graphs=cuda_graphs,
+        )
+        self._limits, self._weight_update, self._merge = limits, weight_update, merge
+        self._threads = threads
+        self._waiting: deque[Request] = deque()
+        self._futures: dict[Request, asyncio.Future[list[Completion]]] = {}
+        self._aborted: list[Request] = []
+        self._updates: deque[tuple[int, StagedWeights, asyncio.Future[None]]] = deque()
+        self._checking = asyncio.Lock()
+        self._work = asyncio.Event()
+        self._tokens = 0
+        self._thread = ComputeThread("engine", threads)
+        self._task = asyncio.create_task(self._run())
+        self._task.add_done_callback(self._fail_pending)
+
+    @property
+    def version(self) -> int:
+        return self._batch.version
+
+    async def generate(self, prompt_ids: Ints, params: SamplingParams) -> list[Completion]:
+        """Sample `params.n` completions of one prompt [prompt length]; raises ValueError when they can't fit."""
+        self._raise_if_stopped()
+        self._limits.check(prompt_ids, params)
+        request = Request(prompt_ids, params, time.perf_counter())
+        self._waiting.append(request)
+        self._futures[request] = asyncio.get_running_loop().create_future()
+        self._work.set()
+        try:
+            return await self._futures[request]
+        except asyncio.CancelledError:
+            self._aborted.append(request)
+            self._work.set()
+            raise
+        finally:
+            del self._futures[request]
+
+    async def update_weights(self, weights: Weights) -> None:
+        """Swap weights between two decode steps; returns once they are in use.
+
+        Raises WeightsError, with the old weights in use, when they don't fit or were damaged.
+        """
+        async with self._checking:  # one after another, so they come into use in the order of the calls
+            await asyncio.to_thread(check_intact, weights)  # generation goes on meanwhile
+            if self._merge is not None:
+                weights = await run_apart(self._threads, self._merge, weights)
+            staged = await asyncio.to_thread(StagedWeights, self._batch.model, weights, part=self._merge is not None)
+        loaded = asyncio.get_running_loop().create_future()
+        self._updates.append((weights.version, staged, loaded))
+        self._work.set()
+        self._raise_if_stopped()
+        await loaded
+
+    async def ping(self) -> None:
+        """It lives in this process: who hears this is answered."""
+
+    def stats(self) -> GeneratorStats:
+        return GeneratorStats(busy_s=self._thread.busy_s, tokens=self._tokens)
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        self._thread.close()
+
+    async def _run(self) -> None:
+        while True:
+            await self._work.wait()
+            self._work.clear()
+            while self._waiting or self._batch.running or self._updates or self._aborted:
+                await self._drop_aborted()
+                await self._swap_weights()
+                finished, tokens = await self._thread.run(self._batch.step, self._admit())
+                while self._waiting and not self._waiting[0].to_join:
+                    self._waiting.popleft()
+                measure("generator/rows", self._batch.running)
+                self._tokens += tokens
+                for request in finished:
+                    if request in self._futures and not self._futures[request].done():
+                        self._futures[request].set_result(request.result())
+
+    def _admit(self) -> list[Request]:
+        """The waiting groups of which at least one row fits now, in order; no new ones while a drain is pending."""
+        joining: list[Request] = []
+        rows = self._batch.free_rows
+        for request in self._waiting:
+            if rows <= 0 or (self._updates and not request.joined):
+                break
+            joining.append(request)
+            rows -= request.to_join
+            if not request.joined:
+                measure("generator/queue_s", time.perf_counter() - request.arrived_s, "percentiles")
+        return joining
+
+    @property
+    def _group_under_way(self) -> bool:
+        return bool(self._batch.running or (self._waiting and self._waiting[0].joined))
+
+    async def _swap_weights(self) -> None:
+        if not self._updates or (self._weight_update == "drain" and self._group_under_way):
+            return
+        version, staged, loaded = self._updates[0]  # stays listed while it loads: closing has to reach its caller
+        try:
+            if not loaded.cancelled():
+                await self._thread.run(self._swap, version, staged)
+        except Exception as error:
+            if not loaded.cancelled():
+                loaded.set_exception(error)  # the caller decides; the old weights stay in use
+        else:
+            if not loaded.cancelled():
+                loaded.set_result(None)
+        self._updates.popleft()
+
+    def _swap(self, version: int, staged: StagedWeights) -> None:
+        with span("load", version=version):
+            staged.swap()
+        self._batch.version = version
+        if self._weight_update == "in_flight_recompute":
+            self._batch.recompute()
+
+    async def _drop_aborted(self) -> None:
+        for request in self._aborted:
+            if request in self._waiting:
+                self._waiting.remove(request)
+            if request.joined:
+                await self._thread.run(self._batch.abort, request)
+        self._aborted.clear()
+
+    def _raise_if_stopped(self) -> None:
+        if self._task.done():
+            raise RuntimeError("the engine has stopped") from _failure(self._task)
+
+    def _fail_pending(self, task: asyncio.Task[None]) -> None:
+        """When the stepping task ends, nobody may go on waiting for it."""
+        error = _failure(task) or RuntimeError("the engine was closed")
+        pending: list[asyncio.Future[Any]] = [*self._futures.values(), *(loaded for *_, loaded in self._updates)]
+        for future in pending:
+            if not future.done():
+                future.set_exception(error)
+
+
+def _failure(task: asyncio.Task[None]) -> BaseException | None:
+    return None if task.cancelled() else task.exception()

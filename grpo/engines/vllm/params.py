@@ -1,0 +1,76 @@
+"""Between our words and vLLM's: is it there, what it is told at the start and with a request, what comes back."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from typing import Any
+
+import numpy as np
+
+from grpo.errors import ConfigError
+from grpo.types import Completion, SamplingParams
+
+
+def check_installed() -> None:
+    """Raise ConfigError, with the line to type, when vLLM is not there."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError("vllm is not installed: pip install -e '.[vllm]', or use torch", key="generator.engine")
+
+
+def set_environment(device: str, threads: int) -> None:
+    """What vLLM only takes from the environment; it is read when vLLM is imported and by its processes."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a fork would copy locks that other threads hold
+    if device == "cpu":
+        os.environ["OMP_NUM_THREADS"] = str(threads or os.cpu_count() or 1)  # Ray sets 1
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # bound, all replicas would share one core
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the worker in the engine's process: faster
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+
+
+def cpu_settings(context: int) -> dict[str, Any]:
+    """A prompt is read whole: read in parts, a seeded request kills the engine, whose CPU generators can't go back."""
+    return {
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 1 << 30,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(context, 4096),
+    }
+
+
+def sampling_params(params: SamplingParams, sample: int, stop_token_ids: tuple[int, ...]) -> Any:
+    from vllm import SamplingParams as VLLMParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return VLLMParams(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        max_tokens=params.max_tokens,
+        stop_token_ids=[*stop_token_ids, *params.stop_token_ids],
+        ignore_eos=True,  # our list is the whole one
+        seed=None if params.temperature == 0 else _seed(params.seed, sample),
+        logprobs=0,  # of the sampled token alone
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def as_completion(output: Any) -> Completion:
+    if output.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended a completion with {output.finish_reason!r}")
+    logprobs = [at[token_id].logprob for at, token_id in zip(output.logprobs, output.token_ids, strict=True)]
+    return Completion(
+        token_ids=np.array(output.token_ids, dtype=np.int64),
+        logprobs=np.array(logprobs, dtype=np.float32),
+        versions=tuple((int(span.version), span.end - span.start) for span in output.weight_versions),
+        finish_reason=output.finish_reason,
+    )
+
+
+def _seed(seed: int, sample: int) -> int:
+    """One number out of the two; 48 bits, which every device's generator takes."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{sample}".encode(), digest_size=6).digest(), "big")

@@ -1,0 +1,204 @@
+"""How the samples of a micro-batch are laid out for the model."""
+
+# MERGED: All samples of a micro-batch in one row: no padding, and a prompt that several share stands there once.
+#
+#     prompt A | completion A1 | completion A2 | prompt B | completion B1 | ...
+#
+# A completion's positions go on from the end of its prompt, and only attention (attention.py) has to know
+# that it comes
+# right after it. The last token of a completion is left out: nothing is predicted from it.
+#
+# MERGED: A row for every sample, padded on the right: what any causal LM understands.
+# MERGED: What a model allows: rows with several samples, and log-probabilities without whole logits. Both are
+# tried out.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from grpo.learner.batch import Sample
+from grpo.learner.packed_attention import PACKED_ATTENTION, ROWS, attention_rows
+from grpo.models.probing import why_not_full_attention, why_other_logits
+from grpo.types import Ints
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the model is given, and where it predicts the N completion tokens of the samples, sample after sample.
+
+    `arguments` are those of the forward pass, with `input_ids` of shape [R, T]. Of the rows' columns only `columns_K`
+    predict anything; token n is predicted at `places_N`[n] of the flattened [R, K].
+    """
+
+    arguments: Mapping[str, Any]
+    columns_K: Tensor
+    places_N: Tensor
+    targets_N: Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`plan` splits samples, by index, into micro-batches that cost at most so many tokens of the model's time.
+
+    A sample that costs more makes a micro-batch of its own.
+    """
+
+    plan: Callable[[Sequence[Sample], int], list[list[int]]]
+    lay_out: Callable[[Sequence[Sample], torch.device], Inputs]
+
+
+def _plan_packed(samples: Sequence[Sample], max_tokens: int) -> list[list[int]]:
+    """In the order given, in which those of a prompt stand together. A micro-batch costs the tokens of its row."""
+    parts: list[list[int]] = []
+    prompts, tokens = set[bytes](), 0
+    for i, sample in enumerate(samples):
+        own, prompt = len(sample.token_ids) - 1, sample.prompt_ids.tobytes()
+        added = own if prompt in prompts else own + len(sample.prompt_ids)
+        if not parts or tokens + added > max_tokens:
+            parts.append([])
+            prompts, tokens, added = set(), 0, own + len(sample.prompt_ids)
+        parts[-1].append(i)
+        prompts.add(prompt)
+        tokens += added
+    return parts
+
+
+def _lay_out_packed(samples: Sequence[Sample], device: torch.device) -> Inputs:
+    tokens: list[Ints] = []
+    begins: dict[bytes, int] = {}  # of the prompts
+    size, sequences = 0, []
+    for sample in samples:
+        prompt, own = sample.prompt_ids, sample.token_ids[:-1]
+        if (key := prompt.tobytes()) not in begins:
+            begins[key], size = size, size + len(prompt)
+            tokens.append(prompt)
+        sequences.append(np.r_[begins[key] : begins[key] + len(prompt), size : size + len(own)])
+        tokens.append(own)
+        size += len(own)
+    positions = np.empty(size, np.int64)
+    for sequence in sequences:
+        positions[sequence] = np.arange(len(sequence))
+    predicting = [sequence[len(sample.prompt_ids) - 1 :] for sample, sequence in zip(samples, sequences, strict=True)]
+
+    def on_device(arrays: Sequence[Ints]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(arrays)).to(device)
+
+    columns_N = on_device(predicting)
+    return Inputs(
+        arguments={
+            "input_ids": on_device(tokens)[None],
+            "position_ids": on_device([positions])[None],
+            "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),  # has none made for the row
+            ROWS: attention_rows(sequences, device),
+        },
+        columns_K=columns_N,
+        places_N=torch.arange(len(columns_N), device=device),
+        targets_N=on_device([sample.token_ids for sample in samples]),
+    )
+
+
+PACKED = Layout(_plan_packed, _lay_out_packed)
+
+
+def _plan_padded(samples: Sequence[Sample], max_tokens: int) -> list[list[int]]:
+    """Like lengths together. A micro-batch costs its padded tokens."""
+    parts: list[list[int]] = []
+    for i in sorted(range(len(samples)), key=lambda i: -len(samples[i])):
+        if parts and len(samples[parts[-1][0]]) * (len(parts[-1]) + 1) <= max_tokens:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    return parts
+
+
+def _lay_out_padded(samples: Sequence[Sample], device: torch.device) -> Inputs:
+    """Masks come from lengths, never from token ids: the pad token may be the eos token that is trained on."""
+    rows = [torch.from_numpy(np.concatenate([sample.prompt_ids, sample.token_ids])) for sample in samples]
+    tokens_BT = pad_sequence(rows, batch_first=True)
+    lengths_B1 = torch.tensor([[len(sample)] for sample in samples])
+    prompt_lengths_B1 = torch.tensor([[len(sample.prompt_ids)] for sample in samples])
+    positions_T = torch.arange(tokens_BT.shape[1])
+    columns_K = positions_T[int(prompt_lengths_B1.min()) - 1 : -1]
+    predicts_BK = (columns_K >= prompt_lengths_B1 - 1) & (columns_K < lengths_B1 - 1)
+    return Inputs(
+        arguments={
+            "input_ids": tokens_BT.to(device),
+            "attention_mask": (positions_T < lengths_B1).long().to(device),
+        },
+        columns_K=columns_K.to(device),
+        places_N=predicts_BK.flatten().nonzero()[:, 0].to(device),
+        targets_N=tokens_BT[:, columns_K + 1][predicts_BK].to(device),
+    )
+
+
+PADDED = Layout(_plan_padded, _lay_out_padded)
+
+
+def layout_for(model: PreTrainedModel, packing: str) -> tuple[Layout, str | None]:
+    """The layout, and why it is padded though it need not be. May change the model's attention function."""
+    if packing == "never":
+        return PADDED, None
+    if reason := why_not_full_attention(model, ("sdpa", PACKED_ATTENTION)):
+        return PADDED, reason
+    usual = model.config._attn_implementation
+    model.set_attn_implementation(PACKED_ATTENTION)
+    if (reason := _differs(model)) is None:
+        return PACKED, None
+    model.set_attn_implementation(usual)
+    return PADDED, reason
+
+
+def plain_head(model: PreTrainedModel) -> nn.Linear | None:
+    """The model's head, if its logits are that head's output, and its last hidden states that head's input."""
+    head, seen = model.get_output_embeddings(), list[Tensor]()
+    if not isinstance(head, nn.Linear):
+        return None
+    planted_V = torch.linspace(-100, 100, head.out_features)  # what caps or scales logits would change these
+
+    def plant(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        seen.append(args[0])
+        return planted_V.to(output).expand_as(output)
+
+    tokens_1T = torch.arange(4, device=model.device)[None] % head.out_features
+    hook = head.register_forward_hook(plant)
+    try:
+        with torch.no_grad():
+            logits_1TV = model(input_ids=tokens_1T, use_cache=False).logits
+            hidden_1TD = model.base_model(input_ids=tokens_1T, use_cache=False)[0]
+    finally:
+        hook.remove()
+    same_logits = torch.equal(logits_1TV[0, 0], planted_V.to(logits_1TV))
+    same_hidden = seen[0].shape == hidden_1TD.shape and torch.allclose(seen[0], hidden_1TD)
+    return head if same_logits and same_hidden else None
+
+
+def _differs(model: PreTrainedModel) -> str | None:
+    """Whether logits of two prompts with two completions each are others when they share a row."""
+    rng, words = np.random.default_rng(0), model.config.get_text_config().vocab_size
+    prompts = [rng.integers(words, size=length) for length in (5, 3)]
+    samples = [
+        Sample(prompt_ids=prompt, token_ids=tokens, behavior_logprobs=np.zeros(4, np.float32), versions=tokens)
+        for prompt in prompts
+        for tokens in rng.integers(words, size=(2, 4))
+    ]
+    try:
+        packed_NV, padded_NV = (_logits(model, layout, samples) for layout in (PACKED, PADDED))
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"a packed row fails: {type(error).__name__}: {error}".partition("\n")[0]
+    reason = why_other_logits(packed_NV, padded_NV)
+    return reason and f"logits of packed rows are {reason}"
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, layout: Layout, samples: list[Sample]) -> Tensor:
+    inputs = layout.lay_out(samples, model.device)
+    logits = model(**inputs.arguments, use_cache=False, logits_to_keep=inputs.columns_K).logits
+    return logits.flatten(0, 1)[inputs.places_N]

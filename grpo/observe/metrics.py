@@ -1,0 +1,209 @@
+"""How long the stages of a step take."""
+
+# MERGED: What the generators did since the last step, and what the groups were like that they finished.
+# MERGED: Where the time from the command to the first trained step goes.
+# MERGED: What is remembered of a whole run: for its summary, and for the run that goes on with it.
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, NamedTuple
+
+from grpo.services.failures import Death
+from grpo.telemetry.recording import span
+from grpo.types import EvaluationReport, GenerationReport, GeneratorStats, Rollout, evaluation_report
+
+
+class Stopwatch:
+    """Named durations in seconds, spans of the timeline too: `with stopwatch("time/train_step_s"): ...`."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.seconds: dict[str, float] = {}
+        self._clock = clock
+
+    @contextmanager
+    def __call__(self, name: str, **args: Any) -> Iterator[None]:
+        started = self._clock()
+        try:
+            with span(name.removeprefix("time/").removesuffix("_s"), "stage", **args):
+                yield
+        finally:
+            self.seconds[name] = self._clock() - started
+
+
+class GeneratorRates:
+    """Made of counters that only grow. Evaluations by these generators are part of it."""
+
+    def __init__(self, generators: Sequence[GeneratorStats], now_s: float) -> None:
+        self._before = {stats.process: stats for stats in generators}
+        self._before_s = now_s
+
+    def take(self, generators: Sequence[GeneratorStats], now_s: float) -> dict[str, float]:
+        """Since the last call."""
+        elapsed_s, self._before_s = now_s - self._before_s, now_s
+        busy_s = tokens = 0.0
+        for stats in generators:
+            before = self._before.get(stats.process, GeneratorStats(0.0, 0))  # a replacement counts from zero
+            busy_s += stats.busy_s - before.busy_s
+            tokens += stats.tokens - before.tokens
+        self._before = {stats.process: stats for stats in generators}
+        return {
+            "generator/busy_fraction": min(1.0, busy_s / elapsed_s / len(generators)),
+            "generator/replicas": len(generators),
+            "generator/tokens_per_s": tokens / elapsed_s,
+        }
+
+
+class FinishedGroups:
+    """All that finished, those dropped included; `reward/mean` is of those that were trained on."""
+
+    def __init__(self) -> None:
+        self._groups: list[_Numbers] = []
+        self._filtered = 0
+
+    def add(self, rollout: Rollout, *, filtered: bool) -> None:
+        """`filtered`: it is dropped for having nothing to learn from."""
+        self._groups.append(_Numbers(rollout.report, rollout.scores.rewards, rollout.shaped_rewards))
+        self._filtered += filtered
+
+    def take(self) -> dict[str, float]:
+        """Since the last call."""
+        groups, self._groups = self._groups, []
+        filtered, self._filtered = self._filtered, 0
+        metrics: dict[str, float] = {"rollout/zero_advantage_dropped": filtered}
+        if groups:
+            completions = sum(group.report.completion_count for group in groups)
+            tokens = sum(group.report.token_count for group in groups)
+            truncated = sum(group.report.truncated_count for group in groups)
+            metrics["rollout/reward_mean"] = fmean(reward for group in groups for reward in group.rewards)
+            metrics["rollout/shaped_reward_mean"] = fmean(r for group in groups for r in group.shaped_rewards)
+            metrics["generator/completion_tokens_mean"] = tokens / completions
+            metrics["generator/truncated_fraction"] = truncated / completions
+        return metrics
+
+
+class _Numbers(NamedTuple):
+    """Of a group: its tokens must not be held on to."""
+
+    report: GenerationReport
+    rewards: tuple[float, ...]
+    shaped_rewards: tuple[float, ...]
+
+
+_IMPORTED_S = time.perf_counter()
+
+
+class Startup:
+    """Stages that end one after another, from the begin of the process on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._before_s = 0.0
+
+    def ended(self, stage: str) -> None:
+        """Once for each stage: one that has ended before is passed over."""
+        if stage not in self.seconds:
+            now_s = process_age_s()
+            self.seconds[stage] = now_s - self._before_s
+            self._before_s = now_s
+
+
+def process_age_s() -> float:
+    """Seconds since this process began; on systems without /proc, since this module was imported."""
+    try:
+        fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        began_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5), counted from the boot
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - began_s
+    except (OSError, AttributeError):
+        return time.perf_counter() - _IMPORTED_S
+
+
+_OF_A_STEP = (
+    "reward/mean", "policy_age/max", "time/step_s", "time/trainer_wait_s", "time/weight_sync_s",
+    "generator/busy_fraction",
+)  # fmt: skip
+
+
+class History:
+    """Grows with the run. Of a step it keeps what `totals` needs: a run may have a million, whose lines are on disk."""
+
+    def __init__(self) -> None:
+        self.evaluations: list[EvaluationReport] = []
+        self.evaluations_skipped = 0
+        self.evaluating: int | None = None  # the step of an evaluation that runs beside the training
+        self.checkpoints = {"written": 0, "failed": 0, "skipped": 0}
+        self._steps: list[dict[str, float]] = []
+        self._resumed_at: list[int] = []
+
+    def add_step(self, line: Mapping[str, float]) -> None:
+        """`line` is that of metrics.jsonl."""
+        self._steps.append({name: line[name] for name in _OF_A_STEP})
+
+    def add_evaluation(self, report: EvaluationReport) -> None:
+        self.evaluations.append(report)
+        self.evaluating = None
+
+    def totals(self) -> dict[str, Any]:
+        """Rewards at the start and the end are means over a tenth of the steps."""
+        steps = self._steps
+        tenth = max(1, len(steps) // 10)
+        total_s = sum(step["time/step_s"] for step in steps)
+        return {
+            "reward_first": _mean(steps[:tenth], "reward/mean"),
+            "reward_last": _mean(steps[-tenth:], "reward/mean"),
+            "eval_first": self.evaluations[0].reward_mean if self.evaluations else None,
+            "eval_last": self.evaluations[-1].reward_mean if len(self.evaluations) > 1 else None,
+            "evaluations": [report.as_record() for report in self.evaluations],
+            "evaluations_skipped": self.evaluations_skipped,
+            "max_policy_age_seen": max((step["policy_age/max"] for step in steps), default=None),
+            "trainer_wait_fraction": sum(s["time/trainer_wait_s"] for s in steps) / total_s if steps else None,
+            "generator_busy_fraction": _mean(steps, "generator/busy_fraction"),
+            "weight_sync_s_mean": _mean(steps, "time/weight_sync_s"),
+            "checkpoints": self.checkpoints,
+            "resumed_at": self._resumed_at,
+        }
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a run that is resumed after `step` needs, as JSON can hold it; the steps stand in metrics.jsonl.
+
+        An evaluation of an earlier step that still runs is skipped there: its weights are gone.
+        """
+        lost = self.evaluating not in (None, step)
+        return {
+            "evaluations": [dataclasses.asdict(report) for report in self.evaluations],
+            "evaluations_skipped": self.evaluations_skipped + lost,
+            "resumed_at": self._resumed_at,
+        }
+
+    def restore(self, step: int, state: Mapping[str, Any], lines: Iterable[Mapping[str, float]]) -> None:
+        """Go on after `step` from a `state`; `lines` are those of metrics.jsonl."""
+        self._steps = []
+        for line in lines:
+            if line["step"] <= step:
+                self.add_step(line)
+        self.evaluations = [evaluation_report(record) for record in state["evaluations"]]
+        self.evaluations_skipped = state["evaluations_skipped"]
+        self._resumed_at = [*state["resumed_at"], step]
+
+
+def recovery_of(deaths: Sequence[Death], run_s: Callable[[float], float]) -> dict[str, Any]:
+    """The deaths of actors, and the seconds until their replacements served and until the next trained step.
+
+    `run_s` makes a time on the run's clock of one of time.perf_counter.
+    """
+    records = [dataclasses.asdict(death) for death in deaths]
+    summary: dict[str, Any] = {"deaths": [{"at_s": run_s(record.pop("at")), **record} for record in records]}
+    for name in ("back_s", "next_step_s"):
+        values = [getattr(death, name) for death in deaths if getattr(death, name) is not None]
+        summary |= {f"{name}_median": median(values), f"{name}_max": max(values)} if values else {}
+    return summary
+
+
+def _mean(steps: Sequence[Mapping[str, float]], name: str) -> float | None:
+    return fmean(step[name] for step in steps) if steps else None

@@ -1,0 +1,257 @@
+"""What a person sees while the run goes on: a live view in a terminal, plain lines elsewhere."""
+
+# MERGED: The live view of a run in a terminal.
+# MERGED: What a person sees of an evaluation without a training: how far it is, and what came out.
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import NoReturn, Protocol, Self
+
+from rich.console import Console
+from rich.control import Control
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import ControlType
+from rich.table import Table
+
+from grpo.observe.terminal.job_control import Terminal, attended, terminal_behind
+from grpo.observe.terminal.view import (
+    Glance,
+    Sample,
+    View,
+    Warned,
+    as_facts,
+    held_out,
+    sparkline,
+    tokens_per_s,
+)
+from grpo.types import EvaluationReport
+
+
+class Display(Protocol):
+    """Shows steps and warnings. A context manager, so that a live view leaves the terminal as it was."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def step(self, metrics: Mapping[str, float]) -> None: ...
+
+    def evaluated(self, report: EvaluationReport) -> None: ...
+
+    def sampled(self, sample: Sample) -> None:
+        """A group has been finished of which there are texts."""
+        ...
+
+    def warn(self, message: str) -> None: ...
+
+    async def watch(self, look: Callable[[], Glance]) -> None:
+        """Call `look` for what the run does at the moment, as often as it is shown, until cancelled."""
+        ...
+
+
+def make_display(console: Console, max_steps: int, log_every: int) -> Display:
+    if console.is_terminal and not console.is_dumb_terminal:
+        return LiveDisplay(console, max_steps, terminal_behind(console.file, sys.stdin))
+    return PlainDisplay(console, max_steps, log_every)
+
+
+class Silent:
+    """Shows nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Nothing to tidy up."""
+
+    def step(self, metrics: Mapping[str, float]) -> None: ...
+
+    def evaluated(self, report: EvaluationReport) -> None: ...
+
+    def sampled(self, sample: Sample) -> None: ...
+
+    def warn(self, message: str) -> None: ...
+
+    async def watch(self, look: Callable[[], Glance]) -> None: ...
+
+
+class PlainDisplay:
+    """One line every `log_every` steps, for pipes and log files."""
+
+    def __init__(self, console: Console, max_steps: int, log_every: int) -> None:
+        self._console, self._max_steps, self._log_every = console, max_steps, log_every
+        self._started = time.perf_counter()
+        self._steps = 0  # of this process: a resumed run begins in the middle
+
+    def __enter__(self) -> Self:
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Nothing to tidy up."""
+
+    def step(self, metrics: Mapping[str, float]) -> None:
+        step = int(metrics["step"])
+        self._steps += 1
+        if step % self._log_every and step != self._max_steps:
+            return
+        left_s = (time.perf_counter() - self._started) / self._steps * (self._max_steps - step)
+        shown = as_facts(metrics) | {"generator": tokens_per_s(metrics)}
+        facts = "  ".join(f"{name} {value}" for name, value in shown.items())
+        self._print(f"step {step:>{len(str(self._max_steps))}}/{self._max_steps}  {facts}  left {left_s:.0f} s")
+
+    def evaluated(self, report: EvaluationReport) -> None:
+        self._print(f"held-out reward {held_out(report)}")
+
+    def sampled(self, sample: Sample) -> None:
+        """They stand in rollouts.jsonl."""
+
+    def warn(self, message: str) -> None:
+        self._print(f"warning: {message}")
+
+    async def watch(self, look: Callable[[], Glance]) -> None:
+        """A pipe gets steps only."""
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+_LOOK_EVERY_S = 1.0
+
+
+class LiveDisplay:
+    """Progress, the curve of the reward, every service and who waits, drawn four times a second by a thread.
+
+    The event loop only sets what is to be drawn: a terminal that takes nothing, after Ctrl-S say, holds up no step.
+    """
+
+    def __init__(self, console: Console, max_steps: int, terminal: Terminal | None = None) -> None:
+        """With a `terminal`, it is shown only while the process is in front there, and reads keys."""
+        self._console, self._terminal = console, terminal
+        self._view = View(max_steps)
+        self._view.help = terminal is not None and terminal.keyboard is not None
+        self._rewards: list[float] = []
+        self._step = 0
+        self._live: Live | None = None
+        self._attention = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._view.start()
+        self._attention.enter_context(self._shown() if self._terminal is None else attended(self, self._terminal))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._view.help = False  # what stays on the screen takes no keys
+        self._attention.close()
+
+    def show(self) -> None:
+        # What was typed before was echoed: the first line would begin behind it, and be too long.
+        self._console.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)))
+        # A new one every time: it would take the lines that others have written meanwhile for its own.
+        # Rich would take over sys.stdout and sys.stderr too, and bring the chatter back onto the screen.
+        self._live = Live(
+            self._view, console=self._console, refresh_per_second=4, redirect_stdout=False, redirect_stderr=False
+        )
+        self._live.start()
+
+    def hide(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def press(self, key: str) -> None:
+        if key == "s":
+            self._view.shows_sample = not self._view.shows_sample
+
+    def step(self, metrics: Mapping[str, float]) -> None:
+        self._step = int(metrics["step"])
+        self._rewards.append(metrics["reward/mean"])
+        self._view.trained(dict(metrics), sparkline(self._rewards))
+
+    def evaluated(self, report: EvaluationReport) -> None:
+        self._view.held_out = held_out(report)
+
+    def sampled(self, sample: Sample) -> None:
+        self._view.sample = sample
+
+    def warn(self, message: str) -> None:
+        self._view.warned = Warned(message, self._step, time.perf_counter())
+        self._console.print(f"warning: {message}", markup=False, highlight=False, style="yellow")
+
+    async def watch(self, look: Callable[[], Glance]) -> NoReturn:
+        while True:
+            self._view.glance = look()
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    @contextmanager
+    def _shown(self) -> Iterator[None]:
+        self.show()
+        try:
+            yield
+        finally:
+            self.hide()
+
+
+_LINES = 10  # where stdout is no terminal
+
+
+class AnswerProgress:
+    """Prompts answered so far: a bar in a terminal, a line for every tenth of them elsewhere."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._console, self._total, self._done = console, total, 0
+        self._bar = Progress(
+            TextColumn("[bold]prompts"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            expand=True,
+            disable=not console.is_terminal,
+            redirect_stdout=False,  # stdout leads into the log, and stays there
+            redirect_stderr=False,
+        )
+        self._task = self._bar.add_task("answers", total=total)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def advance(self) -> None:
+        self._done += 1
+        self._bar.advance(self._task)
+        tenths = self._done * _LINES // self._total
+        if not self._console.is_terminal and tenths > (self._done - 1) * _LINES // self._total:
+            self._console.print(f"prompts {self._done}/{self._total}", highlight=False)
+
+
+def evaluation_table(report: EvaluationReport) -> Table:
+    """The numbers of an evaluation, one a row."""
+    table = Table("held-out", "", show_header=False)
+    table.add_row("reward", f"{report.reward_mean:.3f} ± {report.reward_stderr:.3f} (standard error)")
+    for k, value in report.pass_at.items():
+        table.add_row(f"pass@{k}", f"{value:.3f}")
+    record = report.as_record()
+    table.add_row("prompts", f"{report.prompts}")
+    if report.prompts_left_out:
+        table.add_row("left out", f"{report.prompts_left_out} (their reward failed; see run.log)")
+    table.add_row("completions", f"{report.completion_count}")
+    table.add_row("completion tokens", f"{record['completion_tokens_mean']:.1f} on average")
+    table.add_row("truncated", f"{record['truncated_fraction']:.1%}")
+    table.add_row("seconds", f"{report.seconds:.1f}")
+    table.add_row("tokens/s", f"{record['tokens_per_s']:,.0f}")
+    return table

@@ -1,0 +1,1 @@
+"""Handles with the four verbs, supervised replicas, batched calls and failure budgets. No Ray."""

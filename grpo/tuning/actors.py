@@ -1,0 +1,288 @@
+"""A generator of a simulation."""
+
+# MERGED: Actors that take as long as a profile says and do nothing: the real loop runs on them in virtual time.
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from grpo.actors.marks import brings_up_to_date, returns_payload
+from grpo.actors.replay_buffer import ReplayBuffer
+from grpo.tuning.machine import Line, ShapedCompletions, World
+from grpo.types import (
+    Batch,
+    BatchReport,
+    GenerationReport,
+    GeneratorStats,
+    Group,
+    Problem,
+    Prompt,
+    PromptBatch,
+    SamplingParams,
+    Scores,
+    Ticket,
+)
+from grpo.utils.aio import Signal
+from grpo.weights.payload import Weights
+
+
+@dataclass(eq=False)
+class _Request:
+    serial: int
+    to_join: list[int]  # tokens of the completions that wait for a place
+    left: list[int] = field(default_factory=list)  # tokens that the running ones have left
+    done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    oldest_version: int = -1
+
+    @property
+    def begun(self) -> bool:
+        return self.oldest_version >= 0
+
+
+class SimulatedGenerator:
+    """Continuous batching as the embedded engine does it, many tokens at a time while nobody comes or leaves."""
+
+    def __init__(self, world: World) -> None:
+        self._world, self._worker, self._version = world, world.generator(), 0
+        self._settings = world.config.generator
+        self._waiting: deque[_Request] = deque()
+        self._running: list[_Request] = []
+        self._updates: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._arrived = Signal()
+        self.busy_s, self.tokens = 0.0, 0
+
+    async def setup(self) -> None:
+        self._task = asyncio.create_task(self._run())
+
+    @returns_payload
+    async def generate(self, prompt: Prompt, params: SamplingParams) -> tuple[ShapedCompletions, GenerationReport]:
+        await self._world.calls.begin()
+        shape = self._world.shape(prompt.serial)
+        request = _Request(prompt.serial, list(shape.lengths))
+        self._waiting.append(request)
+        self._wake()
+        await request.done
+        await self._world.calls.end()
+        report = GenerationReport(
+            request.oldest_version, self._version, shape.lengths, tuple(False for _ in shape.lengths)
+        )
+        return ShapedCompletions(shape), report
+
+    @brings_up_to_date
+    async def update_weights(self, weights: Weights) -> GeneratorStats:
+        await self._world.calls.begin()
+        loaded = asyncio.get_running_loop().create_future()
+        self._updates.append((weights.version, loaded))
+        self._wake()
+        await loaded
+        await asyncio.sleep(self._world.profile.step_call)
+        await self._world.calls.end()
+        return GeneratorStats(self.busy_s, self.tokens, str(id(self)))
+
+    async def close(self) -> None:
+        self._task.cancel()
+
+    def _wake(self) -> None:
+        self._arrived.notify()
+        self._worker.changed.notify()
+
+    async def _run(self) -> None:
+        while True:
+            await self._arrived.wait_for(lambda: self._waiting or self._running or self._updates)
+            while self._waiting or self._running or self._updates:
+                await self._load()
+                joining = self._admit()
+                await self._decode(once=bool(joining))
+                await self._prefill(joining)
+
+    async def _load(self) -> None:
+        if self._can_load():
+            version, loaded = self._updates.popleft()
+            await self._work(self._world.profile.load)
+            self._version = version
+            loaded.set_result(None)
+
+    def _admit(self) -> list[tuple[_Request, list[int]]]:
+        """Completions that join, by group."""
+        joining: list[tuple[_Request, list[int]]] = []
+        while self._can_admit(joined := sum(len(lengths) for _, lengths in joining)):
+            request = self._waiting[0]
+            free = self._settings.max_sequences - self._rows - joined
+            joining.append((request, request.to_join[:free]))
+            request.to_join = request.to_join[free:]
+            if not request.to_join:
+                self._waiting.popleft()
+        return joining
+
+    def _can_load(self) -> bool:
+        under_way = self._running or (self._waiting and self._waiting[0].begun)
+        return bool(self._updates) and not (self._settings.weight_update == "drain" and under_way)
+
+    def _can_admit(self, joining: int = 0) -> bool:
+        free = self._rows + joining < self._settings.max_sequences
+        return free and bool(self._waiting) and (not self._updates or self._waiting[0].begun)
+
+    async def _decode(self, *, once: bool) -> None:
+        """A token for every running completion, or as many as all of them have left if nobody comes before."""
+        if not self._running:
+            return
+        least = min(min(request.left) for request in self._running)
+        cost_s = self._world.profile.decode(self._rows)
+        tokens = 1 if once else least
+        if tokens > 1:  # the last of them, with which somebody leaves, is done below
+            done_s = await self._work((tokens - 1) * cost_s, lambda: self._can_load() or self._can_admit())
+            tokens = int(np.ceil(done_s / cost_s - 1e-6))
+            await self._work(tokens * cost_s - done_s)
+            self._count(tokens)
+            if tokens < least - 1:
+                return  # somebody came
+        finished = sum(left == 1 for request in self._running for left in request.left)
+        await self._work(self._world.profile.decode(self._rows, finished))
+        self._count(1)
+
+    async def _prefill(self, joining: list[tuple[_Request, list[int]]]) -> None:
+        if joining:
+            rows = sum(len(lengths) for _, lengths in joining)
+            await self._work(self._world.profile.prefill(rows))
+            self.tokens += rows
+            for request, lengths in joining:
+                if not request.begun:
+                    request.oldest_version = self._version
+                if request not in self._running:
+                    self._running.append(request)
+                request.left += [length - 1 for length in lengths]
+            self._let_leave()
+
+    def _count(self, tokens: int) -> None:
+        """Every running completion is so many tokens longer."""
+        self.tokens += tokens * self._rows
+        for request in self._running:
+            request.left = [left - tokens for left in request.left]
+        self._let_leave()
+
+    def _let_leave(self) -> None:
+        """The completions that have all of their tokens; their groups, when these were the last."""
+        for request in self._running:
+            request.left = [left for left in request.left if left > 0]
+            if not request.left and not request.to_join:
+                request.done.set_result(None)
+        self._running = [request for request in self._running if request.left]
+
+    @property
+    def _rows(self) -> int:
+        return sum(len(request.left) for request in self._running)
+
+    async def _work(self, seconds: float, *interrupted: Any) -> float:
+        done_s = await self._worker.work(seconds, *interrupted)
+        self.busy_s += done_s
+        return done_s
+
+
+_NO_TOKENS = np.zeros(1, dtype=np.int64)
+_NO_WEIGHTS = np.zeros(1, dtype=np.uint8)
+
+
+def simulated_actors(world: World) -> dict[str, Any]:
+    """By name, as `launch_local` takes them: every replica of the generator is one of its own."""
+    return {
+        "generator": lambda: SimulatedGenerator(world),
+        "dataloader": _Dataloader(world),
+        "reward": _Reward(world),
+        "reference": _Reference(world),
+        "replay_buffer": _ReplayBuffer(world),
+        "trainer": _Trainer(world),
+    }
+
+
+class _Dataloader:
+    def __init__(self, world: World) -> None:
+        self._calls = world.calls
+
+    async def sample(self, first: int, count: int, without: frozenset[int] = frozenset()) -> PromptBatch:
+        await self._calls.begin()
+        prompts = [Prompt(serial, Problem("", ""), _NO_TOKENS) for serial in range(first, first + count)]
+        await self._calls.end()
+        return PromptBatch(tuple(prompts), first + count)
+
+
+class _Reward:
+    def __init__(self, world: World) -> None:
+        self._world, config = world, world.config.reward
+        self._line = Line(config.workers * config.replicas)
+
+    async def score(self, prompt: Prompt, completions: ShapedCompletions, detail: str) -> Scores:
+        await self._world.calls.begin()
+        seconds = self._world.profile.score
+        await self._line.served(seconds[prompt.serial % len(seconds)])
+        await self._world.calls.end()
+        rewards = (float(completions.shape.signal), *(0.0 for _ in completions.shape.lengths[1:]))
+        return Scores(rewards, {"task": rewards}, ())
+
+
+class _Reference:
+    def __init__(self, world: World) -> None:
+        self._world, self._line = world, Line(world.config.reference.replicas)
+
+    @returns_payload
+    async def logprobs(self, prompt: Prompt, completions: ShapedCompletions) -> tuple[None, int]:
+        await self._world.calls.begin()
+        seconds = self._world.profile.reference
+        await self._line.served(seconds[prompt.serial % len(seconds)])
+        await self._world.calls.end()
+        return None, 0
+
+
+class _ReplayBuffer(ReplayBuffer):
+    """The real one; calls take their time."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world.config.buffer.window)
+        self._calls, self._step_call_s = world.calls, world.profile.step_call
+
+    async def add(self, ticket: Ticket, group: Group) -> None:
+        await self._calls.begin()
+        await super().add(ticket, group)
+        await self._calls.end()
+
+    @returns_payload
+    async def sample(self, count: int) -> tuple[Batch, BatchReport]:
+        await self._calls.begin()
+        batch, report = await super().sample(count)
+        await asyncio.sleep(self._step_call_s)
+        await self._calls.end()
+        return batch, report
+
+
+class _Trainer:
+    def __init__(self, world: World) -> None:
+        self._world, self._version = world, 0
+        self._one_at_a_time = asyncio.Lock()
+
+    async def train_step(self, batch: Batch) -> dict[str, float]:
+        tokens = sum(group.completions.shape.tokens_trained for group in batch.groups)  # type: ignore[attr-defined]
+        await self._work(self._world.profile.train(tokens))
+        ages = [self._version - group.oldest_version for group in batch.groups]
+        self._version += 1
+        return {"policy_age/mean": float(np.mean(ages)), "policy_age/max": float(max(ages))}
+
+    @returns_payload
+    async def push_weights(self) -> tuple[Weights, int]:
+        await self._work(self._world.profile.publish)
+        return Weights(self._version, (), _NO_WEIGHTS), self._version
+
+    @returns_payload
+    async def snapshot(self) -> tuple[int, int]:
+        await self._work(self._world.profile.snapshot)
+        return self._version, self._version
+
+    async def _work(self, seconds: float) -> None:
+        await self._world.calls.begin()
+        async with self._one_at_a_time:
+            await self._world.trainer.work(seconds)
+        await asyncio.sleep(self._world.profile.step_call)
+        await self._world.calls.end()

@@ -1,0 +1,1 @@
+"""Helpers for asyncio, torch and processes, without a word of reinforcement learning."""

@@ -1,0 +1,1 @@
+"""Weights as one flat buffer, and how they travel."""

@@ -1,0 +1,195 @@
+import importlib.util
+import inspect
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from grpo.algorithms.losses import LOSSES, grpo
+from grpo.config.composition import CONFIGS, to_yaml
+from grpo.config.schema import LOSS_PARAMETERS, CorrectionConfig, LossConfig, RunConfig
+from grpo.config.warnings import warnings
+from grpo.errors import ConfigError
+from grpo.learner.batch import MicroBatch
+from grpo.learner.objective import Objective
+from grpo.observe.sinks.fanout import SINKS, check_sinks
+from tests.composed import checked, composed
+
+
+def in_file(group, choice) -> dict:
+    return OmegaConf.to_container(OmegaConf.load(CONFIGS / group / f"{choice}.yaml"))
+
+
+def test_the_default_is_the_design():
+    config = composed()
+    assert (config.rollout.concurrency, config.rollout.group_size, config.buffer.max_policy_age) == (32, 8, 1)
+    assert config.ticket_capacity == 32
+    assert warnings(config) == []
+
+
+def test_the_learning_rate_goes_with_the_model():
+    assert composed().trainer.lr == 3e-4
+    assert composed("model=hf", "model.path=x").trainer.lr == 1e-6
+    assert composed("model=hf", "model.path=x", "trainer.lr=1e-5").trainer.lr == 1e-5
+
+
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml")))
+def test_every_experiment_composes(experiment):
+    needs_a_model = "override /model: hf" in (CONFIGS / f"experiment/{experiment}.yaml").read_text()
+    assert warnings(composed(f"+experiment={experiment}", *(["model.path=x"] if needs_a_model else []))) == []
+
+
+GROUPS = ("model", "lora", "task", "dataloader", "loss", "correction", "shaping", "filter")
+GOES_WITH = {  # what a choice can't do without
+    ("model", "hf"): ["model.path=x"],
+}
+
+
+@pytest.mark.parametrize(
+    ("group", "choice"),
+    sorted((path.parent.name, path.stem) for group in GROUPS for path in (CONFIGS / group).glob("*")),
+)
+def test_every_choice_of_a_group_composes(group, choice):
+    config = checked(f"{group}={choice}", *GOES_WITH.get((group, choice), []))
+    if group in ("model", "task"):  # they reach beyond their own
+        return
+    values = in_file(group, choice)
+    if "horizon" in values:
+        values["horizon"] = config.rollout.max_completion_tokens  # to which it refers
+    assert {name: getattr(getattr(config, group), name) for name in values} == values
+
+
+@pytest.mark.parametrize("correction", ["none", "tis", "mis", "icepop", "decoupled"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_goes_with_every_correction(loss, correction):
+    config = composed(f"loss={loss}", f"correction={correction}")
+    assert Objective(config.loss, config.correction).needs_proximal == (correction != "none")
+
+
+BEYOND_THE_FUNCTION = {"dapo": {"dual_clip": 3.0}}  # which null switches off
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sinks"),
+    [
+        ([], {}),
+        (["sinks=tensorboard"], {"tensorboard": {}}),
+        (["sinks=[tensorboard,wandb]", "observe.sinks.wandb.mode=offline"], {"tensorboard": {}, "wandb": {}}),
+        (["+observe.sinks.wandb.mode=offline"], {"wandb": {"mode": "offline"}}),
+        (["+observe.sinks={tensorboard:{},wandb:{project:x}}"], {"tensorboard": {}, "wandb": {"project": "x"}}),
+        (["+observe.sinks.tensorboard={}"], {"tensorboard": {}}),
+        (["+observe.sinks={my_sinks.Mine: {color: red}}"], {"my_sinks.Mine": {"color": "red"}}),
+    ],
+)
+def test_sinks_are_named_in_a_group_or_by_their_options(overrides, sinks):
+    found = composed(*overrides).observe.sinks
+    assert found.keys() == sinks.keys()
+    assert all(found[name].items() >= options.items() for name, options in sinks.items())
+
+
+@pytest.mark.parametrize("name", SINKS)
+def test_the_choice_of_a_sink_says_what_the_class_does_by_itself(name, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)  # the class is there without its package
+    options = composed(f"sinks={name}").observe.sinks[name]
+    parameters = inspect.signature(SINKS[name].sink).parameters.values()
+    assert options == {p.name: p.default if p.default != () else [] for p in parameters if p.kind is p.KEYWORD_ONLY}
+    check_sinks({name: options})
+
+
+def test_every_loss_has_a_choice_of_its_name():
+    assert {path.stem for path in (CONFIGS / "loss").glob("*")} == set(LOSSES)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_choice_of_a_loss_says_what_the_function_does_by_itself(name):
+    values = in_file("loss", name)
+    defaults = {
+        parameter.name: parameter.default
+        for parameter in inspect.signature(LOSSES[name]).parameters.values()
+        if parameter.name in (*LOSS_PARAMETERS, "aggregation") and parameter.default is not None
+    }
+    assert values["name"] == name
+    given = {key: values[key] for key in values if key in (*LOSS_PARAMETERS, "aggregation")}
+    assert defaults | given == defaults | (BEYOND_THE_FUNCTION.get(name, {}))
+    assert given.keys() >= defaults.keys() - {"aggregation"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sinks=papers", r"Could not find 'sinks/papers' Available options in 'sinks': .*tensorboard"),
+        ("observe.sinks.wandb.mode=offline", r"observe\.sinks\.wandb: is not there yet; add it with a plus sign"),
+        ("trainer.stepz=3", r"trainer\.stepz: no such key; did you mean trainer\.\w+\?"),
+        ("+trainer.stepz=3", r"trainer\.stepz: no such key"),
+        ("++extra=3", r"extra: no such key"),
+        ("rolout.concurrency=3", r"rolout: no such key; did you mean rollout\?"),
+        ("trainer.max_steps=many", r"trainer\.max_steps: Value 'many' .* Integer"),
+        ("task=chess", r"Could not find 'task/chess' Available options in 'task': .*sorting"),
+        ("+experiment=chess", r"Could not find 'experiment/chess' Available options"),
+        ("loss.name=magic", r"loss\.name: 'magic' is not one of grpo, .*, nor of the form module:function"),
+        ("loss=magic", r"Could not find 'loss/magic' Available options in 'loss': .*grpo"),
+        ("loss.tau_positive=1", r"loss\.tau_positive: the loss grpo takes .* but clip_low, .*; leave it at null"),
+        ("loss=sapo loss.clip_low=0.2", r"loss\.clip_low: the loss sapo takes .* tau_positive, tau_negative; leave it"),
+        ("+loss.args.speed=3", r"loss\.args\.speed: the loss grpo takes no such parameter, but clip_low, .*; leave it"),
+        ("+loss.args.aggregation=token_mean", r"loss\.args\.aggregation: the loss grpo takes no such parameter"),
+        ("+loss.args.beta=1", r"loss\.args\.beta: the loss grpo takes no such parameter"),
+        ("lora=r7", r"Could not find 'lora/r7' Available options in 'lora': .*r16"),
+        (
+            "task.args.letters=4",
+            r"task\.args\.letters: is not there yet; add it with a plus sign, \+task\.args=\{letters: \.\.\.\}",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_key(override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        checked(*override.split())
+    assert "\n" not in str(caught.value)
+
+
+def micro_batch() -> tuple[torch.Tensor, MicroBatch]:
+    """Log-probabilities of a policy, and what they belong to: three answers of up to five tokens."""
+    generator = torch.Generator().manual_seed(0)
+    policy_BK, behavior_BK = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64) / 4 - 1
+    advantages_BK = torch.tensor([[1.0], [-1.0], [0.5]], dtype=torch.float64).expand(3, 5)
+    mask_BK = torch.arange(5) < torch.tensor([[5], [3], [2]])
+    others = dict.fromkeys(("versions_BK", "reference_logprobs_BK", "proximal_logprobs_BK"))
+    micro = MicroBatch(mask_BK=mask_BK, behavior_logprobs_BK=behavior_BK, advantages_BK=advantages_BK, **others)
+    return policy_BK, micro
+
+
+@pytest.mark.parametrize(
+    ("args", "factor"), [([], 2.0), (["+loss.args.factor=3.0"], 3.0), (["+loss.args={factor: 0.5}"], 0.5)]
+)
+def test_a_loss_of_ones_own_is_named_by_module_and_function_and_gets_its_arguments(args, factor):
+    own = ["loss.name=tests.fakes:doubled_grpo", "loss.clip_low=null", "loss.clip_high=null"]
+    config = composed(*own, *args)
+    policy_BK, micro = micro_batch()
+    found = Objective(config.loss, config.correction)(policy_BK, micro, denominator=7.0)
+    expected = grpo(policy_BK, micro.behavior_logprobs_BK, factor * micro.advantages_BK, micro.mask_BK, denominator=7.0)
+    assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-12)
+    assert float(found.loss) != 0
+
+
+def test_a_loss_of_ones_own_takes_no_arguments_but_its_own():
+    own = ["loss.name=tests.fakes:doubled_grpo", "loss.clip_low=null", "loss.clip_high=null"]
+    with pytest.raises(
+        ConfigError, match=r"^loss\.args\.speed: .* takes no such parameter, but factor; leave it at null$"
+    ):
+        checked(*own, "+loss.args.speed=3")
+    with pytest.raises(
+        ConfigError, match=r"^loss\.clip_low: .* takes no such parameter, but factor; leave it at null$"
+    ):
+        checked("loss.name=tests.fakes:doubled_grpo")
+
+
+@pytest.mark.parametrize("name", ["aggregation", "beta", "kl", "horizon", "denominator", "reference_logprobs_BT"])
+def test_what_every_loss_is_given_is_no_argument_of_its_own(name):
+    """Also of a loss that spells it out."""
+    with pytest.raises(ConfigError, match=rf"^loss\.args\.{name}: .* takes no such parameter, but sharpness; leave it"):
+        Objective(LossConfig(name="tests.fakes:spelled_out", args={name: 1.0}), CorrectionConfig())
+
+
+def test_yaml_round_trip():
+    config = composed("task.args.max_letters=4", "trainer.lr=1e-5")
+    again = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(to_yaml(config))))
+    assert again == config

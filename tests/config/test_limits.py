@@ -1,0 +1,81 @@
+import pytest
+
+from grpo.config.combinations import validate
+from grpo.errors import ConfigError
+from tests.composed import assert_refused, composed
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.group_size=1", r"rollout\.group_size: is 1, must be at least 2"),
+        ("buffer.max_policy_age=-1", r"buffer\.max_policy_age: is -1, must be at least 0"),
+        ("rollout.concurrency=0", r"rollout\.concurrency: is 0, must be at least 1"),
+        ("trainer.max_steps=0", r"trainer\.max_steps: is 0, must be at least 1"),
+        ("trainer.max_steps=-5", r"trainer\.max_steps: is -5, must be at least 1"),
+        ("trainer.max_grad_norm=0", r"trainer\.max_grad_norm: is 0\.0, must be greater than 0"),
+        ("trainer.lr=nan", r"trainer\.lr: is nan"),
+        ("trainer.ranks=0", r"trainer\.ranks: is 0, must be at least 1: 1 trains in one process"),
+        ("recovery.collective_timeout_s=0", r"recovery\.collective_timeout_s: is 0\.0, must be greater than 0"),
+        ("weights.transport=pigeon", r"weights\.transport: 'pigeon' is not one of object_store, collective"),
+        ("weights.backend=mpi", r"weights\.backend: 'mpi' is not one of auto, gloo, nccl"),
+        ("weights.bucket_mb=0", r"weights\.bucket_mb: is 0\.0, must be greater than 0"),
+        ("weights.timeout_s=0", r"weights\.timeout_s: is 0\.0, must be greater than 0"),
+        ("trainer.num_cpus=-1", r"trainer\.num_cpus: is -1\.0, must be at least 0"),
+        ("trainer.betas=[0.9,1.0]", r"trainer\.betas: .* two numbers in"),
+        ("reward.functions.task=nan", r"reward\.functions: the weight of task is nan, must be finite"),
+        ("model.dtype=float16", r"model\.dtype: 'float16' is not one of float32, bfloat16"),
+        ("rollout.top_p=0", r"rollout\.top_p: is 0\.0, must be in \(0, 1\]"),
+        ("dataloader.sampling=hard", r"dataloader\.sampling: 'hard' is not one of uniform, difficulty"),
+        ("dataloader.revisit=0", r"dataloader\.revisit: is 0\.0, must be in \(0, 1\], .* 0\.1 is usual"),
+        ("dataloader.revisit=1.5", r"dataloader\.revisit: is 1\.5, must be in \(0, 1\]"),
+        ("dataloader.revisit=nan", r"dataloader\.revisit: is nan, must be in \(0, 1\]"),
+        ("trainer.packing=sometimes", r"trainer\.packing: 'sometimes' is not one of auto, never"),
+        ("generator.engine=magic", r"generator\.engine: 'magic' is not one of torch, vllm, simulated"),
+        ("reward.on_error=ignore", r"reward\.on_error: 'ignore' is not one of fail, drop"),
+        ("generator.gpu_memory_fraction=1.5", r"generator\.gpu_memory_fraction: is 1\.5, must be in"),
+        ("eval.temperature=-1", r"eval\.temperature: is -1\.0, must be at least 0"),
+        ("eval.temperature=nan", r"eval\.temperature: is nan, must be at least 0"),
+        ("eval.solved_at=nan", r"eval\.solved_at: is nan, must be finite"),
+        ("trainer.updates_per_batch=0", r"trainer\.updates_per_batch: is 0, must be at least 1"),
+        ("loss.kl=k4", r"loss\.kl: 'k4' is not one of k1, k2, k3"),
+        ("loss.aggregation=mean", r"loss\.aggregation: 'mean' is not one of null, token_mean, sequence_mean, fixed_"),
+        ("loss.horizon=0", r"loss\.horizon: is 0, must be at least 1"),
+        ("loss.beta=-1", r"loss\.beta: is -1\.0, must be at least 0"),
+        ("loss.clip_low=-1", r"loss\.clip_low: is -1\.0, must be at least 0"),
+        ("loss.dual_clip=0.5", r"loss\.dual_clip: is 0\.5, must be at least 1"),
+        ("loss=reinforce loss.max_ratio=0", r"loss\.max_ratio: is 0\.0, must be greater than 0"),
+        ("loss=sapo loss.tau_negative=0", r"loss\.tau_negative: is 0\.0, must be greater than 0"),
+        ("correction=tis correction.low=1.5", r"correction\.low: is 1\.5, must be in \[0, 1\]"),
+        ("correction=tis correction.high=0.5", r"correction\.high: is 0\.5, must be at least 1"),
+        ("correction=tis correction.low=nan", r"correction\.low: is nan, must be in \[0, 1\]"),
+        ("correction.weights=clip", r"correction\.weights: 'clip' is not one of none, truncate, mask"),
+        ("correction=tis correction.level=word", r"correction\.level: 'word' is not one of token, sequence, geometric"),
+        ("shaping.overlong=cut", r"shaping\.overlong: 'cut' is not one of keep, mask, penalize"),
+        ("shaping.clip_low=nan", r"shaping\.clip_low: is nan, must be finite"),
+        ("shaping.clip_high=inf", r"shaping\.clip_high: is inf, must be finite"),
+        ("shaping.scale=0", r"shaping\.scale: is 0\.0, must be greater than 0"),
+        ("shaping.scale=inf", r"shaping\.scale: is inf, must be finite"),
+        ("shaping.length_penalty=-1", r"shaping\.length_penalty: is -1\.0, must be at least 0"),
+        ("filter.max_batches=0", r"filter\.max_batches: is 0, must be at least 1"),
+        ("eval.samples=0", r"eval\.samples: is 0, must be at least 1"),
+        ("lora.rank=-1", r"lora\.rank: is -1, must be at least 0: 0 trains all weights"),
+        ("lora.alpha=0", r"lora\.alpha: is 0\.0, must be greater than 0"),
+        ("lora.dropout=1", r"lora\.dropout: is 1\.0, must be in \[0, 1\)"),
+        ("lora.target_modules=attention", r"lora\.target_modules: is 'attention', must be all-linear or a list of"),
+        ("lora.target_modules=[]", r"lora\.target_modules: is \[\], must be"),
+        ("lora.target_modules=[3]", r"lora\.target_modules: is \[3\], must be"),
+        ("cluster.nodes_timeout_s=-1", r"cluster\.nodes_timeout_s: is -1\.0, must be at least 0"),
+        ("cluster.address=ray://head:10001", r"cluster\.address: is 'ray://head:10001', must be auto or HOST:PORT"),
+        ("trainer.betas=[0.9]", r"trainer\.betas: is \[0\.9\], must be two numbers in"),
+    ],
+)
+def test_a_setting_beyond_its_limits_is_one_line_that_names_the_key(override, message):
+    assert_refused(override, message)
+
+
+def test_a_config_in_code_is_checked_like_a_composed_one():
+    config = composed()
+    config.trainer.groups_per_step = 0
+    with pytest.raises(ConfigError, match=r"trainer\.groups_per_step"):
+        validate(config)

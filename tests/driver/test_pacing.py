@@ -1,0 +1,129 @@
+import asyncio
+import json
+
+import pytest
+
+from grpo.config.schema import age_bound, ticket_capacity
+from grpo.driver.pacing import Pacer
+from grpo.types import Ticket
+
+
+async def test_admits_up_to_capacity_and_then_waits_for_a_release():
+    pacer = Pacer(capacity=2)
+    first, _ = await pacer.admit(), await pacer.admit()
+    third = asyncio.ensure_future(pacer.admit())
+    await asyncio.sleep(0)
+    assert not third.done()
+    pacer.release([first])
+    assert (await third).serial == 2
+    assert pacer.outstanding == 2
+
+
+async def test_waiters_are_served_in_order_with_rising_serials():
+    pacer = Pacer(capacity=1)
+    ticket = await pacer.admit()
+    order = []
+
+    async def wait(name):
+        order.append((name, await pacer.admit()))
+
+    async with asyncio.TaskGroup() as tasks:
+        for name in "abc":
+            tasks.create_task(wait(name))
+        for _ in range(3):
+            pacer.release([ticket])
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            ticket = order[-1][1]
+    assert [(name, ticket.serial) for name, ticket in order] == [("a", 1), ("b", 2), ("c", 3)]
+
+
+async def test_a_cancelled_waiter_takes_no_ticket():
+    pacer = Pacer(capacity=1)
+    ticket = await pacer.admit()
+    waiter = asyncio.ensure_future(pacer.admit())
+    await asyncio.sleep(0)
+    waiter.cancel()
+    await asyncio.gather(waiter, return_exceptions=True)
+    pacer.release([ticket])
+    assert (await pacer.admit()).serial == 1
+    assert pacer.outstanding == 1
+
+
+async def test_the_ledger_adds_up():
+    pacer = Pacer(capacity=5)
+    tickets = [await pacer.admit() for _ in range(5)]
+    pacer.release(tickets[:2])
+    pacer.drop(tickets[2], "reward_error")
+    assert pacer.admitted == pacer.trained + pacer.dropped.total() + pacer.outstanding == 5
+    assert pacer.dropped == {"reward_error": 1}
+
+
+async def test_a_ticket_cannot_come_back_twice():
+    pacer = Pacer(capacity=1)
+    ticket = await pacer.admit()
+    pacer.release([ticket])
+    with pytest.raises(KeyError):
+        pacer.drop(ticket, "again")
+    with pytest.raises(KeyError):
+        pacer.release([Ticket(99)])
+
+
+async def test_lost_groups_come_before_new_ones_the_oldest_first_and_keep_their_prompts():
+    pacer = Pacer(capacity=3)
+    tickets = [await pacer.admit() for _ in range(3)]
+    for ticket in tickets:
+        pacer.has_prompt(ticket, 10 + ticket.serial)
+        pacer.is_buffered(ticket)
+    waiter = asyncio.ensure_future(pacer.admit())
+    await asyncio.sleep(0)
+    pacer.begin_again([tickets[2], tickets[0]], "lost")
+    assert await waiter == tickets[0]
+    assert await pacer.admit() == tickets[2]
+    assert [pacer.prompt_of(ticket) for ticket in tickets] == [10, 11, 12]
+    assert (pacer.admitted, pacer.outstanding, pacer.reissued) == (3, 3, {"lost": 2})
+    pacer.release(tickets[:1])
+    assert (await pacer.admit()).serial == 3
+
+
+async def test_a_ledger_goes_on_from_its_state_and_begins_again_what_was_under_way():
+    pacer = Pacer(capacity=4)
+    tickets = [await pacer.admit() for _ in range(4)]
+    for ticket in tickets[:3]:
+        pacer.has_prompt(ticket, 10 + ticket.serial)
+    pacer.release(tickets[:1])
+    pacer.drop(await pacer.admit(), "reward_error")
+    state = json.loads(json.dumps(pacer.state()))
+
+    resumed = Pacer(capacity=4)
+    resumed.restore(state)
+    resumed.is_buffered(Ticket(1))
+    resumed.begin_again(resumed.in_stage("rollout"), "resumed")
+    assert (resumed.admitted, resumed.trained, resumed.dropped) == (5, 1, {"reward_error": 1})
+    assert resumed.in_stage("buffered") == [Ticket(1)]
+    assert resumed.reissued == {"resumed": 2}
+    again = [await resumed.admit() for _ in range(2)]
+    assert [(ticket.serial, resumed.prompt_of(ticket)) for ticket in again] == [(2, 12), (3, None)]
+    assert (await resumed.admit()).serial == 5
+    assert resumed.admitted == resumed.trained + resumed.dropped.total() + resumed.outstanding
+
+
+async def test_a_batch_that_is_faster_than_the_answer_of_the_buffer_keeps_its_tickets():
+    pacer = Pacer(capacity=2)
+    ticket, other = await pacer.admit(), await pacer.admit()
+    pacer.are_training([ticket, other])
+    pacer.is_buffered(ticket)
+    pacer.release([other])
+    pacer.is_buffered(other)
+    assert pacer.in_stage("buffered") == []
+    assert pacer.in_stage("training") == [ticket]
+
+
+@pytest.mark.parametrize(("age", "window", "bound"), [(0, 1, 0), (1, 1, 1), (1, 2, 2), (1, 5, 2), (1, 6, 3), (4, 4, 5)])
+def test_age_bound_is_s_plus_the_steps_that_a_window_adds(age, window, bound):
+    assert age_bound(groups_per_step=4, max_policy_age=age, window=window) == bound
+
+
+def test_capacity_is_s_plus_one_batches():
+    assert ticket_capacity(groups_per_step=16, max_policy_age=0) == 16
+    assert ticket_capacity(groups_per_step=16, max_policy_age=3) == 64
