@@ -27,10 +27,10 @@ class TaskError(DataError):
     """A task that has no usable prompt."""
 
 
-class ZeroAdvantage(DataError):
-    """A group from which nothing can be learned: dropped when `filter.zero_advantage` is set."""
+class ZeroVarianceGroup(DataError):
+    """A group from which nothing can be learned: dropped when `filter.zero_variance` is set."""
 
-    reason: ClassVar[str] = "zero_advantage"
+    reason: ClassVar[str] = "zero_variance"
 
     def __init__(self, rollout: Rollout) -> None:
         super().__init__("all rewards of the group are equal, or no completion of it is trained on")

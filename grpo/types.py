@@ -164,9 +164,9 @@ class Group:
     masked: tuple[int, ...] = ()
 
     @property
-    def has_signal(self) -> bool:
-        """Whether there is anything to learn from it."""
-        return any(advantage and i not in self.masked for i, advantage in enumerate(self.advantages))
+    def is_zero_variance(self) -> bool:
+        """Whether nothing can be learned from it: no completion that is trained on has an advantage other than zero."""
+        return not any(advantage and i not in self.masked for i, advantage in enumerate(self.advantages))
 
 
 @dataclass(frozen=True)

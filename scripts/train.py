@@ -10,13 +10,13 @@ from omegaconf import DictConfig
 from grpo.cli.hydra_jobs import main, run_job
 from grpo.config.composition import register
 from grpo.config.schema import RunConfig
-from grpo.utils.gc_tuning import collect_rarely
+from grpo.utils.gc_tuning import relax_gc
 
 register()
 
 
 def _train(config: RunConfig, folder: Path) -> int:
-    collect_rarely()
+    relax_gc()
     from grpo.cli.train import train  # torch and Ray are imported only for a config that can work
 
     return train(config, folder)

@@ -11,13 +11,13 @@ from functools import partial
 
 import numpy as np
 
-from grpo.actors.marks import returns_payload, travels_gathered
+from grpo.actors.marks import batched, returns_payload
 from grpo.algorithms.losses import grpo
 from grpo.config.schema import RecoveryConfig
 from grpo.errors import RewardError
 from grpo.services.failures import Failures
 from grpo.services.local import LocalEndpoint
-from grpo.services.replica import Claims, Common, Replica, State, Timeouts
+from grpo.services.replica import PreemptionState, Replica, ServiceContext, State, Timeouts
 from grpo.services.service import Service
 from grpo.types import Batch, GenerationReport, GeneratorStats, SamplingParams, Scores
 from grpo.utils.aio import Signal
@@ -27,7 +27,7 @@ from grpo.weights.payload import Weights
 
 def service_of(*endpoints, name="actor"):
     """A service of processes that are there already; they serve at once and are never replaced."""
-    service = Service(name, Common(None, Failures(RecoveryConfig()), Timeouts(), Claims()), 0)
+    service = Service(name, ServiceContext(None, Failures(RecoveryConfig()), Timeouts(), PreemptionState()), 0)
     for i, endpoint in enumerate(endpoints):
         replica = Replica(f"{name}-{i}", service.common)
         replica.endpoint, replica.state = endpoint, State.HEALTHY
@@ -194,7 +194,7 @@ class Worker:
     async def fail(self):
         raise RewardError("reward 'x' failed")
 
-    @travels_gathered
+    @batched
     async def score(self, parcel, *, right=True):
         if not right:
             raise RewardError(f"{parcel.label} is not right")

@@ -84,7 +84,7 @@ class Dataloader:
     def _is_revisit(self, serial: int) -> bool:
         """Whether a problem that is left out has its turn at this place all the same: a draw of the seed and serial."""
         epoch, place = divmod(serial, len(self._problems))
-        return bool(self._draws(epoch)[place] < self._config.dataloader.revisit)
+        return bool(self._draws(epoch)[place] < self._config.dataloader.revisit_fraction)
 
     def _random_numbers(self, epoch: int) -> NDArray[np.float64]:
         """One in [0, 1) for every place of an epoch. The 1 keeps them apart from the numbers behind its order."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from grpo.actors.marks import brings_up_to_date, returns_payload
+from grpo.actors.marks import replayed_on_join, returns_payload
 from grpo.config.schema import RunConfig
 from grpo.engines.base import Engine, Limits
 from grpo.engines.simulated import SimulatedEngine
@@ -18,7 +18,7 @@ from grpo.models.tokenizer import load_tokenizer
 from grpo.telemetry.recording import span
 from grpo.types import Completion, GenerationReport, GeneratorStats, Prompt, SamplingParams
 from grpo.utils.imports import check_arguments
-from grpo.utils.torch_utils import run_apart
+from grpo.utils.torch_utils import run_in_temp_thread
 from grpo.weights.adapters import Merge, base_of
 from grpo.weights.broadcast import Broadcaster, BroadcastGroup
 from grpo.weights.payload import Weights, WeightsHeader, parameter_shapes
@@ -47,7 +47,7 @@ class Generator:
             truncated=tuple(completion.finish_reason == "length" for completion in completions),
         )
 
-    @brings_up_to_date
+    @replayed_on_join
     async def update_weights(self, weights: Weights) -> GeneratorStats:
         """Returns once every further token is sampled under `weights`; the answer carries the counters so far."""
         await self._engine.update_weights(weights)
@@ -84,7 +84,7 @@ async def make_engine(config: RunConfig, device: str, threads: int) -> Engine:
     dtype = getattr(torch, config.model.dtype)
     merge = None
     if settings.engine == "torch" or config.uses_adapters:
-        model = await run_apart(threads, load_model, config.model, dtype, "cpu")
+        model = await run_in_temp_thread(threads, load_model, config.model, dtype, "cpu")
         merge = Merge(base_of(model), config.lora.scale) if config.uses_adapters else None
     if settings.engine == "vllm":
         skeleton = load_skeleton(config.model)
@@ -99,7 +99,7 @@ async def make_engine(config: RunConfig, device: str, threads: int) -> Engine:
             settings={
                 "dtype": config.model.dtype,
                 "trust_remote_code": config.model.trust_remote_code,
-                "load_format": "auto" if config.model.pickled_weights else "safetensors",
+                "load_format": "auto" if config.model.allow_pickle else "safetensors",
                 "tensor_parallel_size": settings.tensor_parallel,
                 "enforce_eager": not settings.cuda_graphs,
                 "gpu_memory_utilization": settings.gpu_memory_fraction,

@@ -22,9 +22,9 @@ def methods_marked(cls: type, mark: str) -> frozenset[str]:
     return frozenset(name for name in dir(cls) if hasattr(getattr(cls, name), mark))
 
 
-def brings_up_to_date(method: F) -> F:
+def replayed_on_join(method: F) -> F:
     """Mark an actor method whose last fanout a new replica gets before it serves."""
-    method.brings_up_to_date = True  # type: ignore[attr-defined]
+    method.replayed_on_join = True  # type: ignore[attr-defined]
     return method
 
 
@@ -38,25 +38,25 @@ def returns_payload(method: F) -> F:
     return method
 
 
-def of_rank_0(method: F) -> F:
+def rank_zero_only(method: F) -> F:
     """Mark an actor method that only rank 0 is asked, beside whatever all ranks do together."""
-    method.of_rank_0 = True  # type: ignore[attr-defined]
+    method.rank_zero_only = True  # type: ignore[attr-defined]
     return method
 
 
-def travels_gathered(method: F) -> F:
+def batched(method: F) -> F:
     """Mark an actor method that many call side by side: calls made at about the same time travel together.
 
     It returns no payload.
     """
-    method.travels_gathered = True  # type: ignore[attr-defined]
+    method.batched = True  # type: ignore[attr-defined]
     return method
 
 
-def outlives_its_node(method: F) -> F:
+def copied_to_driver(method: F) -> F:
     """Mark an actor method whose last payload is still needed when the node that made it is lost.
 
     On a cluster of several nodes it is copied to the driver's, beside whatever goes on.
     """
-    method.outlives_its_node = True  # type: ignore[attr-defined]
+    method.copied_to_driver = True  # type: ignore[attr-defined]
     return method

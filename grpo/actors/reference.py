@@ -13,7 +13,7 @@ from grpo.learner.logprobs import TokenLogprobs
 from grpo.models.loading import load_model
 from grpo.telemetry.recording import span
 from grpo.types import Completion, Floats, Prompt
-from grpo.utils.torch_utils import ComputeThread, run_apart
+from grpo.utils.torch_utils import ComputeThread, run_in_temp_thread
 
 
 class Reference:
@@ -25,7 +25,7 @@ class Reference:
 
     async def setup(self) -> None:
         config = self._config
-        model = await run_apart(
+        model = await run_in_temp_thread(
             self._threads, load_model, config.model, getattr(torch, config.model.dtype), self._device
         )
         self._logprobs = await self._thread.run(  # which tries the model out

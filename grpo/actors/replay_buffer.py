@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from grpo.actors.marks import returns_payload, travels_gathered
+from grpo.actors.marks import batched, returns_payload
 from grpo.types import Batch, BatchReport, Group, Ticket
 
 
@@ -26,7 +26,7 @@ class ReplayBuffer:
     async def setup(self) -> None:
         """Nothing to load."""
 
-    @travels_gathered
+    @batched
     async def add(self, ticket: Ticket, group: Group) -> None:
         async with self._changed:
             if not self._is_passed(ticket.serial):  # a batch may have taken it out of the process before this one

@@ -7,10 +7,10 @@ import math
 import time
 from collections.abc import Sequence
 
-from grpo.actors.marks import travels_gathered
+from grpo.actors.marks import batched
 from grpo.config.schema import RunConfig
 from grpo.models.tokenizer import load_tokenizer, tokens_as_json
-from grpo.rewards.process_pool import Killable
+from grpo.rewards.process_pool import ProcessPool
 from grpo.rewards.scoring import Parts, Scorer
 from grpo.telemetry.recording import measure
 from grpo.types import Completion, Detail, Prompt, Scores
@@ -25,7 +25,7 @@ class Reward:
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         reward = config.reward
-        self._scorer: Killable[Parts] = Killable(
+        self._scorer: ProcessPool[Parts] = ProcessPool(
             Scorer,
             (config.task, tuple(reward.functions)),
             workers=reward.workers,
@@ -38,7 +38,7 @@ class Reward:
         self._tokenizer = load_tokenizer(self._config.model, text_only=True)
         await self._scorer.start()
 
-    @travels_gathered
+    @batched
     async def score(self, prompt: Prompt, completions: Sequence[Completion], detail: Detail = "rewards") -> Scores:
         """Scores of one group, with its texts and tokens where `detail` asks for them.
 

@@ -21,9 +21,9 @@ from grpo.utils.torch_utils import device_for
 class ActorSpec:
     """One noun: its class, how it is built, how many of it, and what each process of it needs.
 
-    Optional replicas are started beyond the others as soon as the cluster has room for them. One that is `beside` the
-    driver runs on its node: what only has little to do is not lost with another one. Each of several ranks is built
-    with its `rank`.
+    Optional replicas are started beyond the others as soon as the cluster has room for them. Actors with
+    little to do run `on_driver_node`, so that they are not lost with another node. Each of several ranks is built with
+    its `rank`.
     """
 
     name: str
@@ -33,7 +33,7 @@ class ActorSpec:
     num_cpus: float = 0.0
     num_gpus: float = 0.0
     optional_replicas: int = 0
-    beside: bool = False
+    on_driver_node: bool = False
     ranks: int = 1
 
     @property
@@ -61,10 +61,10 @@ def actor_specs(config: RunConfig) -> list[ActorSpec]:
         specs.append(_compute("evaluator", Generator, config, config.eval, config.eval.replicas))
     if config.uses_checkpointer:
         kwargs = {"config": config, "folder": str(config.checkpoint.dir)}
-        specs.append(ActorSpec("checkpointer", Checkpointer, kwargs, beside=True))
+        specs.append(ActorSpec("checkpointer", Checkpointer, kwargs, on_driver_node=True))
     return [
         *specs,
-        ActorSpec("replay_buffer", ReplayBuffer, {"window": config.buffer.window}, beside=True),
+        ActorSpec("replay_buffer", ReplayBuffer, {"window": config.buffer.reorder_window}, on_driver_node=True),
         replace(_compute("trainer", Trainer, config, config.trainer, 1), ranks=config.trainer.ranks),
     ]
 
@@ -75,7 +75,7 @@ def evaluation_specs(config: RunConfig) -> list[ActorSpec]:
     generator = _compute("generator", Generator, config, config.generator, config.generator.replicas)
     most = config.generator.max_replicas or config.generator.replicas
     return [
-        ActorSpec("dataloader", Dataloader, common, beside=True),
+        ActorSpec("dataloader", Dataloader, common, on_driver_node=True),
         replace(generator, optional_replicas=most - config.generator.replicas),
         ActorSpec("reward", Reward, common, config.reward.replicas, config.reward.num_cpus),
     ]

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from grpo.actors.marks import of_rank_0, outlives_its_node, returns_payload
+from grpo.actors.marks import copied_to_driver, rank_zero_only, returns_payload
 from grpo.checkpoint.trainer_state import TrainerState
 from grpo.config.schema import RunConfig
 from grpo.errors import TransferError
@@ -17,7 +17,7 @@ from grpo.models.lora import adapters_off, load_policy
 from grpo.telemetry.recording import measure, span
 from grpo.types import Batch
 from grpo.utils.ranks import Ranks, join, leave
-from grpo.utils.torch_utils import ComputeThread, run_apart
+from grpo.utils.torch_utils import ComputeThread, run_in_temp_thread
 from grpo.weights.broadcast import Broadcaster, BroadcastGroup
 from grpo.weights.payload import Weights, WeightsHeader
 
@@ -42,7 +42,7 @@ class Trainer:
             mine = "cuda:0" if device == "cuda" else device  # no other GPU is seen here
             await self._thread.run(join, self._ranks, rendezvous, mine, config.recovery.collective_timeout_s)
             self._joined, device = True, "cpu"  # from where each rank takes only its part
-        model = await run_apart(self._threads, load_policy, config, device)
+        model = await run_in_temp_thread(self._threads, load_policy, config, device)
         self._learner = await self._thread.run(  # which tries the model out
             Learner,
             model,
@@ -59,7 +59,7 @@ class Trainer:
         """One optimizer step; metrics by name."""
         return await self._thread.run(self._train_step, batch)
 
-    @outlives_its_node
+    @copied_to_driver
     @returns_payload
     async def push_weights(self) -> tuple[Weights | None, int]:
         """The present weights, of which rank 0 alone has them all, and their version."""
@@ -78,7 +78,7 @@ class Trainer:
         measure("trainer/published_bytes", self._written.buffer.nbytes)
         return self._written.header
 
-    @of_rank_0
+    @rank_zero_only
     async def send_weights(self, header: WeightsHeader, group: BroadcastGroup) -> None:
         """Broadcast what was written, beside the next step. Raises TransferError, also when that were other weights."""
         if self._written is None or self._written.header != header:
@@ -86,19 +86,19 @@ class Trainer:
         with span("send"):
             await self._broadcaster.send(group, self._written)
 
-    @of_rank_0
+    @rank_zero_only
     async def leave_group(self, number: int) -> None:
         """A broadcast to it raises TransferError, under way or to come."""
         self._broadcaster.leave(number)
 
-    @of_rank_0
-    @outlives_its_node
+    @rank_zero_only
+    @copied_to_driver
     @returns_payload
     async def written_weights(self) -> tuple[Weights | None, int | None]:
         """What was written, and its version; None where nothing was."""
         return self._written, None if self._written is None else self._written.version
 
-    @outlives_its_node
+    @copied_to_driver
     @returns_payload
     async def snapshot(self) -> tuple[TrainerState, int]:
         """This rank's part of all that another trainer needs to go on from here, and the version. See Learner.state."""

@@ -26,13 +26,13 @@ def shape(
     clip_low: float | None = None,
     clip_high: float | None = None,
     length_penalty: float = 0.0,
-    overlong_zone: float = 0.0,
+    overlong_buffer: float = 0.0,
     overlong_penalty: float = 0.0,
 ) -> tuple[float, ...]:
     """`scale` x reward, held within [clip_low, clip_high], less what the length of the answer costs.
 
     `lengths` are in tokens, of at most `max_tokens`. An answer costs `length_penalty` x length / max_tokens. In the
-    last `overlong_zone` tokens before the limit it also costs from 0 to `overlong_penalty`, linearly, so that long
+    last `overlong_buffer` tokens before the limit it also costs from 0 to `overlong_penalty`, linearly, so that long
     answers learn to end before they are cut off. (Soft overlong punishment: DAPO, arXiv:2503.14476, equation 13.)
     """
     low = -math.inf if clip_low is None else clip_low
@@ -40,9 +40,9 @@ def shape(
     shaped = []
     for reward, length in zip(rewards, lengths, strict=True):
         value = min(max(scale * reward, low), high) - length_penalty * length / max_tokens
-        if overlong_zone:
-            into_zone = min(max(length - (max_tokens - overlong_zone), 0), overlong_zone)
-            value -= overlong_penalty * into_zone / overlong_zone
+        if overlong_buffer:
+            into_zone = min(max(length - (max_tokens - overlong_buffer), 0), overlong_buffer)
+            value -= overlong_penalty * into_zone / overlong_buffer
         shaped.append(value)
     return tuple(shaped)
 

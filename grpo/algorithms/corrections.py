@@ -38,22 +38,22 @@ def importance_weights(
     behavior_logprobs_BT: Tensor,
     mask_BT: Tensor,
     *,
-    weights: str,
+    mode: str,
     level: str,
-    low: float = 0.0,
-    high: float | None = None,
+    min_ratio: float = 0.0,
+    max_ratio: float | None = None,
 ) -> Tensor:
-    """The `importance_ratio` held within [low, high]: [B, T], without gradient, 0 in masked places.
+    """The `importance_ratio` held within [min_ratio, max_ratio]: [B, T], without gradient, 0 in masked places.
 
-    What lies outside is moved to the bound with `weights` "truncate"; with "mask" it gets weight 0: the token, or the
+    What lies outside is moved to the bound with `mode` "truncate"; with "mask" it gets weight 0: the token, or the
     sequence, is not trained on.
     """
     ratio_BT = importance_ratio(proximal_logprobs_BT, behavior_logprobs_BT, mask_BT, level)
-    held_BT = ratio_BT.clamp(low, high)
-    if weights == "mask":
+    held_BT = ratio_BT.clamp(min_ratio, max_ratio)
+    if mode == "mask":
         held_BT = ratio_BT.masked_fill(held_BT != ratio_BT, 0.0)
-    elif weights != "truncate":
-        raise ValueError(f"{weights!r} is not one of truncate, mask")
+    elif mode != "truncate":
+        raise ValueError(f"{mode!r} is not one of truncate, mask")
     return held_BT.masked_fill(~mask_BT.bool(), 0.0)
 
 

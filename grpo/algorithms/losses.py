@@ -138,7 +138,7 @@ def dr_grpo(tokens: Tokens, *, clip_low: float = 0.2, clip_high: float = 0.2) ->
 def dapo(tokens: Tokens, *, clip_low: float = 0.2, clip_high: float = 0.28, dual_clip: float | None = None) -> Terms:
     """GRPO with more room upwards, so that unlikely tokens can become likely and the entropy stays up; token mean.
 
-    The paper's other parts are `filter.zero_advantage` and `shaping.overlong`. The dual clip is not in it, but in many
+    The paper's other parts are `filter.zero_variance` and `shaping.overlong`. The dual clip is not in it, but in many
     of its implementations, hence in configs/loss/dapo.yaml. (DAPO, arXiv:2503.14476, sections 3.1 and 3.3.)
     """
     return _clipped(tokens.ratio_BT, tokens.advantages_BT, clip_low, clip_high, dual_clip)

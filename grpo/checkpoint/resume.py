@@ -19,11 +19,12 @@ from grpo.errors import CheckpointError, ConfigError
 
 _DATED = re.compile(r"\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d$")  # the folder that a run gets where none is named
 # Keys, or groups of them, that a resumed run may have otherwise. Everything else shapes what is learned.
-_FREE = (
-    "cluster", "watchdog", "recovery", "checkpoint", "observe", "eval", "generator", "weights", "resume", "dry_run",
+_MUTABLE_KEYS = (
+    "cluster", "watchdog", "recovery", "checkpoint", "observe", "eval", "generator", "weight_sync", "resume", "dry_run",
     "reward.on_error", "reward.timeout_s", "reward.memory_gb", "reward.workers", "reward.replicas", "reward.num_cpus",
-    "filter.max_batches", "model.attention", "reference", "driver", "rollout.concurrency", "rollout.target_wait",
-    "trainer.max_steps", "trainer.micro_batch_tokens", "trainer.packing", "trainer.gradient_checkpointing",
+    "filter.max_dropped_batches", "model.attention", "reference", "driver", "rollout.concurrency",
+    "rollout.target_trainer_idle", "trainer.max_steps", "trainer.micro_batch_tokens", "trainer.packing",
+    "trainer.gradient_checkpointing",
     "trainer.compile", "trainer.max_nonfinite_steps", "trainer.snapshot_every", "trainer.ranks", "trainer.num_cpus",
     "trainer.num_gpus", "trainer.threads",
 )  # fmt: skip
@@ -70,14 +71,14 @@ def find_resume_point(config: RunConfig, folder: Path) -> tuple[ResumePoint | No
     return None, ["resume=auto: found no run to go on with; starting a new one"]
 
 
-def leave_newer_behind(point: ResumePoint) -> None:
+def archive_newer_checkpoints(point: ResumePoint) -> None:
     """Rename the checkpoints that were written after the one that the run goes on from in its own folder.
 
     They are of a history that ends here. Left as they are, they would be newer than the next ones until those are
     written, and `auto` would go on from them.
     """
     for newer in takewhile(lambda path: path.resolve() != point.path, checkpoints(point.path.parent)):
-        behind = newer.with_name(f"left_behind_{newer.name}")
+        behind = newer.with_name(f"stale_{newer.name}")
         shutil.rmtree(behind, ignore_errors=True)
         newer.rename(behind)
 
@@ -99,7 +100,7 @@ def check_compatible(config: RunConfig, point: ResumePoint) -> None:
     differing = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and not any(key == free or key.startswith(f"{free}.") for free in _FREE)
+        if before.get(key) != now.get(key) and not _is_mutable(key)
     ]
     if differing:
         raise ConfigError(
@@ -182,3 +183,8 @@ def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def _is_mutable(key: str) -> bool:
+    """Whether a resumed run may have another value there."""
+    return any(key == mutable or key.startswith(f"{mutable}.") for mutable in _MUTABLE_KEYS)

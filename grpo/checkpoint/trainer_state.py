@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from grpo.errors import CheckpointError
-from grpo.utils.ranks import Ranks, Rows
+from grpo.utils.ranks import Ranks, ShardRange
 from grpo.weights.flat_buffer import TensorSpec, all_finite, buffer_for, lay_out, views
 
 MODEL, MOMENTS = "model", ("exp_avg", "exp_avg_sq")  # prefixes of a parameter's name
@@ -47,15 +47,15 @@ class TrainerState:
     buffer: NDArray[np.uint8]
     counters: Mapping[str, Any]
     rank: int = 0
-    rows: Mapping[str, Rows] = field(default_factory=dict)
+    rows: Mapping[str, ShardRange] = field(default_factory=dict)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Views into the buffer by name. Read-only: the buffer may be shared by every process of the node."""
         return views(self.specs, self.buffer)
 
-    def rows_of(self, spec: TensorSpec) -> Rows:
+    def rows_of(self, spec: TensorSpec) -> ShardRange:
         """Which rows a tensor of the buffer holds."""
-        return self.rows.get(spec.name.partition(".")[2]) or Rows.of(spec.shape, Ranks.alone())
+        return self.rows.get(spec.name.partition(".")[2]) or ShardRange.of(spec.shape, Ranks.alone())
 
 
 class Parameters(Mapping[str, Tensor]):
@@ -91,7 +91,7 @@ class StateWriter:
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], rows: Mapping[str, Rows], optimizer: Optimizer, rank: int
+        self, parameters: Mapping[str, Tensor], rows: Mapping[str, ShardRange], optimizer: Optimizer, rank: int
     ) -> None:
         self._parameters, self._rows, self._rank = parameters, rows, rank
         self._optimizer = optimizer
@@ -119,7 +119,7 @@ class StateWriter:
         """The inverse of `write`, from the states of any number of ranks, which `check` has let pass."""
         steps, parts = states[0].counters["optimizer_steps"], _parts(states)
         for name, parameter in self._parameters.items():
-            own = self._rows.get(name) or Rows.of(parameter.shape, Ranks.alone())
+            own = self._rows.get(name) or ShardRange.of(parameter.shape, Ranks.alone())
             _copy_rows(parameter, own, parts[f"{MODEL}.{name}"])
             self._optimizer.state.pop(parameter, None)
             if name in steps:
@@ -182,7 +182,9 @@ class StateWriter:
         return {name: int(state["step"]) for name, state in states.items() if state}
 
 
-def _forms(specs: Sequence[TensorSpec], rows: Mapping[str, Rows]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _forms(
+    specs: Sequence[TensorSpec], rows: Mapping[str, ShardRange]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shapes of whole tensors, and dtypes, by name.
 
     A run may move between CPU and GPU, so the GPU's generator need not be there.
@@ -190,15 +192,15 @@ def _forms(specs: Sequence[TensorSpec], rows: Mapping[str, Rows]) -> dict[str, t
     return {spec.name: (_whole(spec, rows), spec.dtype) for spec in specs if spec.name != RNG_CUDA}
 
 
-def _whole(spec: TensorSpec, rows: Mapping[str, Rows]) -> tuple[int, ...]:
+def _whole(spec: TensorSpec, rows: Mapping[str, ShardRange]) -> tuple[int, ...]:
     """The shape of a tensor of which these are rows; that of the part itself, if it is not as many as it says."""
     part = rows.get(spec.name.partition(".")[2])
     return (part.total, *spec.shape[1:]) if part and spec.shape[:1] == (part.count,) else spec.shape
 
 
-def _parts(states: Sequence[TrainerState]) -> dict[str, list[tuple[Rows, Tensor]]]:
+def _parts(states: Sequence[TrainerState]) -> dict[str, list[tuple[ShardRange, Tensor]]]:
     """What there is of every parameter and its moments, by the name in the buffer, in the order of their rows."""
-    parts: dict[str, list[tuple[Rows, Tensor]]] = {}
+    parts: dict[str, list[tuple[ShardRange, Tensor]]] = {}
     for state in states:
         for spec, (name, tensor) in zip(state.specs, state.tensors(), strict=True):
             if name not in (RNG_CPU, RNG_CUDA):
@@ -206,7 +208,7 @@ def _parts(states: Sequence[TrainerState]) -> dict[str, list[tuple[Rows, Tensor]
     return {name: sorted(found, key=lambda part: part[0].start) for name, found in parts.items()}
 
 
-def _check_cover(name: str, parts: Sequence[Rows]) -> None:
+def _check_cover(name: str, parts: Sequence[ShardRange]) -> None:
     ends = [0, *(rows.stop for rows in parts)]
     if [rows.start for rows in parts] != ends[:-1] or ends[-1] != parts[0].total:
         raise CheckpointError(
@@ -214,7 +216,7 @@ def _check_cover(name: str, parts: Sequence[Rows]) -> None:
         )
 
 
-def _copy_rows(target: Tensor, own: Rows, parts: Sequence[tuple[Rows, Tensor]]) -> None:
+def _copy_rows(target: Tensor, own: ShardRange, parts: Sequence[tuple[ShardRange, Tensor]]) -> None:
     for rows, tensor in parts:
         to, of = own.shared_with(rows)
         torch.atleast_1d(target)[to].copy_(torch.atleast_1d(tensor)[of])
@@ -249,7 +251,7 @@ def read_states(folder: Path) -> list[TrainerState]:
         buffer = buffer_for(specs)
         for name, target in views(specs, buffer):
             target.copy_(tensors.pop(name))
-        parts = {name: Rows(*part) for name, part in by_name.items()}
+        parts = {name: ShardRange(*part) for name, part in by_name.items()}
         states.append(TrainerState(int(about["version"]), specs, buffer, dict(about["counters"]), rank, parts))
     return states
 

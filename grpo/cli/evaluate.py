@@ -18,13 +18,13 @@ from grpo.driver.watchdog import Watchdog
 from grpo.errors import ConfigError
 from grpo.observe.run_dir import RunDirectory
 from grpo.observe.terminal.display import AnswerProgress, evaluation_table
-from grpo.observe.terminal.output import Screen, chatter_to
+from grpo.observe.terminal.output import PipeSafeConsole, redirect_output
 from grpo.services.failures import Failures
 from grpo.services.handle import EvaluationServices
 from grpo.telemetry.activity import begin_activity
 from grpo.types import EXIT_CODES, EvaluationReport, Prompt, Scores
-from grpo.utils.aio import unless
-from grpo.utils.gc_tuning import collect_as_usual
+from grpo.utils.aio import run_until_set
+from grpo.utils.gc_tuning import restore_gc
 
 _VERSION = 0  # of the weights that a generator loads when it starts
 
@@ -37,10 +37,10 @@ def evaluate_model(config: RunConfig, folder: Path) -> int:
     """
     if config.eval.prompts == 0:
         raise ConfigError("is 0, there is nothing to evaluate: say how many held-out prompts", key="eval.prompts")
-    console = Screen(soft_wrap=True, highlight=False)
+    console = PipeSafeConsole(soft_wrap=True, highlight=False)
     task = preflight.check(config, evaluation_specs(config), partial(console.print, markup=False))
     if config.dry_run:
-        Screen().print(plan_table(evaluation_specs(config)))
+        PipeSafeConsole().print(plan_table(evaluation_specs(config)))
         return EXIT_CODES["completed"]
     config, run_dir = preflight.open_run(config, task, folder)
     try:
@@ -50,7 +50,7 @@ def evaluate_model(config: RunConfig, folder: Path) -> int:
 
 
 def _evaluate_model(config: RunConfig, run_dir: RunDirectory) -> int:
-    with chatter_to(run_dir.path / "run.log") as console:
+    with redirect_output(run_dir.path / "run.log") as console:
         console.print("starting Ray and the actors ...", style="dim")
         status, error = drive(
             config.cluster,
@@ -61,25 +61,25 @@ def _evaluate_model(config: RunConfig, run_dir: RunDirectory) -> int:
         )
     if error is not None:
         message = f"error: {type(error).__name__}: {error}"
-        Screen(stderr=True, soft_wrap=True, highlight=False).print(message, markup=False)
-    Screen(soft_wrap=True, highlight=False).print(f"{status}; run folder: {run_dir.path}", markup=False)
+        PipeSafeConsole(stderr=True, soft_wrap=True, highlight=False).print(message, markup=False)
+    PipeSafeConsole(soft_wrap=True, highlight=False).print(f"{status}; run folder: {run_dir.path}", markup=False)
     return EXIT_CODES[status]
 
 
-async def _run(config: RunConfig, run_dir: RunDirectory, console: Screen, shutdown: asyncio.Event) -> None:
+async def _run(config: RunConfig, run_dir: RunDirectory, console: PipeSafeConsole, shutdown: asyncio.Event) -> None:
     async with AsyncExitStack() as stack:
         failures = Failures(config.recovery)
         launched = launch_actors(evaluation_specs(config), config, failures)
-        services = EvaluationServices(**await unless(shutdown, stack.enter_async_context(launched)))
-        collect_as_usual()
-        report = await unless(shutdown, _answer_all(services, config, run_dir, console, failures))
+        services = EvaluationServices(**await run_until_set(shutdown, stack.enter_async_context(launched)))
+        restore_gc()
+        report = await run_until_set(shutdown, _answer_all(services, config, run_dir, console, failures))
         about = {"model": config.model.path, "task": config.task.target, "samples": config.eval.samples}
         run_dir.write_json("evaluation.json", about | report.as_record())
         console.print(evaluation_table(report))
 
 
 async def _answer_all(
-    services: EvaluationServices, config: RunConfig, run_dir: RunDirectory, console: Screen, failures: Failures
+    services: EvaluationServices, config: RunConfig, run_dir: RunDirectory, console: PipeSafeConsole, failures: Failures
 ) -> EvaluationReport:
     """Raises StalledError when no prompt is done for `watchdog.seconds`; the whole may take as long as it needs."""
     begin_activity("evaluation")

@@ -24,12 +24,12 @@ def drive(
     check: Callable[[], None],
     work: Work,
     on_interrupt: Callable[[], None],
-    tell: Callable[[str], None],
+    warn: Callable[[str], None],
 ) -> tuple[Status, Exception | None]:
     """Run `work(shutdown)` to its end and say how it ended; the error of a failure is in the log too.
 
     `check()` is called in a thread while Ray starts, which is mostly waiting; the work begins when both are done. The
-    first Ctrl-C or SIGTERM calls `on_interrupt` and sets `shutdown`, the second cancels the work. `tell` gets a line
+    first Ctrl-C or SIGTERM calls `on_interrupt` and sets `shutdown`, the second cancels the work. `warn` gets a line
     about the dashboard, where there is one.
     """
     shutdown = asyncio.Event()
@@ -39,7 +39,7 @@ def drive(
             with ray_cluster(cluster) as dashboard:
                 checked.result()
                 if dashboard is not None:
-                    tell(f"Ray's dashboard: {dashboard} (`ray get-auth-token` prints the token that it asks for)")
+                    warn(f"Ray's dashboard: {dashboard} (`ray get-auth-token` prints the token that it asks for)")
                 asyncio.run(_until_signalled(work, shutdown, on_interrupt))
     except (KeyboardInterrupt, asyncio.CancelledError, Interrupted):
         return "interrupted", None

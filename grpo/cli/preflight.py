@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from grpo.actors.specs import ActorSpec
-from grpo.checkpoint.resume import ResumePoint, check_compatible, is_completed, leave_newer_behind
+from grpo.checkpoint.resume import ResumePoint, archive_newer_checkpoints, check_compatible, is_completed
 from grpo.checkpoint.store import checkpoints
 from grpo.cluster.connect import check_dashboard, wait_for_room
 from grpo.cluster.placement import Node, check_placement
@@ -33,14 +33,14 @@ from grpo.utils.torch_utils import gpus_here
 T = TypeVar("T")
 
 
-def check(config: RunConfig, specs: Sequence[ActorSpec], tell: Callable[[str], None]) -> Task:
+def check(config: RunConfig, specs: Sequence[ActorSpec], warn: Callable[[str], None]) -> Task:
     """Everything that needs no model made; in a dry run, the model too where it is there. Returns the task.
 
-    `tell` gets a line when the cluster to join is waited for.
+    `warn` gets a line when the cluster to join is waited for.
     """
-    check_resources(config, specs, tell)
+    check_resources(config, specs, warn)
     task = check_names(config)
-    if config.dry_run and config.model.prepare is None:
+    if config.dry_run and config.model.builder is None:
         check_model(config, task)
         check_runnable(config)
     return task
@@ -57,7 +57,7 @@ def open_run(
     try:
         config = _fit_to_run(config, task, folder, resume)
         if resume is not None and resume.in_place:
-            leave_newer_behind(resume)
+            archive_newer_checkpoints(resume)
             run_dir.cut(resume.progress["files"])
         else:
             if config.resume != "auto" or is_completed(folder):  # else: a run killed before its first checkpoint
@@ -68,7 +68,7 @@ def open_run(
         raise
     run_dir.write("config.yaml", to_yaml(config))
     if config.checkpoint.every:
-        run_dir.lead_to(Path(str(config.checkpoint.dir)))
+        run_dir.link_checkpoints(Path(str(config.checkpoint.dir)))
     return config, run_dir
 
 
@@ -101,8 +101,8 @@ def check_names(config: RunConfig) -> Task:
         check_installed()
     elif config.generator.args:
         raise ConfigError(f"the {config.generator.engine} engine takes none", key="generator.args")
-    if config.model.prepare is not None:
-        check_arguments(import_target(config.model.prepare, key="model.prepare"), config.model.args, key="model.args")
+    if config.model.builder is not None:
+        check_arguments(import_target(config.model.builder, key="model.builder"), config.model.args, key="model.args")
     task = make_task(config.task)
     for name in config.reward.functions:
         reward_function(name, task)
@@ -111,7 +111,7 @@ def check_names(config: RunConfig) -> Task:
     return task
 
 
-def check_resources(config: RunConfig, specs: Sequence[ActorSpec], tell: Callable[[str], None]) -> None:
+def check_resources(config: RunConfig, specs: Sequence[ActorSpec], warn: Callable[[str], None]) -> None:
     """Compare what the actors ask for with this machine, or with the cluster to join. Raises LaunchError.
 
     A dry run may be made where that cluster can't be reached.
@@ -119,7 +119,7 @@ def check_resources(config: RunConfig, specs: Sequence[ActorSpec], tell: Callabl
     cluster = config.cluster
     if cluster.address is not None:
         if not config.dry_run:
-            wait_for_room(specs, cluster.address, cluster.nodes_timeout_s, tell)
+            wait_for_room(specs, cluster.address, cluster.wait_for_nodes_s, warn)
     else:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         check_placement(specs, [Node(cores, gpus_here())], "this machine")
@@ -128,16 +128,16 @@ def check_resources(config: RunConfig, specs: Sequence[ActorSpec], tell: Callabl
 def prepare_model(config: RunConfig, task: Task) -> RunConfig:
     """The config that the actors get: with `model.path`, and prompts limited to what the model's context has room for.
 
-    The folder is made by `model.prepare` where the config names it; of adapters, it is that of the model which they
+    The folder is made by `model.builder` where the config names it; of adapters, it is that of the model which they
     make of theirs. Paths are made absolute: actors start elsewhere.
     """
-    if config.model.prepare is None:
+    if config.model.builder is None:
         path = os.path.expanduser(str(config.model.path))
         path = os.path.abspath(path) if path.startswith(".") or os.path.isdir(path) else path  # else: a hub's name
     else:
-        prepare = import_target(config.model.prepare, key="model.prepare")
+        prepare = import_target(config.model.builder, key="model.builder")
         path = str(prepare(task, **config.model.args))
-    model = dataclasses.replace(config.model, path=path, prepare=None)
+    model = dataclasses.replace(config.model, path=path, builder=None)
     if adapted_base(model) is not None:
         model = dataclasses.replace(model, path=_merged(model))
     file = config.task.path and os.path.abspath(os.path.expanduser(config.task.path))

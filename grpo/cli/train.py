@@ -23,7 +23,7 @@ from grpo.cluster.launch import launch
 from grpo.config.schema import RunConfig
 from grpo.config.warnings import warnings
 from grpo.driver.context import make_pacer
-from grpo.driver.loop import run
+from grpo.driver.loop import train_loop
 from grpo.driver.recorder import Recorder
 from grpo.errors import InfrastructureError
 from grpo.observe.collector import collecting
@@ -31,14 +31,14 @@ from grpo.observe.metrics import Startup
 from grpo.observe.run_dir import RunDirectory
 from grpo.observe.sinks.fanout import make_sinks
 from grpo.observe.terminal.display import Display, make_display
-from grpo.observe.terminal.output import Screen, chatter_to
+from grpo.observe.terminal.output import PipeSafeConsole, redirect_output
 from grpo.report.page import write_report
 from grpo.services.control import open_to_operators
 from grpo.services.failures import Failures
 from grpo.services.handle import Services
 from grpo.types import EXIT_CODES
-from grpo.utils.aio import unless
-from grpo.utils.gc_tuning import collect_as_usual
+from grpo.utils.aio import run_until_set
+from grpo.utils.gc_tuning import restore_gc
 
 log = logging.getLogger(__name__)
 _STATS_TIMEOUT_S = 5.0
@@ -52,7 +52,7 @@ def train(config: RunConfig, folder: Path) -> int:
     """
     startup = Startup()
     startup.ended("imports")
-    console = Screen(soft_wrap=True)
+    console = PipeSafeConsole(soft_wrap=True)
     for warning in warnings(config):
         console.print(f"warning: {warning}", style="yellow", markup=False)
     task = preflight.check(config, actor_specs(config), partial(console.print, markup=False, highlight=False))
@@ -98,13 +98,13 @@ def _leave(unused: Path, folder: Path) -> None:
 
 def _train(config: RunConfig, run_dir: RunDirectory, resume: ResumePoint | None, startup: Startup) -> dict[str, Any]:
     """Run on the cluster; whatever ends it, the summary says so."""
-    with chatter_to(run_dir.path / "run.log") as console:
+    with redirect_output(run_dir.path / "run.log") as console:
         console.print("starting Ray and the actors ...", style="dim")
         display = make_display(console, config.trainer.max_steps, config.observe.log_every)
         recorder = Recorder(run_dir, display, make_pacer(config), Failures(config.recovery))
         recorder.startup = startup
         if resume is not None:
-            recorder.go_on_after(resume.progress["records"]["wall_s"])
+            recorder.offset_clock(resume.progress["records"]["wall_s"])
         recorder.sinks = make_sinks(config.observe.sinks, run_dir.path, dataclasses.asdict(config), recorder.warn)
         try:
             status, error = drive(
@@ -124,16 +124,16 @@ async def _run(
 ) -> None:
     recorder.startup.ended("ray")
     async with AsyncExitStack() as stack:
-        services = await unless(shutdown, stack.enter_async_context(launch(config, recorder.failures)))
+        services = await run_until_set(shutdown, stack.enter_async_context(launch(config, recorder.failures)))
         recorder.startup.ended("actors")
         recorder.replicas = services.replicas
-        collect_as_usual()
+        restore_gc()
         try:
             async with open_to_operators(recorder.run_dir.path, services):
                 with display:
                     timeline = recorder.timeline(config.observe.timeline_mb) if config.observe.timeline else None
                     async with collecting(services, recorder.failures.progress, recorder.measured, timeline):
-                        await run(services, config, recorder, shutdown, resume)
+                        await train_loop(services, config, recorder, shutdown, resume)
         finally:
             recorder.replicas = partial(dict, services.replicas())  # those of the end
             if (this := asyncio.current_task()) and not this.cancelling():  # else somebody pressed Ctrl-C twice
@@ -185,15 +185,15 @@ def _report(folder: Path) -> Path | None:
         return write_report([folder])
     except Exception as error:
         log.exception("no report")
-        console = Screen(stderr=True, soft_wrap=True, highlight=False)
+        console = PipeSafeConsole(stderr=True, soft_wrap=True, highlight=False)
         console.print(f"warning: no report: {error}; scripts/report.py makes one", style="yellow", markup=False)
         return None
 
 
 def _print_outcome(summary: dict[str, Any], folder: Path, report: Path | None) -> None:
-    console = Screen(soft_wrap=True, highlight=False)
+    console = PipeSafeConsole(soft_wrap=True, highlight=False)
     if summary["error"]:
-        Screen(stderr=True, soft_wrap=True, highlight=False).print(f"error: {summary['error']}", markup=False)
+        PipeSafeConsole(stderr=True, soft_wrap=True, highlight=False).print(f"error: {summary['error']}", markup=False)
     console.print(f"{summary['status']} after {summary['steps']} steps in {summary['wall_s']:.0f} s", markup=False)
     for name in ("reward", "eval"):
         first, last = summary[f"{name}_first"], summary[f"{name}_last"]

@@ -20,13 +20,13 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskErro
 
 from grpo.cluster.shipping import CarriedConfig
 from grpo.errors import ActorDied, PayloadLost
-from grpo.services.call_batching import Answers, Arguments, GatheredWork, Gathering
+from grpo.services.call_batching import Answers, Arguments, BatchedWork, CallBatcher
 from grpo.services.endpoint import Process, free_port
-from grpo.telemetry.recording import Harvest, Recording, record_in
-from grpo.utils.gc_tuning import collect_as_usual, collect_rarely
+from grpo.telemetry.recording import Recording, TelemetryBatch, record_in
+from grpo.utils.gc_tuning import relax_gc, restore_gc
 
 
-class NewestCopy:
+class LatestCopy:
     """Holds on to a payload that has arrived until a newer one is here; one is under way at a time.
 
     Meanwhile only the newest waits its turn: those that it takes the place of are let go. `failed` is told why a
@@ -92,11 +92,11 @@ def _unpacked(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 class _Host:
     def __init__(self, name: str, cls: str, kwargs: dict[str, Any]) -> None:
-        collect_rarely()  # before the class's module is imported: hence its name
+        relax_gc()  # before the class's module is imported: hence its name
         self._name = name
         self._cls, self._kwargs = resolve_name(cls), kwargs
         self._recording = Recording()
-        self._gathered = GatheredWork()
+        self._gathered = BatchedWork()
 
     @cached_property
     def _actor(self) -> Any:
@@ -116,11 +116,11 @@ class _Host:
             self._kwargs = await asyncio.to_thread(_unpacked, self._kwargs)
         result = await getattr(self._actor, method)(*args, **kwargs)
         if method == "setup":
-            collect_as_usual()
+            restore_gc()
         return result
 
     async def invoke_gathered(self, calls: tuple[str, Mapping[int, Arguments]], *payloads: Any) -> Answers:
-        """Several calls of a method, by number; see GatheredWork."""
+        """Several calls of a method, by number; see BatchedWork."""
         method, arguments = calls
         return await self._gathered.answers(
             {number: self.invoke((method, *each), *payloads) for number, each in arguments.items()}
@@ -142,8 +142,8 @@ class _Host:
         if hasattr(self._actor, "ping"):
             await self._actor.ping()
 
-    async def harvest(self, go_on: bool) -> Harvest:
-        return self._recording.harvest(go_on=go_on)
+    async def drain(self, keep_recording: bool) -> TelemetryBatch:
+        return self._recording.drain(keep_recording=keep_recording)
 
     async def linger(self) -> None:
         """Never returns: whoever calls it hears at once when the process dies."""
@@ -158,10 +158,10 @@ class RayEndpoint(Process):
         self.pid: int | None = None  # where it runs on the driver's node
         self._process: int | None = None  # a descriptor of it, which no later process of the same number can take over
         self._cls = cls
-        self._copies: dict[str, NewestCopy] = {}  # of payloads, by the method that made them
-        self._gathering: dict[str, Gathering] = {}  # by method
+        self._copies: dict[str, LatestCopy] = {}  # of payloads, by the method that made them
+        self._gathering: dict[str, CallBatcher] = {}  # by method
 
-    async def placed(self) -> None:
+    async def wait_scheduled(self) -> None:
         node, pid = await self._result(self.actor.where.remote())
         if node == ray.get_runtime_context().get_node_id():
             with suppress(AttributeError, ProcessLookupError):  # not every system has it; or it just died
@@ -170,7 +170,7 @@ class RayEndpoint(Process):
 
     async def invoke(self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         implementation = getattr(self._cls, method, None)
-        if hasattr(implementation, "travels_gathered"):
+        if hasattr(implementation, "batched"):
             return await self._gathering_of(method).call(args, kwargs or {})
         payloads: list[ray.ObjectRef] = []
         args, kwargs = _hoist_all((args, kwargs or {}), payloads)
@@ -179,7 +179,7 @@ class RayEndpoint(Process):
         if returns_payload:
             payload, report = remote.remote((method, args, kwargs), *payloads)
             result = payload, await self._result(report)
-            if hasattr(implementation, "outlives_its_node"):
+            if hasattr(implementation, "copied_to_driver"):
                 self._copy_of(method).bring(payload)
             return result
         return await self._result(remote.remote((method, args, kwargs), *payloads))
@@ -188,7 +188,7 @@ class RayEndpoint(Process):
         host, port = await self._result(self.actor.rendezvous.remote())
         return host, port
 
-    def _gathering_of(self, method: str) -> Gathering:
+    def _gathering_of(self, method: str) -> CallBatcher:
         async def send(calls: Mapping[int, Arguments]) -> Answers:
             payloads: list[ray.ObjectRef] = []
             hoisted = {number: _hoist_all(arguments, payloads) for number, arguments in calls.items()}
@@ -200,17 +200,17 @@ class RayEndpoint(Process):
             return await self._result(self.actor.late.options(name=f"{self.name}.{method}").remote(number))
 
         if method not in self._gathering:
-            self._gathering[method] = Gathering(send, late)
+            self._gathering[method] = CallBatcher(send, late)
         return self._gathering[method]
 
     async def ping(self) -> None:
         await self._result(self.actor.ping.remote())
 
-    async def harvest(self, *, go_on: bool) -> Harvest:
-        harvest: Harvest = await self._result(self.actor.harvest.remote(go_on))
-        return harvest
+    async def drain(self, *, keep_recording: bool) -> TelemetryBatch:
+        drain: TelemetryBatch = await self._result(self.actor.drain.remote(keep_recording))
+        return drain
 
-    async def until_death(self) -> NoReturn:
+    async def wait_dead(self) -> NoReturn:
         await self._result(self.actor.linger.remote())
         raise ActorDied(f"{self.name} ended")
 
@@ -223,7 +223,7 @@ class RayEndpoint(Process):
             os.close(self._process)
             self._process = None
 
-    def _copy_of(self, method: str) -> NewestCopy:
+    def _copy_of(self, method: str) -> LatestCopy:
         """On this node; arrays in it are mapped, not read.
 
         It makes the payload's reference good for as long as it is held, whatever becomes of the node.
@@ -232,7 +232,7 @@ class RayEndpoint(Process):
         def failed(error: BaseException) -> None:
             log.warning("%s.%s has no copy here: %s", self.name, method, error)
 
-        return self._copies.setdefault(method, NewestCopy(failed))
+        return self._copies.setdefault(method, LatestCopy(failed))
 
     async def _result(self, reference: ray.ObjectRef) -> Any:
         try:

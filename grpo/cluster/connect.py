@@ -28,10 +28,10 @@ from grpo.errors import ConfigError, LaunchError
 _LOOK_AGAIN_S = 2.0
 
 
-def wait_for_room(specs: Sequence[ActorSpec], address: str, timeout_s: float, tell: Callable[[str], None]) -> None:
+def wait_for_room(specs: Sequence[ActorSpec], address: str, timeout_s: float, warn: Callable[[str], None]) -> None:
     """Return when the cluster has room for the actors. What it lacks for longer than `timeout_s` is a LaunchError.
 
-    Nodes that were started together join one after the other, the driver's own too. `tell` gets one line when there is
+    Nodes that were started together join one after the other, the driver's own too. `warn` gets one line when there is
     something to wait for.
     """
     deadline = time.monotonic() + timeout_s
@@ -43,7 +43,7 @@ def wait_for_room(specs: Sequence[ActorSpec], address: str, timeout_s: float, te
             if time.monotonic() >= deadline:
                 raise
             if not told:
-                tell(f"waiting up to {timeout_s:g} s for the Ray cluster (cluster.nodes_timeout_s): {lacking}")
+                warn(f"waiting up to {timeout_s:g} s for the Ray cluster (cluster.wait_for_nodes_s): {lacking}")
                 told = True
             time.sleep(_LOOK_AGAIN_S)
 

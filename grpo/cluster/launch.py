@@ -23,9 +23,9 @@ from grpo.errors import LaunchError
 from grpo.services.endpoint import Endpoint, Gang
 from grpo.services.failures import Failures
 from grpo.services.handle import ActorHandle, Services
-from grpo.services.replica import Claims, State
+from grpo.services.replica import PreemptionState, State
 from grpo.services.service import Service, make_service
-from grpo.utils.aio import together, within
+from grpo.utils.aio import gather_or_cancel, timeout_as
 
 _CLOSE_TIMEOUT_S = 5.0
 _CALLS_PER_ACTOR = 10_000  # concurrent calls: more than tickets, so none queues inside Ray
@@ -51,14 +51,14 @@ async def launch_actors(
     if config.cluster.address is not None:
         specs = _for_other_nodes(specs, config)
     services: dict[str, Service] = {}
-    claims, places = Claims(), Places()
+    preemption, places = PreemptionState(), Places()
     patience_s = _CLOSE_TIMEOUT_S
     try:
-        async with within(config.cluster.start_timeout_s, partial(_late, specs, services, config.cluster)):
+        async with timeout_as(config.cluster.start_timeout_s, partial(_late, specs, services, config.cluster)):
             await places.reserve(specs, nodes)
             for spec in specs:
-                services[spec.name] = make_service(spec, partial(_spawn, spec, places), failures, config, claims)
-            await together(*(service.ready() for service in services.values()))
+                services[spec.name] = make_service(spec, partial(_spawn, spec, places), failures, config, preemption)
+            await gather_or_cancel(*(service.ready() for service in services.values()))
         yield {name: ActorHandle(service) for name, service in services.items()}
     except asyncio.CancelledError:
         patience_s = 0.0  # somebody pressed Ctrl-C twice
@@ -84,7 +84,7 @@ def _spawn(spec: ActorSpec, places: Places, name: str) -> Endpoint:
     if spec.ranks > 1:
         return _spawn_gang(spec, places.take(spec), name)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return _start(spec, name, spec.kwargs, here if spec.beside else "DEFAULT")
+    return _start(spec, name, spec.kwargs, here if spec.on_driver_node else "DEFAULT")
 
 
 def _spawn_gang(spec: ActorSpec, place: PlacementGroup, name: str) -> Gang:
@@ -93,7 +93,7 @@ def _spawn_gang(spec: ActorSpec, place: PlacementGroup, name: str) -> Gang:
         _start(spec, f"{name}-{rank}", {**spec.kwargs, "rank": rank}, PlacementGroupSchedulingStrategy(place, rank))
         for rank in range(spec.ranks)
     ]
-    return Gang(ranks, partial(remove_placement_group, place), methods_marked(spec.cls, "of_rank_0"))
+    return Gang(ranks, partial(remove_placement_group, place), methods_marked(spec.cls, "rank_zero_only"))
 
 
 def _start(spec: ActorSpec, name: str, kwargs: Mapping[str, Any], where: Any) -> RayEndpoint:

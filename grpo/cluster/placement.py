@@ -34,12 +34,12 @@ def check_placement(specs: Sequence[ActorSpec], nodes: Sequence[Node], where: st
     """
     _check_sum(specs, nodes, where)
     _check_each(specs, nodes, where)
-    if homeless := _without_room(specs, nodes):
-        fewer = _fewer(homeless, specs, nodes)
-        key = f"{homeless.config_group}.{homeless.counted_by}"
+    if unplaced := _without_room(specs, nodes):
+        fewer = _fewer(unplaced, specs, nodes)
+        key = f"{unplaced.config_group}.{unplaced.counted_by}"
         raise LaunchError(
-            f"{homeless.config_group}.num_{_scarce(homeless)}: {where} has enough in all, but on its nodes "
-            f"({_listed(nodes)}) not every {homeless.name} finds {_needs(homeless)} together; "
+            f"{unplaced.config_group}.num_{_scarce(unplaced)}: {where} has enough in all, but on its nodes "
+            f"({_listed(nodes)}) not every {unplaced.name} finds {_needs(unplaced)} together; "
             + (f"set {key}={fewer}" if fewer else "ask for less in each process")
         )
 
@@ -122,11 +122,11 @@ def _devices(spec: ActorSpec, free: Sequence[float]) -> list[int] | None:
     return fitting[:count] if len(fitting) >= count else None
 
 
-def _fewer(homeless: ActorSpec, specs: Sequence[ActorSpec], nodes: Sequence[Node]) -> int:
+def _fewer(unplaced: ActorSpec, specs: Sequence[ActorSpec], nodes: Sequence[Node]) -> int:
     """The most processes of it with which all find room; 0 when that would not help."""
-    for count in range(homeless.processes - 1, 0, -1):
-        smaller = replace(homeless, ranks=count) if homeless.ranks > 1 else replace(homeless, replicas=count)
-        if not _without_room([smaller if spec is homeless else spec for spec in specs], nodes):
+    for count in range(unplaced.processes - 1, 0, -1):
+        smaller = replace(unplaced, ranks=count) if unplaced.ranks > 1 else replace(unplaced, replicas=count)
+        if not _without_room([smaller if spec is unplaced else spec for spec in specs], nodes):
             return count
     return 0
 

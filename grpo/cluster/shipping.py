@@ -144,13 +144,13 @@ def runtime_env(empty: str) -> dict[str, Any]:
     in a copy of the `empty` folder: else Ray has them look for modules where the driver works, ahead of all others, and
     a node may have another version there. A job that was submitted has a folder already.
     """
-    places = {_PACKAGE, *own_places(sys.modules, _libraries())}
+    places = {_PACKAGE, *local_modules(sys.modules, _libraries())}
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
     folder = {} if "working_dir" in job else {"working_dir": empty}
     return {"py_modules": sorted(map(str, places)), "excludes": _EXCLUDED, **folder}
 
 
-def own_places(modules: Mapping[str, Any], libraries: Iterable[Path]) -> set[Path]:
+def local_modules(modules: Mapping[str, Any], libraries: Iterable[Path]) -> set[Path]:
     """Folders of packages and files of modules that lie in no library, as far as they are imported."""
     libraries, found = set(libraries), set()
     for name, module in list(modules.items()):

@@ -25,8 +25,8 @@ def check_combinations(config: RunConfig) -> None:
 
 
 def _check_model(config: RunConfig) -> None:
-    if (config.model.path is None) == (config.model.prepare is None):
-        raise ConfigError("set either model.path (with model=hf) or model.prepare", key="model.path")
+    if (config.model.path is None) == (config.model.builder is None):
+        raise ConfigError("set either model.path (with model=hf) or model.builder", key="model.path")
 
 
 def _check_cluster(config: RunConfig) -> None:
@@ -48,21 +48,21 @@ def _check_updates(config: RunConfig) -> None:
 
 def _check_correction(config: RunConfig) -> None:
     correction = config.correction
-    if correction.weights == "none" and (correction.low, correction.high) != (0, None):
+    if correction.mode == "none" and (correction.min_ratio, correction.max_ratio) != (0, None):
         raise ConfigError(
-            "no weights are there to bound; take correction=tis, mis, icepop or decoupled", key="correction.weights"
+            "no weights are there to bound; take correction=tis, mis, icepop or decoupled", key="correction.mode"
         )
 
 
 def _check_shaping(config: RunConfig) -> None:
-    low, high, zone = config.shaping.clip_low, config.shaping.clip_high, config.shaping.overlong_zone
+    low, high, zone = config.shaping.clip_low, config.shaping.clip_high, config.shaping.overlong_buffer
     if low is not None and high is not None and low >= high:
         raise ConfigError(f"is {low}, must be below shaping.clip_high={high}", key="shaping.clip_low")
     if (config.shaping.overlong == "penalize") != (zone > 0) or zone > 1:
         raise ConfigError(
             f"is {zone:g} with shaping.overlong={config.shaping.overlong}; penalize needs a part of "
             "rollout.max_completion_tokens, like 0.2, the others 0",
-            key="shaping.overlong_zone",
+            key="shaping.overlong_buffer",
         )
     if config.loss.advantages == "max_rl" and (
         config.shaping.length_penalty > 0 or config.shaping.overlong == "penalize"
@@ -141,24 +141,24 @@ def _check_vllm(config: RunConfig) -> None:
 
 
 def _check_weights(config: RunConfig) -> None:
-    if config.weights.backend != "nccl":
+    if config.weight_sync.backend != "nccl":
         return
     if config.generator.engine != "torch":
         raise ConfigError(
             f"the {config.generator.engine} engine has no GPU in the actor's process; take auto or gloo",
-            key="weights.backend",
+            key="weight_sync.backend",
         )
     for key in ("trainer.num_gpus", "generator.num_gpus"):
         if (num_gpus := value_of(config, key)) < 1:
             raise ConfigError(
                 f"nccl needs whole GPUs, and {key} is {num_gpus:g}: raise it, or take auto or gloo",
-                key="weights.backend",
+                key="weight_sync.backend",
             )
     if config.trainer.ranks > 1:
         raise ConfigError(
             f"nccl takes a trainer of one rank, and trainer.ranks is {config.trainer.ranks}, which talk over it at the "
             "same time, so that each may wait for the other: take auto or gloo",
-            key="weights.backend",
+            key="weight_sync.backend",
         )
 
 

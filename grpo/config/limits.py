@@ -20,12 +20,12 @@ _CHOICES = {
     "generator.engine": ("torch", "vllm", "simulated"),
     "watchdog.action": ("fail", "warn"),
     "loss.aggregation": (None, "token_mean", "sequence_mean", "fixed_horizon"),
-    "loss.kl": ("k1", "k2", "k3"),
-    "correction.weights": ("none", "truncate", "mask"),
+    "loss.kl_estimator": ("k1", "k2", "k3"),
+    "correction.mode": ("none", "truncate", "mask"),
     "correction.level": ("token", "sequence", "geometric"),
     "shaping.overlong": ("keep", "mask", "penalize"),
-    "weights.transport": ("object_store", "collective"),
-    "weights.backend": ("auto", "gloo", "nccl"),
+    "weight_sync.transport": ("object_store", "collective"),
+    "weight_sync.backend": ("auto", "gloo", "nccl"),
     "generator.weight_update": ("in_flight", "in_flight_recompute", "drain"),
 }
 # key -> smallest value allowed, and why
@@ -37,7 +37,7 @@ _AT_LEAST = {
     "rollout.max_prompt_tokens": (1, "prompts have at least one token"),
     "rollout.max_completion_tokens": (1, "completions have at least one token"),
     "buffer.max_policy_age": (0, "0 is synchronous GRPO, 1 overlaps generation with one train step"),
-    "buffer.window": (1, "1 trains on groups in the order of admission"),
+    "buffer.reorder_window": (1, "1 trains on groups in the order of admission"),
     "trainer.max_steps": (1, "a run has at least one step"),
     "trainer.groups_per_step": (1, "a train step takes at least one group"),
     "trainer.lr": (0, "a learning rate is not negative"),
@@ -61,11 +61,11 @@ _AT_LEAST = {
     "loss.dual_clip": (1, "it bounds the loss at so many times the advantage"),
     "loss.horizon": (1, "the loss is divided by it"),
     "loss.max_tv": (0, "0 stops every token that moves"),
-    "correction.high": (1, "1 is the weight of a sample of the present policy"),
+    "correction.max_ratio": (1, "1 is the weight of a sample of the present policy"),
     "shaping.length_penalty": (0, "0 lets answers be as long as they like"),
-    "shaping.overlong_zone": (0, "with overlong=penalize, a part of max_completion_tokens"),
+    "shaping.overlong_buffer": (0, "with overlong=penalize, a part of max_completion_tokens"),
     "shaping.overlong_penalty": (0, "it is taken off the reward"),
-    "filter.max_batches": (1, "a batch's worth of groups is soon dropped"),
+    "filter.max_dropped_batches": (1, "a batch's worth of groups is soon dropped"),
     "trainer.updates_per_batch": (1, "1 makes one optimizer step of a batch"),
     "loss.beta": (0, "0 switches the KL term off"),
     "eval.prompts": (0, "0 switches evaluation off"),
@@ -76,8 +76,8 @@ _AT_LEAST = {
     "eval.threads": (0, "0 takes as many as num_cpus"),
     "generator.tensor_parallel": (1, "1 keeps a replica on one GPU"),
     "recovery.max_restarts": (0, "0 ends the run with the first actor that dies"),
-    "recovery.max_data_failures": (0, "0 ends the run at the first one"),
-    "cluster.nodes_timeout_s": (0, "0 waits for no node"),
+    "recovery.max_dropped_groups": (0, "0 ends the run at the first one"),
+    "cluster.wait_for_nodes_s": (0, "0 waits for no node"),
     "checkpoint.every": (0, "0 makes none"),
     "checkpoint.keep": (1, "the newest one is never removed"),
     "observe.log_every": (1, "1 prints every step"),
@@ -94,11 +94,11 @@ _POSITIVE = (
     "lora.alpha",
     "trainer.max_grad_norm",
     "watchdog.seconds",
-    "recovery.health_every_s",
+    "recovery.health_interval_s",
     "recovery.health_timeout_s",
     "recovery.collective_timeout_s",
-    "weights.bucket_mb",
-    "weights.timeout_s",
+    "weight_sync.bucket_mb",
+    "weight_sync.timeout_s",
     "reward.timeout_s",
     "cluster.start_timeout_s",
     "driver.slow_callback_ms",
@@ -110,17 +110,17 @@ _POSITIVE = (
 )
 # key -> the interval that it must be in, and what else is said of it
 _WITHIN = {
-    "rollout.target_wait": ("(0, 1)", ": the share of its time that the trainer may wait"),
+    "rollout.target_trainer_idle": ("(0, 1)", ": the share of its time that the trainer may wait"),
     "rollout.top_p": ("(0, 1]", "; 1 switches it off"),
-    "dataloader.revisit": (
+    "dataloader.revisit_fraction": (
         "(0, 1]",
         ", or what is left out never comes back; 0.1 is usual, dataloader.sampling=uniform leaves nothing out",
     ),
-    "correction.low": ("[0, 1]", ": importance weights are not negative, and that of a fresh sample is 1"),
+    "correction.min_ratio": ("[0, 1]", ": importance weights are not negative, and that of a fresh sample is 1"),
     "lora.dropout": ("[0, 1)", "; 0 switches it off"),
     "generator.gpu_memory_fraction": ("(0, 1]", ": the share of each GPU"),
 }
-_FINITE = ("eval.temperature", "eval.solved_at", "shaping.scale", "shaping.clip_low", "shaping.clip_high")
+_FINITE = ("eval.temperature", "eval.success_threshold", "shaping.scale", "shaping.clip_low", "shaping.clip_high")
 
 
 def check_limits(config: RunConfig) -> None:

@@ -11,12 +11,12 @@ class ModelConfig:
     """The model that is trained: every actor loads it from `path`."""
 
     path: str | None = None  # a Hugging Face folder or hub name
-    prepare: str | None = None  # or `module:function` that makes the folder, called with the task and `args`
+    builder: str | None = None  # or `module:function` that makes the folder, called with the task and `args`
     args: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"  # of generators, reference and published weights; with lora.rank, of the trainer's base
     attention: str = "auto"  # transformers' for all but vLLM: sdpa, with FlashAttention's kernels on GPUs; eager; auto
     trust_remote_code: bool = False
-    pickled_weights: bool = False  # where there are no safetensors, load pytorch_model.bin (tensors only, no code)
+    allow_pickle: bool = False  # where there are no safetensors, load pytorch_model.bin (tensors only, no code)
 
 
 @dataclass
@@ -49,7 +49,7 @@ class DataloaderConfig:
     """Which prompts are trained on."""
 
     sampling: str = "uniform"  # uniform; difficulty: without problems that the last group solved always, or never
-    revisit: float = 0.1  # with difficulty: the share of their turns that such problems keep
+    revisit_fraction: float = 0.1  # with difficulty: the share of their turns that such problems keep
 
 
 @dataclass
@@ -57,7 +57,9 @@ class RolloutConfig:
     """How groups are made."""
 
     concurrency: int | str = 32  # continuous_rollouts coroutines; auto: as many as the trainer needs
-    target_wait: float = 0.1  # with auto: the share of its time that the trainer may wait, see grpo/driver/pacing.py
+    target_trainer_idle: float = (
+        0.1  # with auto: the share of its time that the trainer may wait, see grpo/driver/pacing.py
+    )
     group_size: int = 8  # G
     temperature: float = 1.0
     top_p: float = 1.0
@@ -96,7 +98,7 @@ class LossConfig:
     max_tv: float | None = None  # ppo_tv: how far the probability of a token may move
     args: dict[str, Any] = field(default_factory=dict)  # further ones, of a loss of your own
     beta: float = 0.0  # weight of the KL term to the model before training; 0: there is no reference
-    kl: str = "k3"  # its estimate: k1, k2, k3
+    kl_estimator: str = "k3"  # its estimate: k1, k2, k3
 
 
 LOSS_PARAMETERS = ("clip_low", "clip_high", "dual_clip", "max_ratio", "tau_positive", "tau_negative", "max_tv")
@@ -106,10 +108,10 @@ LOSS_PARAMETERS = ("clip_low", "clip_high", "dual_clip", "max_ratio", "tau_posit
 class CorrectionConfig:
     """Importance weights for off-policy samples; see grpo/algorithms/corrections.py, and configs/correction."""
 
-    weights: str = "none"  # none: the loss's ratio is to the policy that sampled; truncate, mask: to the proximal one
+    mode: str = "none"  # none: the loss's ratio is to the policy that sampled; truncate, mask: to the proximal one
     level: str = "token"  # token, sequence, geometric
-    low: float = 0.0
-    high: float | None = None  # null: no bound
+    min_ratio: float = 0.0
+    max_ratio: float | None = None  # null: no bound
 
 
 @dataclass
@@ -120,8 +122,8 @@ class ShapingConfig:
     clip_low: float | None = None  # after scaling; null: no bound
     clip_high: float | None = None
     length_penalty: float = 0.0  # taken off an answer of max_completion_tokens, of shorter ones in proportion
-    overlong: str = "keep"  # answers cut off at the limit. mask: not trained on; penalize: see overlong_zone
-    overlong_zone: float = 0.0  # with penalize: that last part of max_completion_tokens costs more and more
+    overlong: str = "keep"  # answers cut off at the limit. mask: not trained on; penalize: see overlong_buffer
+    overlong_buffer: float = 0.0  # with penalize: that last part of max_completion_tokens costs more and more
     overlong_penalty: float = 1.0  # up to so much
 
 
@@ -129,8 +131,10 @@ class ShapingConfig:
 class FilterConfig:
     """Groups that are dropped before they reach the trainer."""
 
-    zero_advantage: bool = False  # those with nothing to learn from; others are made in their place
-    max_batches: int = 20  # so many batches' worth may be dropped while one batch's worth passes; more ends the run
+    zero_variance: bool = False  # those with nothing to learn from; others are made in their place
+    max_dropped_batches: int = (
+        20  # so many batches' worth may be dropped while one batch's worth passes; more ends the run
+    )
 
 
 @dataclass
@@ -138,11 +142,13 @@ class BufferConfig:
     """Staleness: a group is at most this many versions older than the trainer when it is trained on."""
 
     max_policy_age: int = 1  # S; 0 is synchronous GRPO
-    window: int = 1  # W: finished groups may overtake a straggler by W - 1 places; age bound S + ceil((W - 1) / P)
+    reorder_window: int = (
+        1  # W: finished groups may overtake a straggler by W - 1 places; age bound S + ceil((W - 1) / P)
+    )
 
 
 @dataclass
-class WeightsConfig:
+class WeightSyncConfig:
     """How new weights get from the trainer to the generators."""
 
     transport: str = "object_store"  # Ray's, on any cluster; collective: a broadcast of torch.distributed
@@ -213,7 +219,7 @@ class EvalConfig:
     every: int = 0  # steps between evaluations; 0: only at the start and at the end
     samples: int = 1  # completions per prompt; pass@k is estimated for every power of two k up to this
     temperature: float | None = None  # 0: greedy; null: the training's
-    solved_at: float = 1.0  # the reward from which on a completion counts as solved
+    success_threshold: float = 1.0  # the reward from which on a completion counts as solved
     replicas: int = 1  # generators of its own, when `every` is set; 0: borrows the training's, which waits meanwhile
     num_cpus: float = 1.0
     num_gpus: float = 0.0
@@ -227,7 +233,7 @@ class ClusterConfig:
     address: str | None = None  # null: a cluster of our own on this machine; auto or host:port: join one
     dashboard: bool = False  # Ray's, on localhost, for a cluster of our own
     start_timeout_s: float = 600.0
-    nodes_timeout_s: float = 0.0  # how long to wait for what a cluster that is joined lacks; 0: refuse at once
+    wait_for_nodes_s: float = 0.0  # how long to wait for what a cluster that is joined lacks; 0: refuse at once
 
 
 @dataclass
@@ -250,8 +256,8 @@ class RecoveryConfig:
     """Actors that die or hang are replaced. The budgets are filled up again by every step that is trained."""
 
     max_restarts: int = 20  # of actors between two steps; one more ends the run with the error behind it
-    max_data_failures: int = 100  # groups dropped between two steps because their reward failed
-    health_every_s: float = 10.0  # between two questions whether a process still answers
+    max_dropped_groups: int = 100  # groups dropped between two steps because their reward failed
+    health_interval_s: float = 10.0  # between two questions whether a process still answers
     health_timeout_s: float = 60.0  # one that does not answer for so long is killed and replaced
     collective_timeout_s: float = 600.0  # how long ranks of the trainer that are alive wait for each other
 
@@ -292,7 +298,7 @@ class RunConfig:
     buffer: BufferConfig = field(default_factory=BufferConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -318,7 +324,7 @@ class RunConfig:
 
     @property
     def age_bound(self) -> int:
-        return age_bound(self.trainer.groups_per_step, self.buffer.max_policy_age, self.buffer.window)
+        return age_bound(self.trainer.groups_per_step, self.buffer.max_policy_age, self.buffer.reorder_window)
 
     @property
     def uses_difficulty(self) -> bool:

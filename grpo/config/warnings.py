@@ -31,9 +31,9 @@ def _of_rollouts(config: RunConfig) -> Iterator[str]:
 
 
 def _of_rewards(config: RunConfig) -> Iterator[str]:
-    if config.shaping.length_penalty > 0 and config.filter.zero_advantage:
+    if config.shaping.length_penalty > 0 and config.filter.zero_variance:
         yield (
-            "filter.zero_advantage: with shaping.length_penalty above 0 answers of other lengths have other rewards, "
+            "filter.zero_variance: with shaping.length_penalty above 0 answers of other lengths have other rewards, "
             "so groups that are always right or never are hardly ever dropped"
         )
     if "math_verify" in config.reward.functions and config.reward.on_error == "fail":
@@ -49,10 +49,10 @@ def _of_the_loss(config: RunConfig) -> Iterator[str]:
             f"lora.dropout={config.lora.dropout:g}: the trainer sees another distribution than was sampled from, so "
             "importance ratios are noisy; 0 is usual"
         )
-    if config.loss.kl == "k1" and config.loss.beta > 0:
+    if config.loss.kl_estimator == "k1" and config.loss.beta > 0:
         yield (
-            "loss.kl=k1: its gradient has mean zero on samples of the policy, so it keeps nobody near the reference; "
-            "take k2 or k3"
+            "loss.kl_estimator=k1: its gradient has mean zero on samples of the policy, so nothing stays near the "
+            "reference; take k2 or k3"
         )
     aggregation = config.loss.aggregation or ("fixed_horizon" if config.loss.name == "dr_grpo" else None)
     if aggregation == "fixed_horizon" and config.loss.horizon is None:

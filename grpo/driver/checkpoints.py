@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grpo.driver.context import Run
+from grpo.driver.context import RunContext
 from grpo.driver.recovery import Recovery
 from grpo.errors import CheckpointError, PayloadLost
 from grpo.telemetry.activity import begin_activity
@@ -24,7 +24,7 @@ class Checkpoints:
     warning: the training goes on.
     """
 
-    def __init__(self, run: Run, recovery: Recovery, tasks: asyncio.TaskGroup) -> None:
+    def __init__(self, run: RunContext, recovery: Recovery, tasks: asyncio.TaskGroup) -> None:
         self._run, self._recovery, self._tasks = run, recovery, tasks
         self._recorder, self._every = run.recorder, run.config.checkpoint.every
         self._writing: asyncio.Task[None] | None = None
@@ -52,7 +52,7 @@ class Checkpoints:
         assert services.checkpointer is not None
         states, _ = await services.checkpointer.load_trainer.call_one(str(path))
         await services.trainer.restore.call(states)
-        self._recovery.go_on_from(progress["step"], states)
+        self._recovery.resume_from(progress["step"], states)
         groups, serials = await services.checkpointer.load_groups.call_one(str(path))
         await self._run.prompts.restore(progress["prompts"])
         pacer.restore(progress["ledger"])
@@ -61,7 +61,7 @@ class Checkpoints:
         await services.replay_buffer.restore.call_one(lost, pacer.admitted, groups)
         for ticket in kept:
             pacer.is_buffered(ticket)
-        self._run.begin_again(lost, "resumed")
+        self._run.requeue(lost, "resumed")
         self._recorder.restore(progress["step"], progress["records"])
         self._newest = progress["step"]
 

@@ -11,7 +11,7 @@ from grpo.driver.pacing import AutoConcurrency, Concurrency, Pacer
 from grpo.driver.prompts import PromptQueue
 from grpo.driver.recorder import Recorder
 from grpo.driver.weight_sync import WeightSync
-from grpo.errors import PayloadLost, RewardError, ZeroAdvantage
+from grpo.errors import PayloadLost, RewardError, ZeroVarianceGroup
 from grpo.services.handle import Services
 from grpo.types import Rollout, Ticket
 
@@ -21,13 +21,13 @@ def make_pacer(config: RunConfig) -> Pacer:
     concurrency = Concurrency(config.most_rollouts)
     if config.rollout.concurrency == "auto":
         concurrency = AutoConcurrency(
-            config.most_rollouts, start=config.trainer.groups_per_step, target=config.rollout.target_wait
+            config.most_rollouts, start=config.trainer.groups_per_step, target=config.rollout.target_trainer_idle
         )
     return Pacer(config.ticket_capacity, concurrency)
 
 
 @dataclass(frozen=True)
-class Run:
+class RunContext:
     """Made by the loop, handed to its coroutines and to what works beside them."""
 
     services: Services
@@ -42,10 +42,10 @@ class Run:
         """It lies in the replay buffer."""
         self.pacer.is_buffered(ticket)
         self.recorder.group_finished(rollout)
-        if self.config.filter.zero_advantage:
-            self.recorder.failures.something_to_learn(self.config.trainer.groups_per_step)
+        if self.config.filter.zero_variance:
+            self.recorder.failures.group_kept(self.config.trainer.groups_per_step)
 
-    async def drop(self, ticket: Ticket, error: RewardError | ZeroAdvantage) -> None:
+    async def drop(self, ticket: Ticket, error: RewardError | ZeroVarianceGroup) -> None:
         """Leave a group out and hand its ticket back.
 
         Raises the error where it isn't tolerated, and DataError when there were too many.
@@ -54,10 +54,10 @@ class Run:
             raise error
         self.recorder.group_dropped(ticket, error)
         self.pacer.drop(ticket, error.reason)
-        if isinstance(error, ZeroAdvantage):
+        if isinstance(error, ZeroVarianceGroup):
             self.prompts.learned(error.rollout.group.prompt, error.rollout.group.rewards)
-            limit = self.config.filter.max_batches * self.config.trainer.groups_per_step
-            self.recorder.failures.nothing_to_learn(error, limit)
+            limit = self.config.filter.max_dropped_batches * self.config.trainer.groups_per_step
+            self.recorder.failures.group_filtered(error, limit)
         else:
             self.recorder.failures.reward_failed(error)
         await self.services.replay_buffer.skip.call_one(ticket)
@@ -65,9 +65,9 @@ class Run:
     def lost(self, ticket: Ticket, error: PayloadLost) -> None:
         """The group that was being made for this ticket is made again, unless that happens too often."""
         self.recorder.failures.payload_lost(error)
-        self.begin_again([ticket], "payload")
+        self.requeue([ticket], "payload")
 
-    def begin_again(self, tickets: Sequence[Ticket], reason: str) -> None:
+    def requeue(self, tickets: Sequence[Ticket], reason: str) -> None:
         """Groups that are lost, with a process, a node or the run before, are made again."""
-        self.recorder.groups_begun_again(tickets, reason)
-        self.pacer.begin_again(tickets, reason)
+        self.recorder.groups_requeued(tickets, reason)
+        self.pacer.requeue(tickets, reason)

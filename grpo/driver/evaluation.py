@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
 
 from grpo.config.schema import RunConfig
-from grpo.driver.context import Run
+from grpo.driver.context import RunContext
 from grpo.driver.rollout import sampling_params
 from grpo.driver.watchdog import Watchdog
 from grpo.errors import MixedVersionsError, PayloadLost, RewardError
@@ -19,7 +19,7 @@ from grpo.services.handle import EvaluationServices
 from grpo.telemetry.activity import begin_activity
 from grpo.telemetry.recording import span, unrecorded
 from grpo.types import Detail, EvaluationReport, GenerationReport, Prompt, Scores
-from grpo.utils.aio import Signal, together, unless
+from grpo.utils.aio import Signal, gather_or_cancel, run_until_set
 
 log = logging.getLogger(__name__)
 _SEED = 1 << 20  # apart from the seeds that training draws with
@@ -39,7 +39,7 @@ class Evaluation:
     so their weights stay put too.
     """
 
-    def __init__(self, run: Run, tasks: asyncio.TaskGroup) -> None:
+    def __init__(self, run: RunContext, tasks: asyncio.TaskGroup) -> None:
         services = run.services
         generator = services.evaluator or services.generator
         self._services = EvaluationServices(services.dataloader, generator, services.reward)
@@ -62,9 +62,9 @@ class Evaluation:
             self._recorder.evaluation_skipped(step, _STILL_RUNS)
             return
         with self._recorder.evaluation_wait():
-            await unless(self._shutdown, self._load())
+            await run_until_set(self._shutdown, self._load())
             if self._evaluator is None or last:
-                await unless(self._shutdown, self._evaluate(step))
+                await run_until_set(self._shutdown, self._evaluate(step))
             else:
                 self._recorder.evaluation_began(step)
                 self._running = self._tasks.create_task(self._evaluate_beside(step), name=f"evaluation-{step}")
@@ -154,7 +154,7 @@ async def evaluate(
                     log.warning("answered again: %s", error)
 
     with span("evaluation", "stage", prompts=len(prompts)):
-        answers = await together(*map(answer, prompts))
+        answers = await gather_or_cancel(*map(answer, prompts))
     return summarize(answers, config, version, time.perf_counter() - started)
 
 
@@ -193,7 +193,7 @@ def summarize(answers: Sequence[Answer | None], config: RunConfig, version: int,
     rewards = [scores.rewards for scores, _ in counted]
     reports = [report for _, report in counted]
     means = [fmean(group) for group in rewards]
-    solved = [sum(reward >= config.eval.solved_at for reward in group) for group in rewards]
+    solved = [sum(reward >= config.eval.success_threshold for reward in group) for group in rewards]
     samples = config.eval.samples
     return EvaluationReport(
         step=version,

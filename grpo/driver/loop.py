@@ -17,7 +17,7 @@ from contextlib import suppress
 from grpo.checkpoint.resume import ResumePoint
 from grpo.config.schema import RunConfig
 from grpo.driver.checkpoints import Checkpoints
-from grpo.driver.context import Run
+from grpo.driver.context import RunContext
 from grpo.driver.evaluation import Evaluation
 from grpo.driver.prompts import PromptQueue
 from grpo.driver.recorder import Recorder, TrainedStep
@@ -25,15 +25,15 @@ from grpo.driver.recovery import Recovery
 from grpo.driver.rollout import rollout, sampling_params
 from grpo.driver.watchdog import Watchdog
 from grpo.driver.weight_sync import WeightSync
-from grpo.errors import PayloadLost, RewardError, ZeroAdvantage
+from grpo.errors import PayloadLost, RewardError, ZeroVarianceGroup
 from grpo.services.handle import Services
 from grpo.telemetry.activity import begin_activity
 from grpo.telemetry.recording import span
 from grpo.types import Ticket
-from grpo.utils.aio import Interrupted, cancelled, raise_first, task_name, together, unless
+from grpo.utils.aio import Interrupted, cancel_and_wait, gather_or_cancel, raise_first, run_until_set, task_name
 
 
-async def run(
+async def train_loop(
     services: Services,
     config: RunConfig,
     recorder: Recorder,
@@ -50,16 +50,16 @@ async def run(
     watchdog = Watchdog(config.watchdog, recorder.failures.progress, recorder.warn)
     try:
         async with asyncio.TaskGroup() as tasks:
-            watching = [tasks.create_task(watch) for watch in (watchdog.watch(), recorder.failures.until_fatal())]
+            watching = [tasks.create_task(watch) for watch in (watchdog.watch(), recorder.failures.wait_fatal())]
             background = [tasks.create_task(recorder.watch(config.driver.slow_callback_ms), name="recorder")]
             weights = WeightSync(services, config, recorder.warn, tasks)
-            shared = Run(services, recorder.pacer, prompts, weights, config, recorder, shutdown)
+            shared = RunContext(services, recorder.pacer, prompts, weights, config, recorder, shutdown)
             recovery = Recovery(shared)
             evaluation, checkpoints = Evaluation(shared, tasks), Checkpoints(shared, recovery, tasks)
             if resume is not None:
                 await checkpoints.restore(resume.path, resume.progress)
             await weights.publish()
-            recorder.training_begins(await weights.live())
+            recorder.training_begins(await weights.wait_loaded())
             for i in range(shared.pacer.concurrency.most):
                 background.append(tasks.create_task(continuous_rollouts(shared, i), name=f"rollouts-{i}"))
             with suppress(Interrupted):
@@ -70,14 +70,14 @@ async def run(
             for task in background:
                 task.cancel()
             await checkpoints.finish(recorder.step)
-            await cancelled(watching)
+            await cancel_and_wait(watching)
     except BaseExceptionGroup as group:
         raise_first(group)
     finally:
         recorder.prompts = prompts.counts()
 
 
-async def continuous_rollouts(run: Run, number: int) -> None:
+async def continuous_rollouts(run: RunContext, number: int) -> None:
     """Make groups, one after another, until `shutdown` is set or the training ends and cancels it.
 
     Consumes tickets. Waits for its turn, for a ticket (woken when new weights are in use, or a group was lost or
@@ -90,13 +90,13 @@ async def continuous_rollouts(run: Run, number: int) -> None:
         try:
             with span("group", "group", ticket=ticket.serial):
                 await make_group(ticket, run)
-        except (RewardError, ZeroAdvantage) as error:
+        except (RewardError, ZeroVarianceGroup) as error:
             await run.drop(ticket, error)
         except PayloadLost as error:
             run.lost(ticket, error)
 
 
-async def make_group(ticket: Ticket, run: Run) -> None:
+async def make_group(ticket: Ticket, run: RunContext) -> None:
     """Consumes a prompt, leaves its group in the replay buffer. Waits for the generator, the reward, the reference."""
     prompt = await run.prompts.prompt_for(ticket)
     params = sampling_params(run.config.rollout, run.config.seed, prompt)
@@ -106,7 +106,9 @@ async def make_group(ticket: Ticket, run: Run) -> None:
     run.group_finished(ticket, finished)
 
 
-async def continuous_training(run: Run, recovery: Recovery, evaluation: Evaluation, checkpoints: Checkpoints) -> None:
+async def continuous_training(
+    run: RunContext, recovery: Recovery, evaluation: Evaluation, checkpoints: Checkpoints
+) -> None:
     """Train on batch after batch; publish the weights beside the next step, evaluate and keep what is due.
 
     Waits for a batch (woken when its P-th group is in the replay buffer), for the trainer, and until the weights before
@@ -116,12 +118,14 @@ async def continuous_training(run: Run, recovery: Recovery, evaluation: Evaluati
     for step in range(run.recorder.step + 1, config.trainer.max_steps + 1):
         times = run.recorder.stopwatch()
         with times("time/trainer_wait_s"):
-            batch, taken = await unless(run.shutdown, buffer.sample.call_one(config.trainer.groups_per_step))
+            batch, taken = await run_until_set(run.shutdown, buffer.sample.call_one(config.trainer.groups_per_step))
         run.pacer.are_training(taken.tickets)
         with times("time/train_step_s", step=step, tickets=[ticket.serial for ticket in taken.tickets]):
             metrics, *_ = await trainer.train_step.call(batch)
         with times("time/weight_sync_s"):
-            await together(run.weights.publish(wait=evaluation.holds_up(step)), recovery.step_trained(step, batch))
+            await gather_or_cancel(
+                run.weights.publish(wait=evaluation.holds_up(step)), recovery.step_trained(step, batch)
+            )
         del batch  # it takes up room in the object store for as long as it is held
         run.pacer.concurrency.step_trained(times.seconds)
         finished = finish_step(TrainedStep(step, metrics, taken, times), run, evaluation)
@@ -129,13 +133,13 @@ async def continuous_training(run: Run, recovery: Recovery, evaluation: Evaluati
         await checkpoints.after(step)
 
 
-async def finish_step(trained: TrainedStep, run: Run, evaluation: Evaluation) -> None:
+async def finish_step(trained: TrainedStep, run: RunContext, evaluation: Evaluation) -> None:
     """Bring the new weights into use and hand the step's tickets back; evaluate if that is due.
 
     Waits for every generator to acknowledge the weights: only then are tickets released, so new work is born fresh.
     """
-    with trained.times("time/weights_live_s"):
-        stats = await run.weights.live()
+    with trained.times("time/weight_load_s"):
+        stats = await run.weights.wait_loaded()
     with run.recorder.metrics_line(trained, stats):
         run.pacer.release(trained.batch.tickets)
         await evaluation.after(trained.number)

@@ -2,7 +2,7 @@
 
 The controller looks at the trainer's wait, as a share of the time, over the last few steps:
 
-    above `rollout.target_wait`     a quarter more rollouts; what was there is remembered as too few
+    above `rollout.target_trainer_idle`     a quarter more rollouts; what was there is remembered as too few
     below half of it                an eighth fewer, but never as few as were too few
     a quarter more did not help     back again, and no more growth for a while: the generators have enough to do
 
@@ -130,7 +130,7 @@ class Pacer:
         self.admitted = 0
         self.trained = 0
         self.dropped: Counter[str] = Counter()
-        self.reissued: Counter[str] = Counter()  # groups begun again, by what they were lost with
+        self.requeued: Counter[str] = Counter()  # groups begun again, by what they were lost with
         self._out: dict[Ticket, _Work] = {}
         self._again: deque[Ticket] = deque()
         self._free = asyncio.Semaphore(capacity)  # places, and tickets to begin again
@@ -142,7 +142,7 @@ class Pacer:
     async def admit(self) -> Ticket:
         """Wait for a lost group to make again, or a free ticket, first come first served.
 
-        Woken by `release`, `drop` and `begin_again`.
+        Woken by `release`, `drop` and `requeue`.
         """
         with waiting_for("ticket"):
             await self._free.acquire()
@@ -175,12 +175,12 @@ class Pacer:
         for ticket in tickets:
             self._out[ticket].stage = "training"
 
-    def begin_again(self, tickets: Iterable[Ticket], reason: str) -> None:
+    def requeue(self, tickets: Iterable[Ticket], reason: str) -> None:
         """Their groups are lost: the next to ask for a ticket gets them, the oldest first."""
         for ticket in sorted(tickets):
             self._out[ticket].stage = "rollout"
             self._again.append(ticket)
-            self.reissued[reason] += 1
+            self.requeued[reason] += 1
             self._free.release()
 
     def release(self, tickets: Iterable[Ticket]) -> None:
@@ -204,14 +204,14 @@ class Pacer:
             "admitted": self.admitted,
             "trained": self.trained,
             "dropped": dict(self.dropped),
-            "reissued": dict(self.reissued),
+            "requeued": dict(self.requeued),
             "outstanding": [[ticket.serial, self._out[ticket].prompt] for ticket in sorted(self._out)],
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state`. Its tickets are out; which groups are there and which begin again is said next."""
         self.admitted, self.trained = state["admitted"], state["trained"]
-        self.dropped, self.reissued = Counter(state["dropped"]), Counter(state["reissued"])
+        self.dropped, self.requeued = Counter(state["dropped"]), Counter(state["requeued"])
         self._out = {Ticket(serial): _Work(prompt) for serial, prompt in state["outstanding"]}
         self._free = asyncio.Semaphore(self.capacity - len(self._out))
 

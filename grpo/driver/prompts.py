@@ -105,7 +105,7 @@ class Difficulty:
     """Remembers the problems whose last group earned one reward throughout: solved always, or never.
 
     Such a group has no advantages, so the dataloader leaves its problem out of the stream, but for a share of its turns
-    (`dataloader.revisit`): there it shows whether the problem has become easy or hard enough since.
+    (`dataloader.revisit_fraction`): there it shows whether the problem has become easy or hard enough since.
     """
 
     def __init__(self, left_out: Iterable[int] = ()) -> None:

@@ -11,19 +11,19 @@ from statistics import fmean
 from typing import Any
 
 from grpo.driver.pacing import Pacer
-from grpo.errors import RewardError, ZeroAdvantage
+from grpo.errors import RewardError, ZeroVarianceGroup
 from grpo.observe.loop_lag import LoopLag
 from grpo.observe.metrics import FinishedGroups, GeneratorRates, History, Startup, Stopwatch, recovery_of
 from grpo.observe.run_dir import Events, RunDirectory, as_record, as_rows
 from grpo.observe.sinks.fanout import Sinks
 from grpo.observe.terminal.display import Display
-from grpo.observe.terminal.view import Glance, Sample
+from grpo.observe.terminal.view import RunStatus, Sample
 from grpo.observe.timeline import Timeline
 from grpo.services.failures import Failures
 from grpo.telemetry.activity import MeanWaiting
 from grpo.telemetry.metrics import MetricSet
 from grpo.types import BatchReport, EvaluationReport, GeneratorStats, Rollout, Ticket
-from grpo.utils.aio import together
+from grpo.utils.aio import gather_or_cancel
 
 log = logging.getLogger(__name__)
 Metrics = dict[str, float]
@@ -59,7 +59,7 @@ class Recorder:
         self._wall_s_before = 0.0  # of the run that this one goes on with
         self._for_next_line: Metrics = {}  # what evaluations and checkpoints have left since the last one
         self._events = Events(run_dir, self._run_s)
-        failures.tell, failures.on_death, failures.on_return = self.warn, self._events.died, self._events.is_back
+        failures.warn, failures.on_death, failures.on_return = self.warn, self._events.died, self._events.is_back
         self._waiting, self._waiting_seen = MeanWaiting(), MeanWaiting()  # for lines, and for the view
         self._started = self._step_began = time.perf_counter()
         self._generators = GeneratorRates((), self._started)
@@ -69,7 +69,7 @@ class Recorder:
 
         Whatever blocks the loop for longer than that is told, with its stack.
         """
-        await together(self.loop_lag.watch(slow_callback_ms, self.warn), self._display.watch(self._look))
+        await gather_or_cancel(self.loop_lag.watch(slow_callback_ms, self.warn), self._display.watch(self._look))
 
     def stopwatch(self) -> Stopwatch:
         return Stopwatch()
@@ -82,7 +82,7 @@ class Recorder:
         """A time of time.perf_counter on the run's clock."""
         return self._wall_s_before + at - self._started
 
-    def go_on_after(self, wall_s: float) -> None:
+    def offset_clock(self, wall_s: float) -> None:
         """The run has lasted so long before. To be said before anything is recorded: everything is on this clock."""
         self._wall_s_before = wall_s
 
@@ -108,19 +108,19 @@ class Recorder:
             tokens = {"tokens": scores.tokens} if scores.tokens else {}
             self.run_dir.append("rollouts.jsonl", as_record(self.step, rollout, dropped), **tokens)
 
-    def group_dropped(self, ticket: Ticket, error: RewardError | ZeroAdvantage) -> None:
+    def group_dropped(self, ticket: Ticket, error: RewardError | ZeroVarianceGroup) -> None:
         """Called while its ticket is still out."""
         self.run_dir.append("ledger.jsonl", {"dropped": self.pacer.entry(ticket), "reason": error.reason})
-        if isinstance(error, ZeroAdvantage):
+        if isinstance(error, ZeroVarianceGroup):
             self.group_finished(error.rollout, error.reason)
         else:
             self.warn(f"dropped a group: {error}")
 
-    def groups_begun_again(self, tickets: Sequence[Ticket], reason: str) -> None:
+    def groups_requeued(self, tickets: Sequence[Ticket], reason: str) -> None:
         """Groups that were lost, with a process or with the run."""
         if tickets:
             entries = [self.pacer.entry(ticket) for ticket in tickets]
-            self.run_dir.append("ledger.jsonl", {"begun_again": entries, "reason": reason})
+            self.run_dir.append("ledger.jsonl", {"requeued": entries, "reason": reason})
 
     def warn(self, message: str) -> None:
         log.warning("%s", message)
@@ -187,16 +187,16 @@ class Recorder:
             "step": step,
             "wall_s": self.wall_s,
             "reward/mean": fmean(rewards),
-            "reward/group_std": fmean(_spread(group) for group in batch.rewards),
+            "reward/group_std": fmean(_std(group) for group in batch.rewards),
             **trained.metrics,
             **trained.times.seconds,
             "time/step_s": step_s,
             **self._generators.take(generators, now),
             **self._finished.take(),
             "recovery/restarts": len(self.failures.deaths),
-            "recovery/groups_begun_again": self.pacer.reissued.total(),
+            "recovery/groups_requeued": self.pacer.requeued.total(),
             "buffer/groups_waiting": batch.groups_waiting,
-            "rollout/outstanding": self.pacer.outstanding,
+            "rollout/tickets_in_use": self.pacer.outstanding,
             "rollout/concurrency": self.pacer.concurrency.limit,
             **self.loop_lag.take(),
             **{f"driver/waiting/{group}/{what}": n for (group, what), n in self._waiting.take(now).items()},
@@ -226,7 +226,7 @@ class Recorder:
             "groups_admitted": ledger.admitted,
             "groups_trained": ledger.trained,
             "groups_dropped": dict(ledger.dropped),
-            "groups_begun_again": dict(ledger.reissued),
+            "groups_requeued": dict(ledger.requeued),
             "groups_in_flight": ledger.outstanding,
             "prompts": self.prompts,
             "restarts": self.failures.restarts,
@@ -248,11 +248,11 @@ class Recorder:
         """Go on from a `state`. The files of the run's folder were cut to that moment; in a new one there are none."""
         self.step = step
         self.history.restore(step, state, self.run_dir.read("metrics.jsonl"))
-        self.go_on_after(state["wall_s"])
+        self.offset_clock(state["wall_s"])
         self._events.resumed(step, state["wall_s"])
 
-    def _look(self) -> Glance:
-        return Glance(self.replicas(), self.failures.restarts, self._waiting_seen.take(time.perf_counter()))
+    def _look(self) -> RunStatus:
+        return RunStatus(self.replicas(), self.failures.restarts, self._waiting_seen.take(time.perf_counter()))
 
     def _send_histograms(self, step: int, batch: BatchReport) -> None:
         """How the batch lies, to the sinks alone: metrics.jsonl holds numbers."""
@@ -266,6 +266,6 @@ class Recorder:
             self.sinks.histogram(step, f"batch/{name}", each)
 
 
-def _spread(rewards: Sequence[float]) -> float:
+def _std(rewards: Sequence[float]) -> float:
     mean = fmean(rewards)
     return fmean((reward - mean) ** 2 for reward in rewards) ** 0.5

@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpo.driver.context import Run
+from grpo.driver.context import RunContext
 from grpo.errors import PayloadLost, RecoveryError
 from grpo.services.handle import NewReplica
 
 
 @dataclass
-class Kept:
+class TrainerSnapshot:
     """A trainer's state after `step`, in parts by rank, and the batches it was given since; at first, that of setup."""
 
     step: int = -1
@@ -32,9 +32,9 @@ class Recovery:
     rounding, until the next ones are published.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: RunContext) -> None:
         self._run, self._every = run, run.config.trainer.snapshot_every
-        self._kept = [Kept()]  # the newest one last
+        self._kept = [TrainerSnapshot()]  # the newest one last
         run.services.replay_buffer.on_restart(self.restore_replay_buffer)
         run.services.trainer.on_restart(self.restore_trainer)
 
@@ -52,29 +52,29 @@ class Recovery:
         del self._kept[:-1]  # two at most take up room
         snapshot = tuple(state for state, _version in await self._run.services.trainer.snapshot.call())
         if self._every > 0:
-            self._kept.append(Kept(step, snapshot))
+            self._kept.append(TrainerSnapshot(step, snapshot))
         return snapshot
 
-    def go_on_from(self, step: int, snapshot: Any) -> None:
+    def resume_from(self, step: int, snapshot: Any) -> None:
         """The trainer's state after `step`, all that a new one needs so far."""
-        self._kept = [Kept(step, snapshot)]
+        self._kept = [TrainerSnapshot(step, snapshot)]
 
-    async def restore_trainer(self, newcomer: NewReplica) -> None:
+    async def restore_trainer(self, replica: NewReplica) -> None:
         """Raises RecoveryError when nothing was kept, or nothing of it is left."""
         if self._every == 0:
             raise RecoveryError(
                 "the trainer died, and trainer.snapshot_every=0 keeps no copy of its state; resume=auto goes on from "
                 "the last checkpoint"
             )
-        await self._restore_snapshot(newcomer)
+        await self._restore_snapshot(replica)
         for batch in self._kept[-1].batches:
-            await newcomer.train_step.call_one(batch)
+            await replica.train_step.call_one(batch)
 
-    async def _restore_snapshot(self, newcomer: NewReplica) -> None:
+    async def _restore_snapshot(self, replica: NewReplica) -> None:
         """The newest that is left, which has then all batches since."""
         while (newest := self._kept[-1]).snapshot is not None:
             try:
-                await newcomer.restore.call_one(newest.snapshot)
+                await replica.restore.call_one(newest.snapshot)
                 return
             except PayloadLost as error:
                 if len(self._kept) == 1:
@@ -85,9 +85,9 @@ class Recovery:
                 del self._kept[-1]
                 self._kept[-1].batches += newest.batches
 
-    async def restore_replay_buffer(self, newcomer: NewReplica) -> None:
+    async def restore_replay_buffer(self, replica: NewReplica) -> None:
         """It awaits every group that is not in training; those that lay in the old one are made again."""
         pacer = self._run.pacer
         lost = pacer.in_stage("buffered")
-        await newcomer.restore.call_one(pacer.in_stage("rollout", "buffered"), pacer.admitted)
-        self._run.begin_again(lost, "replay_buffer")
+        await replica.restore.call_one(pacer.in_stage("rollout", "buffered"), pacer.admitted)
+        self._run.requeue(lost, "replay_buffer")

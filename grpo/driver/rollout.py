@@ -10,11 +10,11 @@ from torch import Tensor
 
 from grpo.algorithms.advantages import ADVANTAGES, shape
 from grpo.config.schema import LossConfig, ObserveConfig, RolloutConfig, RunConfig, ShapingConfig
-from grpo.errors import ConfigError, ZeroAdvantage
+from grpo.errors import ConfigError, ZeroVarianceGroup
 from grpo.services.handle import Services
 from grpo.telemetry.recording import note
 from grpo.types import Detail, GenerationReport, Group, Prompt, Rollout, SamplingParams, Scores
-from grpo.utils.aio import together
+from grpo.utils.aio import gather_or_cancel
 from grpo.utils.imports import named_function
 
 
@@ -37,10 +37,10 @@ async def rollout(prompt: Prompt, params: SamplingParams, services: Services, co
     """Generate, then score and look up reference log-probabilities side by side.
 
     Tokens stay where they are: the group carries references to them. Raises what the services raise; RewardError is
-    the one that a run may choose to tolerate. Raises ZeroAdvantage for a group that `filter` wants dropped.
+    the one that a run may choose to tolerate. Raises ZeroVarianceGroup for a group that `filter` wants dropped.
     """
     completions, report = await services.generator.generate.route(prompt, params)
-    scores, reference_logprobs = await together(
+    scores, reference_logprobs = await gather_or_cancel(
         services.reward.score.route(prompt, completions, _detail(prompt, config.observe)),
         _reference_logprobs(services, prompt, completions),
     )
@@ -55,9 +55,9 @@ async def rollout(prompt: Prompt, params: SamplingParams, services: Services, co
         masked=_masked(report, config.shaping),
     )
     finished = Rollout(group, scores, report, shaped)
-    note(lengths=report.lengths, signal=group.has_signal)
-    if config.filter.zero_advantage and not group.has_signal:
-        raise ZeroAdvantage(finished)
+    note(lengths=report.lengths, signal=not group.is_zero_variance)
+    if config.filter.zero_variance and group.is_zero_variance:
+        raise ZeroVarianceGroup(finished)
     return finished
 
 
@@ -73,7 +73,7 @@ def shaped_rewards(
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         length_penalty=config.length_penalty,
-        overlong_zone=config.overlong_zone * params.max_tokens if config.overlong == "penalize" else 0,
+        overlong_buffer=config.overlong_buffer * params.max_tokens if config.overlong == "penalize" else 0,
         overlong_penalty=config.overlong_penalty,
     )
 

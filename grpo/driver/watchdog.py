@@ -8,8 +8,8 @@ from typing import Any, NoReturn, TypeVar
 
 from grpo.config.schema import WatchdogConfig
 from grpo.errors import StalledError
-from grpo.telemetry.activity import who_waits
-from grpo.utils.aio import Signal, cancelled
+from grpo.telemetry.activity import describe_blocked
+from grpo.utils.aio import Signal, cancel_and_wait
 
 R = TypeVar("R")
 
@@ -27,7 +27,7 @@ class Watchdog:
             done, _ = await asyncio.wait((watching, working), return_when=asyncio.FIRST_COMPLETED)
             return working.result() if working in done else watching.result()
         finally:
-            await cancelled((watching, working))
+            await cancel_and_wait((watching, working))
 
     async def watch(self) -> NoReturn:
         """Until cancelled. Raises StalledError, unless `watchdog.action` is warn."""
@@ -38,7 +38,7 @@ class Watchdog:
                     await self._progress.wait()
             except TimeoutError:
                 silent_s += self._config.seconds
-                message = f"nothing was done for {silent_s:g} s (watchdog.seconds): {who_waits()}"
+                message = f"nothing was done for {silent_s:g} s (watchdog.seconds): {describe_blocked()}"
                 if self._config.action == "fail":
                     raise StalledError(message) from None
                 self._warn(message)

@@ -13,22 +13,22 @@ from typing import Any, Protocol, TypeVar
 from grpo.config.schema import RunConfig
 from grpo.errors import ActorDied, PayloadLost, TransferError
 from grpo.services.handle import Services
-from grpo.services.replica import OnDemand
+from grpo.services.replica import LazyArg
 from grpo.telemetry.activity import begin_activity, waiting_for
 from grpo.telemetry.recording import measure
 from grpo.types import GeneratorStats
-from grpo.utils.aio import Interrupted, together, unless_raised
+from grpo.utils.aio import Interrupted, gather_or_cancel, race
 from grpo.weights.broadcast import BroadcastGroup
 
 
 def broadcast_backend(config: RunConfig) -> str:
-    """Of torch.distributed, for weights on their way to the generators: `weights.backend`, or which one `auto` is.
+    """Of torch.distributed, for weights on their way to the generators: `weight_sync.backend`, or which one `auto` is.
 
     NCCL has a GPU in one process of a group only, so none that is shared; vLLM's is that of processes of its own; and
     on one where ranks of the trainer talk over it at the same time, each may wait for the other.
     """
-    if config.weights.backend != "auto":
-        return config.weights.backend
+    if config.weight_sync.backend != "auto":
+        return config.weight_sync.backend
     whole_gpus = config.trainer.num_gpus >= 1 and config.generator.num_gpus >= 1
     return "nccl" if whole_gpus and config.generator.engine == "torch" and config.trainer.ranks == 1 else "gloo"
 
@@ -39,21 +39,21 @@ _MOST_FAILURES = 3  # transfers in a row; then the object store is what is left
 class Transport(Protocol):
     """`take` and `spread` are called by turns."""
 
-    async def take(self) -> None:
+    async def snapshot(self) -> None:
         """Copy the trainer's weights as they are."""
 
-    async def spread(self) -> list[GeneratorStats]:
+    async def broadcast(self) -> list[GeneratorStats]:
         """Bring what was taken into every generator; returns once all of them have acknowledged it."""
 
-    def stored(self) -> OnDemand:
+    def stored(self) -> LazyArg:
         """What was taken, in the object store, for others to load."""
 
 
-def make_transport(services: Services, config: RunConfig, tell: Callable[[str], None]) -> Transport:
-    """What `weights.transport` names."""
-    if config.weights.transport == "object_store":
+def make_transport(services: Services, config: RunConfig, warn: Callable[[str], None]) -> Transport:
+    """What `weight_sync.transport` names."""
+    if config.weight_sync.transport == "object_store":
         return ObjectStore(services)
-    return Collective(services, config, tell)
+    return Collective(services, config, warn)
 
 
 class ObjectStore:
@@ -65,16 +65,16 @@ class ObjectStore:
 
     def __init__(self, services: Services) -> None:
         self._trainer, self._generator = services.trainer, services.generator
-        self._weights = OnDemand(self._published)
+        self._weights = LazyArg(self._published)
 
-    async def take(self) -> None:
-        self._weights = OnDemand(self._published)  # lets go of those before: the store has room for two versions
+    async def snapshot(self) -> None:
+        self._weights = LazyArg(self._published)  # lets go of those before: the store has room for two versions
         await self._weights.value()
 
-    async def spread(self) -> list[GeneratorStats]:
+    async def broadcast(self) -> list[GeneratorStats]:
         return await self._generator.update_weights.fanout(self._weights)
 
-    def stored(self) -> OnDemand:
+    def stored(self) -> LazyArg:
         return self._weights
 
     async def _published(self) -> Any:
@@ -90,24 +90,24 @@ class Collective:
     find theirs in any case: it is put there when the first of them asks.
     """
 
-    def __init__(self, services: Services, config: RunConfig, tell: Callable[[str], None]) -> None:
+    def __init__(self, services: Services, config: RunConfig, warn: Callable[[str], None]) -> None:
         self._trainer, self._generator = services.trainer, services.generator
-        self._settings, self._backend, self._tell = config.weights, broadcast_backend(config), tell
+        self._settings, self._backend, self._warn = config.weight_sync, broadcast_backend(config), warn
         self._writing = asyncio.Lock()  # to the trainer's buffer, or having it put into the store
         self._header: Any = None
-        self._weights = OnDemand(self._put)
+        self._weights = LazyArg(self._put)
         self._members: tuple[Sequence[Any], Sequence[Any]] = ((), ())  # the trainer's processes, and the generators
         self._group: BroadcastGroup | None = None
         self._numbers = count()
         self._failures = 0  # in a row
 
-    async def take(self) -> None:
+    async def snapshot(self) -> None:
         async with self._writing:
             self._header, *_ = await self._trainer.write_weights.call()
-            self._weights = OnDemand(self._put)
+            self._weights = LazyArg(self._put)
 
-    async def spread(self) -> list[GeneratorStats]:
-        self._generator.update_weights.for_newcomers(self._weights)
+    async def broadcast(self) -> list[GeneratorStats]:
+        self._generator.update_weights.set_join_call(self._weights)
         if self._failures < _MOST_FAILURES:
             try:
                 stats = await self._broadcast()
@@ -118,7 +118,7 @@ class Collective:
                 return stats
         return await self._generator.update_weights.fanout(self._weights)
 
-    def stored(self) -> OnDemand:
+    def stored(self) -> LazyArg:
         return self._weights
 
     async def _put(self) -> Any:
@@ -136,12 +136,12 @@ class Collective:
         """Raises ActorDied when a member leaves, or there is none; TransferError."""
         group = await self._meeting()
         trainer, generators = self._members
-        transfer = together(
+        transfer = gather_or_cancel(
             self._trainer.send_weights.call(self._header, group),
             self._generator.receive_weights.fanout(self._header, group),
         )
-        gone = self._trainer.until_gone(trainer), self._generator.until_gone(generators)
-        _, stats = await unless_raised(transfer, *gone)
+        gone = self._trainer.wait_member_lost(trainer), self._generator.wait_member_lost(generators)
+        _, stats = await race(transfer, *gone)
         return list(stats)
 
     async def _meeting(self) -> BroadcastGroup:
@@ -158,18 +158,18 @@ class Collective:
         return self._group
 
     def _serving(self) -> tuple[Sequence[Any], Sequence[Any]]:
-        return tuple(self._trainer.sources()), tuple(self._generator.sources())
+        return tuple(self._trainer.processes()), tuple(self._generator.processes())
 
     async def _give_up(self, error: Exception) -> None:
         """Have all leave the group: what is late must not be loaded. The next transfer makes a new one."""
         if self._group is not None:
             number = self._group.number
-            await together(self._generator.leave_group.fanout(number), self._trainer.leave_group.call(number))
+            await gather_or_cancel(self._generator.leave_group.fanout(number), self._trainer.leave_group.call(number))
             self._group = None
         self._failures += isinstance(error, TransferError) and self._serving() == self._members
         measure("weights/transfers_failed", 1, "sum")
         ever = "" if self._failures < _MOST_FAILURES else f", and so do all others: {_MOST_FAILURES} failed in a row"
-        self._tell(f"{error}; these weights go through the object store{ever}")
+        self._warn(f"{error}; these weights go through the object store{ever}")
 
 
 R = TypeVar("R")
@@ -184,11 +184,11 @@ class WeightSync:
     """
 
     def __init__(
-        self, services: Services, config: RunConfig, tell: Callable[[str], None], tasks: asyncio.TaskGroup
+        self, services: Services, config: RunConfig, warn: Callable[[str], None], tasks: asyncio.TaskGroup
     ) -> None:
-        self._transport, self._tasks = make_transport(services, config, tell), tasks
+        self._transport, self._tasks = make_transport(services, config, warn), tasks
         self._synchronous = config.buffer.max_policy_age == 0
-        self._spreading: asyncio.Task[list[GeneratorStats]] | None = None
+        self._broadcasting: asyncio.Task[list[GeneratorStats]] | None = None
         self._finishing: asyncio.Task[None] | None = None
 
     async def publish(self, *, wait: bool = False) -> None:
@@ -197,24 +197,24 @@ class WeightSync:
         With `wait`, or synchronously, returns when they are live.
         """
         await self.done()
-        await self._transport.take()
-        self._spreading = self._tasks.create_task(_apart(self._transport.spread()), name="weights")
+        await self._transport.snapshot()
+        self._broadcasting = self._tasks.create_task(_apart(self._transport.broadcast()), name="weights")
         if wait or self._synchronous:
-            await self.live()
+            await self.wait_loaded()
 
-    async def live(self) -> list[GeneratorStats]:
+    async def wait_loaded(self) -> list[GeneratorStats]:
         """Wait until every generator has acknowledged what was published."""
-        assert self._spreading is not None
+        assert self._broadcasting is not None
         with waiting_for("weights"):
-            return await self._spreading
+            return await self._broadcasting
 
-    def stored(self) -> OnDemand:
+    def stored(self) -> LazyArg:
         """The weights that were published, for others to load."""
         return self._transport.stored()
 
     async def beside_next_step(self, work: Coroutine[Any, Any, None]) -> None:
         """Begin `work`, which waits until they are live, and return; its errors end the run. If they are, do it now."""
-        if self._spreading is not None and self._spreading.done():
+        if self._broadcasting is not None and self._broadcasting.done():
             await work
             return
         self._finishing = self._tasks.create_task(_apart(_unless_interrupted(work)), name="step")

@@ -53,7 +53,7 @@ class MicroBatch:
     reference_logprobs_BK: Tensor | None
     proximal_logprobs_BK: Tensor | None
 
-    def spread(self, values_N: Tensor) -> Tensor:
+    def unflatten(self, values_N: Tensor) -> Tensor:
         """[B, K] of values for all tokens, completion after completion; zero where there is none. Differentiable."""
         return values_N.new_zeros(self.mask_BK.shape).masked_scatter(self.mask_BK, values_N)
 
@@ -92,46 +92,46 @@ def collate(samples: Sequence[Sample], device: torch.device) -> MicroBatch:
     lengths_B1 = torch.tensor([[len(sample.token_ids)] for sample in samples])
     mask_BK = torch.arange(int(lengths_B1.max())) < lengths_B1
 
-    def spread(arrays: Iterable[np.ndarray], dtype: torch.dtype) -> Tensor:
+    def unflatten(arrays: Iterable[np.ndarray], dtype: torch.dtype) -> Tensor:
         values_BK = torch.zeros(mask_BK.shape, dtype=dtype)
         values_BK[mask_BK] = torch.from_numpy(np.concatenate(list(arrays))).to(dtype)
         return values_BK.to(device)
 
     def spread_if_there(arrays: Iterable[np.ndarray | None]) -> Tensor | None:
         there = [array for array in arrays if array is not None]
-        return spread(there, torch.float32) if there else None
+        return unflatten(there, torch.float32) if there else None
 
     return MicroBatch(
         mask_BK=mask_BK.to(device),
-        behavior_logprobs_BK=spread((sample.behavior_logprobs for sample in samples), torch.float32),
+        behavior_logprobs_BK=unflatten((sample.behavior_logprobs for sample in samples), torch.float32),
         advantages_BK=torch.tensor([[sample.advantage] for sample in samples], device=device).expand(mask_BK.shape),
-        versions_BK=spread((sample.versions for sample in samples), torch.long),
+        versions_BK=unflatten((sample.versions for sample in samples), torch.long),
         reference_logprobs_BK=spread_if_there(sample.reference_logprobs for sample in samples),
         proximal_logprobs_BK=spread_if_there(sample.proximal_logprobs for sample in samples),
     )
 
 
 @dataclass(frozen=True)
-class Share:
+class RankBatch:
     """What one update is made of: this rank's samples that cost a forward pass, and what their loss is divided by.
 
-    Every rank makes as many passes as the one with the most micro-batches: after its own, `idle_passes` over `filler`,
-    of which nothing comes. Without a filler there is nothing to do for any rank.
+    Every rank makes as many passes as the one with the most micro-batches: after its own,
+    `dummy_passes` over `dummy_sample`, whose gradients are zero. Without a dummy sample no rank has work.
     """
 
     samples: Sequence[Sample]
     denominator: float
-    idle_passes: int
-    filler: Sequence[Sample]
+    dummy_passes: int
+    dummy_sample: Sequence[Sample]
 
 
-def share_of(
+def split_batch(
     ranks: Ranks,
     groups: Sequence[Sequence[Sample]],
     scale: float,
     objective: Objective,
     plan: Callable[[Sequence[Sample]], list[list[int]]],
-) -> Share:
+) -> RankBatch:
     """A rank's part of the update on `groups`: whole ones, of about as many tokens as the others'.
 
     Advantages are multiplied by `scale`. `plan` splits samples into micro-batches; each rank makes the plans of all, so
@@ -141,11 +141,11 @@ def share_of(
     costs = [sum(map(len, group)) for group in trained]
     by_rank = [[sample for i in part for sample in trained[i]] for part in balanced(costs, ranks.size)]
     passes = [len(plan(samples)) for samples in by_rank]
-    return Share(
+    return RankBatch(
         samples=by_rank[ranks.rank],
         denominator=objective.denominator([sample.trained_length for group in groups for sample in group]),
-        idle_passes=max(passes) - passes[ranks.rank],
-        filler=sorted((sample for group in trained for sample in group), key=len)[:1],
+        dummy_passes=max(passes) - passes[ranks.rank],
+        dummy_sample=sorted((sample for group in trained for sample in group), key=len)[:1],
     )
 
 

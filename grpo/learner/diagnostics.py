@@ -15,7 +15,7 @@ from grpo.utils.ranks import Ranks
 _PERCENTILES = (1, 50, 99)
 _LABELS = {"ratio": "ratio_mean"}
 _OWN = {"log_ratio", "age", "same_version"}  # what is not shown as a mean of its own
-_BY_AGE = ("entropy", "clip_fraction", "correction_weight", "correction_held_fraction")
+_BY_AGE = ("entropy", "clip_fraction", "correction_weight", "is_clip_fraction")
 
 
 class Diagnostics:
@@ -54,11 +54,11 @@ class Diagnostics:
     def metrics(self) -> dict[str, float]:
         """Means and more over the tokens that all ranks trained on; empty where there were none.
 
-        `mismatch/` compares the trainer with the policy that sampled, r = trainer / sampler. `behavior_k1` and
-        `behavior_k3` estimate KL(sampler || trainer), `ess` is the effective sample size as a fraction, (sum r)² /
-        (n sum r²). `same_version_abs` looks only at completions sampled with the very weights of this step: it is what
-        two ways of computing are apart. Completions under way during an update don't count there: their keys and
-        values may be of older weights.
+        `mismatch/` compares the trainer with the policy that sampled, r = trainer / sampler. `kl_k1` and `kl_k3`
+        estimate KL(sampler || trainer); `ess` is the effective sample size as a fraction, (sum r)² / (n sum r²).
+        `logprob_abs_diff_same_version` looks only at completions sampled with the very weights of this step: it shows
+        how far two ways of computing are apart. Completions that were under way during an update don't count there:
+        their keys and values may be of older weights.
         """
         tokens = self._of_all_ranks()
         if not tokens or not len(tokens["age"]):
@@ -68,11 +68,11 @@ class Diagnostics:
         metrics = {
             **_off_policy("mismatch/", log_ratio),
             **{f"mismatch/ratio_p{p:02}": value for p, value in zip(_PERCENTILES, percentiles, strict=True)},
-            "mismatch/behavior_abs": np.abs(log_ratio).mean(),
+            "mismatch/logprob_abs_diff": np.abs(log_ratio).mean(),
             **{f"trainer/{_LABELS.get(name, name)}": tokens[name].mean() for name in tokens if name not in _OWN},
         }
         if (same := tokens["same_version"] > 0).any():
-            metrics["mismatch/same_version_abs"] = np.abs(log_ratio[same]).mean()
+            metrics["mismatch/logprob_abs_diff_same_version"] = np.abs(log_ratio[same]).mean()
         for age in np.unique(ages):
             prefix, those = f"mismatch/age_{age}/", ages == age
             metrics |= _off_policy(prefix, log_ratio[those])
@@ -94,7 +94,7 @@ def _off_policy(prefix: str, log_ratio: NDArray[np.float64]) -> dict[str, float]
     return {
         f"{prefix}ratio_mean": ratio.mean(),
         f"{prefix}ratio_max": ratio.max(),
-        f"{prefix}behavior_k1": -log_ratio.mean(),
-        f"{prefix}behavior_k3": (ratio - 1 - log_ratio).mean(),
+        f"{prefix}kl_k1": -log_ratio.mean(),
+        f"{prefix}kl_k3": (ratio - 1 - log_ratio).mean(),
         f"{prefix}ess": ratio.sum() ** 2 / (len(ratio) * (ratio**2).sum()),
     }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
-from grpo.utils.ranks import Ranks, Rows, device
+from grpo.utils.ranks import Ranks, ShardRange, device
 from grpo.weights.payload import Weights, WeightsWriter, trained_parameters
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Sharding(Protocol):
     """
 
     parameters: Mapping[str, Tensor]
-    rows: Mapping[str, Rows]
+    rows: Mapping[str, ShardRange]
 
     def compute(self, function: Callable[[], R]) -> R:
         """What the function returns, which may call the model and its parts. Every rank calls this alike."""
@@ -85,7 +85,7 @@ class Whole:
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         self.parameters: Mapping[str, Tensor] = trained_parameters(model)
-        self.rows: Mapping[str, Rows] = {}
+        self.rows: Mapping[str, ShardRange] = {}
         self._writer = WeightsWriter(model, dtype)
 
     def compute(self, function: Callable[[], R]) -> R:
@@ -128,7 +128,9 @@ class FullySharded:
         self.parameters: Mapping[str, Tensor] = {
             name: parameter.to_local().detach() for name, parameter in self._sharded.items()
         }
-        self.rows: Mapping[str, Rows] = {name: Rows.of(shape, ranks) for name, shape in self._shapes.items()}
+        self.rows: Mapping[str, ShardRange] = {
+            name: ShardRange.of(shape, ranks) for name, shape in self._shapes.items()
+        }
         self._writer = WeightsWriter(model, dtype) if ranks.rank == 0 else None
 
     def compute(self, function: Callable[[], R]) -> R:
@@ -170,7 +172,7 @@ class FullySharded:
     def _slot(self, name: str) -> int:
         """Elements that every rank sends of a parameter: as many as the first one has, who has most."""
         shape = self._shapes[name]
-        return Rows.of(shape, Ranks(0, self._ranks.size)).count * math.prod(shape[1:])
+        return ShardRange.of(shape, Ranks(0, self._ranks.size)).count * math.prod(shape[1:])
 
     def _packed(self, bucket: Sequence[str]) -> Tensor:
         """uint8 [bytes]: what this rank has of these parameters, in the dtype to publish."""
@@ -184,7 +186,7 @@ class FullySharded:
     def _unpack(self, bucket: Sequence[str], packed: Tensor, ranks: Ranks, targets: Mapping[str, Tensor]) -> None:
         slots = packed.view(self._dtype).split([self._slot(name) for name in bucket])
         for name, slot in zip(bucket, slots, strict=True):
-            rows = Rows.of(self._shapes[name], ranks)
+            rows = ShardRange.of(self._shapes[name], ranks)
             target = targets[name][rows.start : rows.stop]
             target.copy_(slot[: target.numel()].view_as(target))
 

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from grpo.learner.batch import Sample
 from grpo.learner.packed_attention import PACKED_ATTENTION, ROWS, attention_rows
-from grpo.models.probing import why_not_full_attention, why_other_logits
+from grpo.models.probing import full_attention_blocker, logits_mismatch
 from grpo.types import Ints
 
 
@@ -142,11 +142,11 @@ def _lay_out_padded(samples: Sequence[Sample], device: torch.device) -> Inputs:
 PADDED = Layout(_plan_padded, _lay_out_padded)
 
 
-def layout_for(model: PreTrainedModel, packing: str) -> tuple[Layout, str | None]:
+def choose_layout(model: PreTrainedModel, packing: str) -> tuple[Layout, str | None]:
     """The layout, and why it is padded though it need not be. May change the model's attention function."""
     if packing == "never":
         return PADDED, None
-    if reason := why_not_full_attention(model, ("sdpa", PACKED_ATTENTION)):
+    if reason := full_attention_blocker(model, ("sdpa", PACKED_ATTENTION)):
         return PADDED, reason
     usual = model.config._attn_implementation
     model.set_attn_implementation(PACKED_ATTENTION)
@@ -156,7 +156,7 @@ def layout_for(model: PreTrainedModel, packing: str) -> tuple[Layout, str | None
     return PADDED, reason
 
 
-def plain_head(model: PreTrainedModel) -> nn.Linear | None:
+def find_linear_head(model: PreTrainedModel) -> nn.Linear | None:
     """The model's head, if its logits are that head's output, and its last hidden states that head's input."""
     head, seen = model.get_output_embeddings(), list[Tensor]()
     if not isinstance(head, nn.Linear):
@@ -182,18 +182,18 @@ def plain_head(model: PreTrainedModel) -> nn.Linear | None:
 
 def _differs(model: PreTrainedModel) -> str | None:
     """Whether logits of two prompts with two completions each are others when they share a row."""
-    rng, words = np.random.default_rng(0), model.config.get_text_config().vocab_size
-    prompts = [rng.integers(words, size=length) for length in (5, 3)]
+    rng, vocab = np.random.default_rng(0), model.config.get_text_config().vocab_size
+    prompts = [rng.integers(vocab, size=length) for length in (5, 3)]
     samples = [
         Sample(prompt_ids=prompt, token_ids=tokens, behavior_logprobs=np.zeros(4, np.float32), versions=tokens)
         for prompt in prompts
-        for tokens in rng.integers(words, size=(2, 4))
+        for tokens in rng.integers(vocab, size=(2, 4))
     ]
     try:
         packed_NV, padded_NV = (_logits(model, layout, samples) for layout in (PACKED, PADDED))
     except (TypeError, ValueError, RuntimeError) as error:
         return f"a packed row fails: {type(error).__name__}: {error}".partition("\n")[0]
-    reason = why_other_logits(packed_NV, padded_NV)
+    reason = logits_mismatch(packed_NV, padded_NV)
     return reason and f"logits of packed rows are {reason}"
 
 

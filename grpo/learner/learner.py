@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from grpo.checkpoint.trainer_state import StateWriter, TrainerState
 from grpo.config.schema import TrainerConfig
 from grpo.errors import CheckpointError, NonFiniteError, StalenessError
-from grpo.learner.batch import Sample, Share, collate, samples_of, share_of
+from grpo.learner.batch import RankBatch, Sample, collate, samples_of, split_batch
 from grpo.learner.diagnostics import Diagnostics
 from grpo.learner.fsdp import checkpoint_layers, compile_layers, sharded
 from grpo.learner.logprobs import TokenLogprobs
@@ -143,37 +143,39 @@ class Learner:
         self._nonfinite_in_a_row = counters["nonfinite_in_a_row"]
         self.version = states[0].version
 
-    def _shares(self, groups: Sequence[list[Sample]]) -> list[Share]:
+    def _shares(self, groups: Sequence[list[Sample]]) -> list[RankBatch]:
         """One for each update; those after the first know the policy at the start of the step, if need be."""
         scale = self._objective.advantage_scale([sample.advantage for group in groups for sample in group])
         parts = np.array_split(np.arange(len(groups)), min(len(groups), self._config.updates_per_batch))
         shares = [
-            share_of(self._ranks, [groups[i] for i in part], scale, self._objective, self._plan) for part in parts
+            split_batch(self._ranks, [groups[i] for i in part], scale, self._objective, self._plan) for part in parts
         ]
-        shares = [share for share in shares if share.filler] or shares[:1]  # an update of nothing would count as one
+        shares = [share for share in shares if share.dummy_sample] or shares[
+            :1
+        ]  # an update of nothing would count as one
         if self._objective.needs_proximal:
             shares[1:] = [replace(share, samples=self._with_proximal(share)) for share in shares[1:]]
         return shares
 
-    def _with_proximal(self, share: Share) -> list[Sample]:
+    def _with_proximal(self, share: RankBatch) -> list[Sample]:
         def forward() -> list[Floats]:
             logprobs = self._logprobs.of_samples(share.samples, self._config.micro_batch_tokens)
-            for _ in range(share.idle_passes):
-                self._logprobs(share.filler)
+            for _ in range(share.dummy_passes):
+                self._logprobs(share.dummy_sample)
             return logprobs
 
         with span("forward", sequences=len(share.samples)), self._autocast(), torch.no_grad():
             logprobs = self._sharding.compute(forward)
         return [replace(s, proximal_logprobs=found_T) for s, found_T in zip(share.samples, logprobs, strict=True)]
 
-    def _update(self, number: int, share: Share, diagnostics: Diagnostics) -> tuple[float, float]:
+    def _update(self, number: int, share: RankBatch, diagnostics: Diagnostics) -> tuple[float, float]:
         """One optimizer step; returns the loss and the norm of the gradient before it was clipped."""
         loss = 0.0
         for part in self._plan(share.samples):
             samples = [share.samples[i] for i in part]
             loss += self._backward(samples, share.denominator, diagnostics, first=number == 0)
-        for _ in range(share.idle_passes):
-            self._pass_idly(share.filler)
+        for _ in range(share.dummy_passes):
+            self._dummy_pass(share.dummy_sample)
         with span("optimizer"):
             loss, grad_norm = self._clip(loss)
             self._step(loss, grad_norm)
@@ -188,7 +190,7 @@ class Learner:
         clip_grads_with_norm_(parameters, self._config.max_grad_norm, torch.full_like(part, norm))
         return loss, norm
 
-    def _pass_idly(self, samples: Sequence[Sample]) -> None:
+    def _dummy_pass(self, samples: Sequence[Sample]) -> None:
         """Take part in what ranks do together during a forward and a backward pass; adds zeros to the gradient."""
         if self._as_reference is not None:
             self._reference_logprobs(samples)
@@ -201,9 +203,9 @@ class Learner:
         """Add a micro-batch's part of the gradient; returns its part of the loss."""
         micro = collate(samples, self._device)
         if self._as_reference is not None:
-            micro = replace(micro, reference_logprobs_BK=micro.spread(self._reference_logprobs(samples)))
+            micro = replace(micro, reference_logprobs_BK=micro.unflatten(self._reference_logprobs(samples)))
         with span("forward", sequences=len(samples)):
-            logprobs_BK, entropy_BK = map(micro.spread, self._forward(samples))
+            logprobs_BK, entropy_BK = map(micro.unflatten, self._forward(samples))
         output = self._objective(logprobs_BK, micro, denominator)
         with span("backward"):
             output.loss.backward()

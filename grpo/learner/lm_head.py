@@ -1,6 +1,6 @@
-"""Log-probabilities and entropy straight from hidden states: the logits, N tokens by V words, never exist as a whole.
+"""Log-probabilities and entropy straight from hidden states: the logits, N tokens by V vocab, never exist as a whole.
 
-Blocks of W words are computed one after another, with a running normalizer (Milakov and Gimelshein, "Online normalizer
+Blocks of W vocab are computed one after another, with a running normalizer (Milakov and Gimelshein, "Online normalizer
 calculation for softmax", 2018), and once more in the backward pass.
 """
 
@@ -19,7 +19,7 @@ from grpo.utils.torch_utils import fused
 
 _BLOCK = {"cpu": 1 << 20}  # logits of a block: 4 MB stay in the cache between two operations ...
 _LARGE_BLOCK = 1 << 26  # ... and 256 MB keep a GPU busy
-_WORDS = 256  # of a block, at least: fewer make a poor matrix product
+_VOCAB_BLOCK = 256  # of a block, at least: fewer make a poor matrix product
 _ALIGNED = 128  # of which a GPU's matrix products want a multiple: others take twice the time
 
 
@@ -40,11 +40,11 @@ class _LinearLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         device = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
-        words = _Words(hidden_ND.to(dtype), weight_VD, bias_V, targets_N)
+        vocab = _VocabBlocks(hidden_ND.to(dtype), weight_VD, bias_V, targets_N)
         top_N = torch.full_like(targets_N, -torch.inf, dtype=torch.float32)
         sums = top_N, *(torch.zeros_like(top_N) for _ in range(3))
-        for block, logits_NW in words.blocks():
-            sums = _add_block(logits_NW, temperature, *words.targets_in(block), *sums)
+        for block, logits_NW in vocab.blocks():
+            sums = _add_block(logits_NW, temperature, *vocab.targets_in(block), *sums)
         top_N, total_N, weighted_N, target_N = sums
         normalizer_N = top_N + total_N.log()
         entropy_N = normalizer_N - weighted_N / total_N
@@ -58,20 +58,20 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad_N: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of a logit is that of the log-probability times (1 if it is the target's) minus p."""
         hidden_ND, weight_VD, bias_V, targets_N, normalizer_N = ctx.saved_tensors
-        words = _Words(hidden_ND.to(ctx.dtype), weight_VD, bias_V, targets_N)
+        vocab = _VocabBlocks(hidden_ND.to(ctx.dtype), weight_VD, bias_V, targets_N)
         of_hidden, of_weight, of_bias, *_ = ctx.needs_input_grad
         hidden_grad_ND = torch.zeros_like(hidden_ND, dtype=torch.float32) if of_hidden else None
         weight_grad_VD = torch.empty_like(weight_VD) if of_weight else None
         bias_grad_V = torch.empty_like(bias_V) if of_bias else None
         scaled_N = grad_N / ctx.temperature
-        for block, logits_NW in words.blocks():
-            grad_NW = _block_gradient(logits_NW, ctx.temperature, *words.targets_in(block), normalizer_N, scaled_N)
+        for block, logits_NW in vocab.blocks():
+            grad_NW = _block_gradient(logits_NW, ctx.temperature, *vocab.targets_in(block), normalizer_N, scaled_N)
             if bias_grad_V is not None:
                 bias_grad_V[block] = grad_NW.sum(dim=0, dtype=torch.float32)
             if hidden_grad_ND is not None:
                 hidden_grad_ND += grad_NW @ weight_VD[block].to(ctx.dtype)
             if weight_grad_VD is not None:
-                weight_grad_VD[block] = grad_NW.T @ words.hidden_ND
+                weight_grad_VD[block] = grad_NW.T @ vocab.hidden_ND
         hidden_grad = None if hidden_grad_ND is None else hidden_grad_ND.to(hidden_ND.dtype)
         return hidden_grad, weight_grad_VD, bias_grad_V, None, None
 
@@ -116,8 +116,8 @@ def _block_gradient(
 
 
 @dataclass(frozen=True)
-class _Words:
-    """The vocabulary, a block of W words after another."""
+class _VocabBlocks:
+    """The vocabulary, a block of W vocab after another."""
 
     hidden_ND: Tensor  # in the dtype of products
     weight_VD: Tensor
@@ -125,10 +125,10 @@ class _Words:
     targets_N: Tensor
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Which words, and their logits [N, W], in the dtype of products."""
+        """Which vocab, and their logits [N, W], in the dtype of products."""
         dtype, count = self.hidden_ND.dtype, len(self.weight_VD)
         logits = _BLOCK.get(self.hidden_ND.device.type, _LARGE_BLOCK)
-        size = max(_WORDS, logits // len(self.hidden_ND) // _ALIGNED * _ALIGNED)
+        size = max(_VOCAB_BLOCK, logits // len(self.hidden_ND) // _ALIGNED * _ALIGNED)
         for begin in range(0, count, size):
             block = slice(begin, min(begin + size, count))
             bias_W = None if self.bias_V is None else self.bias_V[block].to(dtype)

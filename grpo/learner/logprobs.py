@@ -29,11 +29,14 @@ class TokenLogprobs:
     """
 
     def __init__(self, model: PreTrainedModel, temperature: float, packing: str = "auto") -> None:
-        from grpo.learner.layouts import layout_for, plain_head  # as much to import as a model, which is there by now
+        from grpo.learner.layouts import (  # as much to import as a model, which is there by now
+            choose_layout,
+            find_linear_head,
+        )
 
         self._model, self._temperature = model, temperature
-        self._layout, why_padded = layout_for(model, packing)
-        self._head = plain_head(model)
+        self._layout, why_padded = choose_layout(model, packing)
+        self._head = find_linear_head(model)
         if why_padded:
             log.warning("%s is trained on padded rows: %s", type(model).__name__, why_padded)
 

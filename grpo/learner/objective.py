@@ -34,16 +34,16 @@ class Objective:
         function = loss_function(loss)
         self._aggregation = loss.aggregation or _own_aggregation(function)
         self._horizon = loss.horizon
-        shared = {"aggregation": self._aggregation, "horizon": loss.horizon, "beta": loss.beta, "kl": loss.kl}
+        shared = {"aggregation": self._aggregation, "horizon": loss.horizon, "beta": loss.beta, "kl": loss.kl_estimator}
         self._loss = partial(function, **shared, **_parameters(loss, function))
         _check_call(self._loss, loss.name)
         self._correction = correction
         self._scales_by_batch = loss.advantages in BATCH_SCALED
-        self.needs_proximal = correction.weights != "none"
+        self.needs_proximal = correction.mode != "none"
         self.trains_zero_advantage = loss.beta > 0
 
     def advantage_scale(self, advantages_N: Sequence[float]) -> float:
-        """What the advantages of a batch are multiplied by: 1, unless they are in units of its spread."""
+        """What the advantages of a batch are multiplied by: 1, unless they are in units of its unflatten."""
         return batch_scale(torch.tensor(advantages_N)) if self._scales_by_batch else 1.0
 
     def denominator(self, lengths_N: Sequence[int]) -> float:
@@ -71,10 +71,16 @@ class Objective:
         """The importance weights, and what is to be said of them per token."""
         how = self._correction
         weights_BK = importance_weights(
-            proximal_BK, behavior_BK, mask_BK, weights=how.weights, level=how.level, low=how.low, high=how.high
+            proximal_BK,
+            behavior_BK,
+            mask_BK,
+            mode=how.mode,
+            level=how.level,
+            min_ratio=how.min_ratio,
+            max_ratio=how.max_ratio,
         )
         ratio_BK = importance_ratio(proximal_BK, behavior_BK, mask_BK, how.level)
-        return weights_BK, {"correction_weight": weights_BK, "correction_held_fraction": weights_BK != ratio_BK}
+        return weights_BK, {"correction_weight": weights_BK, "is_clip_fraction": weights_BK != ratio_BK}
 
 
 def loss_function(config: LossConfig) -> Callable[..., LossOutput]:

@@ -63,7 +63,7 @@ def _publish(unfinished: Path, folder: Path) -> None:
 
 transformers_logging.disable_progress_bar()
 _LOADING = Lock()  # from_pretrained puts the whole process into a state in which no other thread can load
-_ALIBI = ("bloom", "mpt")  # they look at distances, so it doesn't matter where a row begins
+_ALIBI_MODELS = ("bloom", "mpt")  # they look at distances, so it doesn't matter where a row begins
 
 
 def load_model(config: ModelConfig, dtype: torch.dtype, device: str) -> PreTrainedModel:
@@ -93,7 +93,7 @@ def _load(config: ModelConfig, settings: PreTrainedConfig, dtype: torch.dtype) -
             dtype=dtype,
             attn_implementation=_attention(config),
             trust_remote_code=config.trust_remote_code,
-            use_safetensors=None if config.pickled_weights else True,
+            use_safetensors=None if config.allow_pickle else True,
             weights_only=True,  # of pickled weights: tensors, and no code
         )
 
@@ -129,9 +129,9 @@ def _attention(config: ModelConfig) -> str | None:
 def check_weights(config: ModelConfig) -> None:
     """Raise ConfigError where there are no safetensors, and others were not asked for."""
     names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-    if not config.pickled_weights and not any(has_file(config.path, name) for name in names):
+    if not config.allow_pickle and not any(has_file(config.path, name) for name in names):
         raise ConfigError(
-            f"{config.path!r} has no safetensors; set it to true to load pytorch_model.bin", key="model.pickled_weights"
+            f"{config.path!r} has no safetensors; set it to true to load pytorch_model.bin", key="model.allow_pickle"
         )
 
 
@@ -144,7 +144,7 @@ def check_architecture(model: PreTrainedModel, engine: str) -> None:
     name, takes = type(model).__name__, inspect.signature(model.forward).parameters
     if "logits_to_keep" not in takes:
         raise ConfigError(f"{name} can't be trained: its forward pass has no logits_to_keep", key="model.path")
-    placed = "position_ids" in takes or model.config.model_type in _ALIBI
+    placed = "position_ids" in takes or model.config.model_type in _ALIBI_MODELS
     keeps = not {"cache", "past_key_values"}.isdisjoint(takes)  # the newer name and the older one
     if engine == "torch" and (model._is_stateful or not placed or not keeps):
         raise ConfigError(

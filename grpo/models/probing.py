@@ -12,7 +12,7 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the logits' size; 
 _ROUNDED = 0.05  # with 16 bits
 
 
-def why_not_full_attention(model: Any, attention: Collection[str] = ("sdpa",)) -> str | None:
+def full_attention_blocker(model: Any, attention: Collection[str] = ("sdpa",)) -> str | None:
     """What the config of a transformers model says against it; a short trial would not show a window.
 
     `attention` names the implementations that compute it in the way that is to be replaced.
@@ -28,7 +28,7 @@ def why_not_full_attention(model: Any, attention: Collection[str] = ("sdpa",)) -
     return None
 
 
-def why_other_logits(found: Tensor, expected: Tensor) -> str | None:
+def logits_mismatch(found: Tensor, expected: Tensor) -> str | None:
     """By how much logits differ from those of the usual way, where that is more than rounding."""
     tolerance = _TOLERANCE.get(expected.dtype, _ROUNDED)
     gap = float((found.double() - expected.double()).norm() / expected.double().norm())

@@ -49,7 +49,7 @@ def _gguf_file() -> Path:
     except metadata.PackageNotFoundError:
         missing.append(_PACKAGE)
     if missing:
-        raise ConfigError(f"SmolLM2 needs {' and '.join(missing)}: {_INSTALL}", key="model.prepare")
+        raise ConfigError(f"SmolLM2 needs {' and '.join(missing)}: {_INSTALL}", key="model.builder")
     return file
 
 

@@ -45,7 +45,7 @@ def prepare(task: DemonstratedTask, *, steps: int = 300, batch_size: int = 64, l
     """
     if not hasattr(task, "demonstration"):
         raise ConfigError(
-            f"{type(task).__name__} has no demonstrations to learn from; use model=hf", key="model.prepare"
+            f"{type(task).__name__} has no demonstrations to learn from; use model=hf", key="model.builder"
         )
     settings = {"steps": steps, "batch_size": batch_size, "lr": lr}
     rng = np.random.default_rng(0)

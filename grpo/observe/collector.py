@@ -12,8 +12,8 @@ from typing import NoReturn, Protocol
 from grpo.errors import InfrastructureError
 from grpo.observe.timeline import Timeline
 from grpo.telemetry.metrics import MetricSet
-from grpo.telemetry.recording import Harvest, Recording, record_in
-from grpo.utils.aio import Signal, cancelled, together
+from grpo.telemetry.recording import Recording, TelemetryBatch, record_in
+from grpo.utils.aio import Signal, cancel_and_wait, gather_or_cancel
 
 log = logging.getLogger(__name__)
 _AT_MOST_EVERY_S = 2.0
@@ -25,11 +25,11 @@ class Source(Protocol):
 
     name: str
 
-    async def harvest(self, *, go_on: bool) -> Harvest: ...
+    async def drain(self, *, keep_recording: bool) -> TelemetryBatch: ...
 
 
 class Sources(Protocol):
-    def sources(self) -> Iterable[Source]:
+    def processes(self) -> Iterable[Source]:
         """Those that answer at the moment."""
         ...
 
@@ -49,7 +49,7 @@ async def collecting(
     try:
         yield
     finally:
-        await cancelled([task])
+        await cancel_and_wait([task])
         try:
             async with asyncio.timeout(_LAST_S):
                 await collector.collect(last=True)
@@ -72,22 +72,24 @@ class _Collector:
             await self.collect()
 
     async def collect(self, *, last: bool = False) -> None:
-        go_on = not last and self._timeline is not None and not self._timeline.full
-        await together(*(self._collect_from(source, go_on=go_on) for source in self._services.sources()))
-        self._take("driver", self._driver.harvest(go_on=go_on))
+        keep_recording = not last and self._timeline is not None and not self._timeline.full
+        await gather_or_cancel(
+            *(self._collect_from(source, keep_recording=keep_recording) for source in self._services.processes())
+        )
+        self._take("driver", self._driver.drain(keep_recording=keep_recording))
 
-    async def _collect_from(self, source: Source, *, go_on: bool) -> None:
+    async def _collect_from(self, source: Source, *, keep_recording: bool) -> None:
         asked_s = time.perf_counter()
         try:
-            harvest = await source.harvest(go_on=go_on)
+            drain = await source.drain(keep_recording=keep_recording)
         except InfrastructureError as error:  # its service sees to that
             log.info("nothing recorded comes from %s: %s", source.name, error)
             return
         if self._timeline is not None:
-            self._timeline.clocks.answered(source.name, asked_s, harvest.clock_s, time.perf_counter())
-        self._take(source.name, harvest)
+            self._timeline.clocks.answered(source.name, asked_s, drain.clock_s, time.perf_counter())
+        self._take(source.name, drain)
 
-    def _take(self, process: str, harvest: Harvest) -> None:
-        self._metrics.merge(harvest.metrics)
+    def _take(self, process: str, drain: TelemetryBatch) -> None:
+        self._metrics.merge(drain.metrics)
         if self._timeline is not None:
-            self._timeline.add(process, harvest)
+            self._timeline.add(process, drain)

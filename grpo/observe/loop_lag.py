@@ -28,15 +28,15 @@ class LoopLag:
         self._lags_s: list[float] = []
         self._blocked = 0
 
-    async def watch(self, slow_callback_ms: float, tell: Callable[[str], None]) -> NoReturn:
-        """Measure until cancelled. `tell` hears of every place that blocked the loop for longer than that, once."""
+    async def watch(self, slow_callback_ms: float, warn: Callable[[str], None]) -> NoReturn:
+        """Measure until cancelled. `warn` hears of every place that blocked the loop for longer than that, once."""
         loop = asyncio.get_running_loop()
 
         def blocked(message: str) -> None:
             self._blocked += 1
             if message not in told:
                 told.add(message)
-                tell(message)
+                warn(message)
 
         told: set[str] = set()
         watcher = SlowCallbacks(slow_callback_ms, lambda message: loop.call_soon_threadsafe(blocked, message))

@@ -76,7 +76,7 @@ class FinishedGroups:
         """Since the last call."""
         groups, self._groups = self._groups, []
         filtered, self._filtered = self._filtered, 0
-        metrics: dict[str, float] = {"rollout/zero_advantage_dropped": filtered}
+        metrics: dict[str, float] = {"rollout/zero_variance_dropped": filtered}
         if groups:
             completions = sum(group.report.completion_count for group in groups)
             tokens = sum(group.report.token_count for group in groups)

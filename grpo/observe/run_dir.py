@@ -50,7 +50,7 @@ class RunDirectory:
                 key="hydra.run.dir",
             )
 
-    def lead_to(self, checkpoints: Path) -> None:
+    def link_checkpoints(self, checkpoints: Path) -> None:
         """Have `checkpoints` here be a link where they are kept elsewhere: who names the run means them too."""
         link = self.path / "checkpoints"
         if link.absolute() != checkpoints and not link.exists():

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from grpo.observe.run_dir import RunDirectory
-from grpo.telemetry.recording import Harvest, Span
+from grpo.telemetry.recording import Span, TelemetryBatch
 
 NAME = "timeline.json"
 _DRIVER = "driver"
@@ -43,13 +43,13 @@ class Clocks:
 class Timeline:
     """Writes spans as events until the file has `most_mb` megabytes; `full` from then on."""
 
-    def __init__(self, run_dir: RunDirectory, zero_s: float, most_mb: float, tell: Callable[[str], None]) -> None:
+    def __init__(self, run_dir: RunDirectory, zero_s: float, most_mb: float, warn: Callable[[str], None]) -> None:
         """`zero_s` is the driver's time.perf_counter at which the run's `wall_s` was zero.
 
-        `tell` hears of what is missing from the file.
+        `warn` hears of what is missing from the file.
         """
         self.clocks = Clocks()
-        self._lost, self._tell = 0, tell
+        self._lost, self._warn = 0, warn
         self._run_dir, self._zero_s, self._most_bytes = run_dir, zero_s, most_mb * 1e6
         self._bytes = run_dir.size(NAME)
         self._tracks: set[tuple[int, int]] = set()
@@ -58,12 +58,12 @@ class Timeline:
     def full(self) -> bool:
         return self._bytes >= self._most_bytes
 
-    def add(self, process: str, harvest: Harvest) -> None:
+    def add(self, process: str, drain: TelemetryBatch) -> None:
         """What a process has recorded since its last harvest. The driver's goes by the name of `driver`."""
-        self._lost += harvest.lost
+        self._lost += drain.lost
         offset_s = self.clocks.offset_s(process) - self._zero_s
         events: list[Mapping[str, Any]] = []
-        for span in sorted(harvest.spans, key=lambda each: (each.begin_s, -each.end_s)):
+        for span in sorted(drain.spans, key=lambda each: (each.begin_s, -each.end_s)):
             pid, tid = self._place(process, span, events)
             begin_us, end_us = ((at + offset_s) * 1e6 for at in (span.begin_s, span.end_s))
             args = span.args | ({"failed": True} if span.failed else {})
@@ -76,7 +76,7 @@ class Timeline:
 
     def close(self) -> None:
         if self._lost:
-            self._tell(f"{NAME} lacks {self._lost} spans: more came between two steps than are kept")
+            self._warn(f"{NAME} lacks {self._lost} spans: more came between two steps than are kept")
         if self._bytes:
             self._run_dir.append_text(NAME, "\n]\n")
 
@@ -100,7 +100,7 @@ class Timeline:
         self._bytes += len(text)
         self._run_dir.append_text(NAME, text)
         if self._bytes >= self._most_bytes:
-            self._tell(f"{NAME} ends here: it has as many megabytes as it may (observe.timeline_mb)")
+            self._warn(f"{NAME} ends here: it has as many megabytes as it may (observe.timeline_mb)")
 
 
 def _arrows(span: Span, at: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -21,7 +21,7 @@ _EXAMPLE = "outputs/2026-01-31/12-00-00"
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """The files of a run, parsed. `notes` says what was missing or broken."""
 
     folder: Path
@@ -63,7 +63,7 @@ class Run:
         return {"step": after["step"], "next_step_s": after["wall_s"] - at_s}
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RunRecord:
     """Raises ReportError when this is no run's folder, and NothingTrained when it is one, but of no step yet."""
     run = read_attempt(folder)
     if not run.steps:
@@ -71,7 +71,7 @@ def read_run(folder: Path) -> Run:
     return run
 
 
-def read_attempt(folder: Path) -> Run:
+def read_attempt(folder: Path) -> RunRecord:
     """Also of a run that has not trained a step: one of a sweep that failed. Raises ReportError for no run's folder."""
     check_folder(folder)
     notes: list[str] = []
@@ -79,7 +79,7 @@ def read_attempt(folder: Path) -> Run:
     events = [event for event in read_jsonl(folder / "events.jsonl", notes) if "at_s" in event]
     text = _text(folder / "config.yaml")
     overrides = _overrides(_text(folder / ".hydra" / "overrides.yaml"), notes)
-    return Run(folder, steps, read_summary(folder, notes), _config(text, notes), text, overrides, events, notes)
+    return RunRecord(folder, steps, read_summary(folder, notes), _config(text, notes), text, overrides, events, notes)
 
 
 def runs_of(folder: Path) -> list[Path]:
@@ -90,7 +90,7 @@ def runs_of(folder: Path) -> list[Path]:
     return sorted(runs, key=_natural) or [folder]
 
 
-def is_sweep(runs: Sequence[Run]) -> bool:
+def is_sweep(runs: Sequence[RunRecord]) -> bool:
     """Whether Hydra made these runs, or some of them, with one command, and has noted what was typed."""
     parents = {run.folder.resolve().parent for run in runs}
     return len(parents) == 1 and (parents.pop() / "multirun.yaml").is_file() and any(run.overrides for run in runs)
@@ -158,7 +158,7 @@ def read_jsonl(file: Path, notes: list[str]) -> list[Record]:
     return records
 
 
-def figures(run: Run) -> Record:
+def figures(run: RunRecord) -> Record:
     """What the header and the table of several runs show. Where there is no summary, from the steps."""
     rewards = [step["reward/mean"] for step in run.steps if step.get("reward/mean") is not None]
     tenth, seconds = max(1, len(rewards) // 10), total(run, "time/step_s")
@@ -188,7 +188,7 @@ def figures(run: Run) -> Record:
     }
 
 
-def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
+def differing(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
     """Settings in which the runs differ, with the value of each run: of a sweep those that were typed, else any.
 
     Where the runs came from is none.
@@ -200,11 +200,11 @@ def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
     return {key: each for key, each in values.items() if key not in passed_over and len(set(map(repr, each))) > 1}
 
 
-def total(run: Run, name: str) -> float:
+def total(run: RunRecord, name: str) -> float:
     return float(sum(step.get(name) or 0.0 for step in run.steps))
 
 
-def _weighted(run: Run, name: str) -> float | None:
+def _weighted(run: RunRecord, name: str) -> float | None:
     """A mean over time, not over steps."""
     pairs = [(step[name], step.get("time/step_s") or 0.0) for step in run.steps if step.get(name) is not None]
     seconds = sum(weight for _, weight in pairs)

@@ -13,7 +13,7 @@ from typing import Any
 
 from grpo.errors import ReportError
 from grpo.observe.run_dir import to_json
-from grpo.report.data import Record, Run, differing, figures, read_attempt, read_rollouts, read_run, runs_of
+from grpo.report.data import Record, RunRecord, differing, figures, read_attempt, read_rollouts, read_run, runs_of
 from grpo.report.timeline import read_timeline
 
 _SCRIPTS = ("base.js", "curves.js", "compare.js", "groups.js", "lanes.js", "loop.js", "live.js", "report.js")
@@ -64,7 +64,7 @@ def page(data: Mapping[str, Any]) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _asset("report.html"))
 
 
-def one(run: Run, timeline: Record | None) -> Record:
+def one(run: RunRecord, timeline: Record | None) -> Record:
     """Everything about one run."""
     notes = list(run.notes)
     rollouts = read_rollouts(run.folder, notes)
@@ -80,7 +80,7 @@ def name_of(folder: Path) -> str:
     return f"{folder.parent.name}/{folder.name}"
 
 
-def several(runs: Sequence[Run]) -> Record:
+def several(runs: Sequence[RunRecord]) -> Record:
     """The curves and figures of several runs, and the settings in which they differ."""
     runs = in_order(runs)
     settings, common = differing(runs), _common([run.folder for run in runs])
@@ -93,7 +93,7 @@ def several(runs: Sequence[Run]) -> Record:
     }
 
 
-def in_order(runs: Sequence[Run]) -> list[Run]:
+def in_order(runs: Sequence[RunRecord]) -> list[RunRecord]:
     """Of a sweep over one number in its order, else as they come."""
     settings = differing(runs)
     values, *others = settings.values() or [[]]
@@ -102,7 +102,7 @@ def in_order(runs: Sequence[Run]) -> list[Run]:
     return [run for _, run in sorted(zip(values, runs, strict=False), key=lambda pair: pair[0])] or list(runs)
 
 
-def _of_run(run: Run, name: str, notes: list[str]) -> Record:
+def _of_run(run: RunRecord, name: str, notes: list[str]) -> Record:
     every = max(1, math.ceil(len(run.steps) / _MOST_POINTS))
     if every > 1:
         notes.append(f"Each point of the curves is the mean of {every} steps.")

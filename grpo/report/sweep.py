@@ -11,8 +11,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from grpo.observe.terminal.output import Screen
-from grpo.report.data import Record, Run, differing, figures, read_attempt, runs_of
+from grpo.observe.terminal.output import PipeSafeConsole
+from grpo.report.data import Record, RunRecord, differing, figures, read_attempt, runs_of
 from grpo.report.page import in_order, write_report
 
 log = logging.getLogger(__name__)
@@ -35,11 +35,11 @@ def show_sweep(folder: Path) -> None:
 
 def print_table(folders: Sequence[Path]) -> None:
     """Raises ReportError when one of them is no run's."""
-    screen = Screen() if sys.stdout.isatty() else Screen(width=_WIDE)
+    screen = PipeSafeConsole() if sys.stdout.isatty() else PipeSafeConsole(width=_WIDE)
     screen.print(table_of([read_attempt(run) for run in folders], narrow=screen.width < _NARROW))
 
 
-def table_of(runs: Sequence[Run], *, narrow: bool = False) -> Table:
+def table_of(runs: Sequence[RunRecord], *, narrow: bool = False) -> Table:
     """A run a row: what was typed for it and for no other, and how it went."""
     runs = in_order(runs)
     settings = differing(runs)

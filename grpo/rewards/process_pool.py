@@ -32,7 +32,7 @@ _SURELY_SENT = 1 << 15  # bytes that fit into the pipe, whatever the process at 
 T = TypeVar("T")
 
 
-class Killable(Generic[T]):
+class ProcessPool(Generic[T]):
     """Calls a function in one of `workers` processes, each call for at most `timeout_s` seconds.
 
     `build(*args)`, run once in each process, returns the function. It is called with `doing`, a function that takes

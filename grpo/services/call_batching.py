@@ -27,7 +27,7 @@ class _Call:
     answers: asyncio.Future[Answers] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
-class Gathering:
+class CallBatcher:
     """The caller's side. `send` brings calls to the process, `late` asks it for the answer of one by itself."""
 
     def __init__(
@@ -68,7 +68,7 @@ class Gathering:
                     call.answers.set_result(answers)
 
 
-class GatheredWork:
+class BatchedWork:
     """The side of the process."""
 
     def __init__(self) -> None:

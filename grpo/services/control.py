@@ -79,7 +79,7 @@ def _answer(services: Services, line: bytes) -> dict[str, Any]:
             return {"error": f"{name}={count}: at least 1 has to stay"}
     for name, count in wanted.items():
         there[name].scale(count)
-    return {"replicas": services.figures()}
+    return {"replicas": services.replica_stats()}
 
 
 @contextmanager

@@ -23,8 +23,8 @@ from contextlib import suppress
 from typing import Any, NoReturn, Protocol
 
 from grpo.errors import ActorDied
-from grpo.telemetry.recording import Harvest
-from grpo.utils.aio import together
+from grpo.telemetry.recording import TelemetryBatch
+from grpo.utils.aio import gather_or_cancel
 
 _random = random.SystemRandom()  # processes must not draw alike
 
@@ -40,7 +40,7 @@ class Endpoint(Protocol):
         """The answers of all ranks, in their order."""
         ...
 
-    async def placed(self) -> None:
+    async def wait_scheduled(self) -> None:
         """Returns when the actor runs somewhere: a cluster may have no room for it yet."""
         ...
 
@@ -48,7 +48,7 @@ class Endpoint(Protocol):
         """Returns when the actor answers."""
         ...
 
-    async def until_death(self) -> NoReturn:
+    async def wait_dead(self) -> NoReturn:
         """Raises ActorDied as soon as a process is gone."""
         ...
 
@@ -70,8 +70,8 @@ class Process(Endpoint, Protocol):
 
     name: str
 
-    async def harvest(self, *, go_on: bool) -> Harvest:
-        """What the process has recorded; `go_on` says whether it is to record spans from now on."""
+    async def drain(self, *, keep_recording: bool) -> TelemetryBatch:
+        """What the process has recorded; `keep_recording` says whether it is to record spans from now on."""
         ...
 
     async def call(self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> list[Any]:
@@ -119,22 +119,22 @@ class Gang(Endpoint):
             if method == "setup":
                 args = (*args, await self.rendezvous())
             try:
-                return await together(*(rank.invoke(method, args, kwargs) for rank in self._ranks))
+                return await gather_or_cancel(*(rank.invoke(method, args, kwargs) for rank in self._ranks))
             except Exception:
                 await self.ping()  # raises ActorDied where the error only follows from the death of another rank
                 raise
 
-    async def placed(self) -> None:
-        await together(*(rank.placed() for rank in self._ranks))
+    async def wait_scheduled(self) -> None:
+        await gather_or_cancel(*(rank.wait_scheduled() for rank in self._ranks))
 
     async def ping(self) -> None:
-        await together(*(rank.ping() for rank in self._ranks))
+        await gather_or_cancel(*(rank.ping() for rank in self._ranks))
 
     async def rendezvous(self) -> tuple[str, int]:
         return await self._ranks[0].rendezvous()
 
-    async def until_death(self) -> NoReturn:
-        await together(*(rank.until_death() for rank in self._ranks))
+    async def wait_dead(self) -> NoReturn:
+        await gather_or_cancel(*(rank.wait_dead() for rank in self._ranks))
         raise ActorDied("all ranks ended")
 
     def processes(self) -> Sequence[Process]:

@@ -2,7 +2,7 @@
 
 Two budgets, of actors that died and of groups whose reward failed. Every trained step fills both up again: a long run
 may lose many actors, but one that fails again and again without getting anywhere ends. A third one is of groups that
-`filter.zero_advantage` drops; every batch's worth of groups that it lets pass fills that up.
+`filter.zero_variance` drops; every batch's worth of groups that it lets pass fills that up.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from grpo.config.schema import RecoveryConfig
-from grpo.errors import DataError, InfrastructureError, PayloadLost, RewardError, ZeroAdvantage
+from grpo.errors import DataError, InfrastructureError, PayloadLost, RewardError, ZeroVarianceGroup
 from grpo.utils.aio import Signal
 
 log = logging.getLogger(__name__)
 _FILTER_FIX = (
     "the policy answers always or never right: take easier or harder prompts, a larger rollout.group_size, or raise "
-    "filter.max_batches"
+    "filter.max_dropped_batches"
 )
 
 
@@ -39,13 +39,13 @@ class Death:
 class Failures:
     """Counts failures and holds the budgets.
 
-    `progress` tells of steps and evaluations; a watchdog waits for it. `tell` is called with what people should know,
+    `progress` tells of steps and evaluations; a watchdog waits for it. `warn` is called with what people should know,
     `on_death` and `on_return` with every actor that died, and again when its replacement serves.
     """
 
     def __init__(self, config: RecoveryConfig) -> None:
         self.deaths: list[Death] = []
-        self.tell: Callable[[str], None] = log.warning
+        self.warn: Callable[[str], None] = log.warning
         self.on_death: Callable[[Death], None] = lambda death: None
         self.on_return: Callable[[Death], None] = lambda death: None
         self.progress = Signal()
@@ -54,7 +54,7 @@ class Failures:
         self._config = config
         self._passed = 0  # the filter
         self._filtered: Counter[tuple[float, ...]] = Counter()  # since the last batch that did, by their rewards
-        self._restarts_left, self._data_failures_left = config.max_restarts, config.max_data_failures
+        self._restarts_left, self._data_failures_left = config.max_restarts, config.max_dropped_groups
 
     @property
     def restarts(self) -> dict[str, int]:
@@ -66,7 +66,7 @@ class Failures:
         self._fatal = self._fatal or error
         self._ended.notify()
 
-    async def until_fatal(self) -> NoReturn:
+    async def wait_fatal(self) -> NoReturn:
         """Raises the error that has to end the run, also when nobody happens to call the actor that has failed."""
         error = await self._ended.wait_for(lambda: self._fatal)
         assert error is not None
@@ -75,7 +75,7 @@ class Failures:
     def actor_died(self, actor: str, error: InfrastructureError) -> Death:
         """Note it. Raises the error when the budget was spent before."""
         self._spend_restart(error)
-        self.tell(f"{error}; another process takes its place")
+        self.warn(f"{error}; another process takes its place")
         death = Death(actor, str(error), time.perf_counter())
         self.deaths.append(death)
         self.on_death(death)
@@ -83,7 +83,7 @@ class Failures:
 
     def payload_lost(self, error: PayloadLost) -> None:
         """Note what has to be made again. It costs no budget: the process or node that it went with did."""
-        self.tell(f"{error}; made again")
+        self.warn(f"{error}; made again")
 
     def actor_is_back(self, death: Death) -> None:
         death.back_s = time.perf_counter() - death.at
@@ -93,17 +93,17 @@ class Failures:
     def reward_failed(self, error: RewardError) -> None:
         """Note a group that is dropped. Raises DataError when the budget was spent before."""
         if self._data_failures_left == 0:
-            limit = self._config.max_data_failures
-            raise DataError(f"{error}; recovery.max_data_failures={limit} between two steps are spent") from error
+            limit = self._config.max_dropped_groups
+            raise DataError(f"{error}; recovery.max_dropped_groups={limit} between two steps are spent") from error
         self._data_failures_left -= 1
 
-    def something_to_learn(self, batch: int) -> None:
+    def group_kept(self, batch: int) -> None:
         """Note a group that the filter lets pass. Every `batch` of them fill up what may be dropped."""
         self._passed += 1
         if self._passed % batch == 0:
             self._filtered.clear()
 
-    def nothing_to_learn(self, error: ZeroAdvantage, limit: int) -> None:
+    def group_filtered(self, error: ZeroVarianceGroup, limit: int) -> None:
         """Note a group that the filter drops. Raises DataError for the first beyond `limit` since the last batch.
 
         Other rollouts may drop theirs before they are cancelled: once is enough to say.
@@ -111,7 +111,7 @@ class Failures:
         self._filtered[error.rollout.shaped_rewards] += 1
         if self._filtered.total() == limit + 1:
             seen = _seen(self._filtered)
-            raise DataError(f"filter.zero_advantage: {seen}, with no batch in between; {_FILTER_FIX}") from None
+            raise DataError(f"filter.zero_variance: {seen}, with no batch in between; {_FILTER_FIX}") from None
 
     def step_trained(self) -> None:
         """The budgets are full again."""
@@ -119,7 +119,7 @@ class Failures:
         for death in self.deaths:
             if death.next_step_s is None:
                 death.next_step_s = now - death.at
-        self._restarts_left, self._data_failures_left = self._config.max_restarts, self._config.max_data_failures
+        self._restarts_left, self._data_failures_left = self._config.max_restarts, self._config.max_dropped_groups
         self.progress.notify()
 
     def _spend_restart(self, error: InfrastructureError) -> None:

@@ -22,7 +22,7 @@ from grpo.services.endpoint import Endpoint, Process
 from grpo.services.replica import Call, Replica, Restore
 from grpo.services.service import Service
 from grpo.telemetry.activity import waiting_for
-from grpo.utils.aio import together
+from grpo.utils.aio import gather_or_cancel
 
 
 class ActorHandle:
@@ -42,16 +42,16 @@ class ActorHandle:
 
         It gets a handle of which only `call_one` works. What it raises ends the run, unless the newcomer died too.
         """
-        self.service.common.restore = lambda endpoint: restore(NewReplica(endpoint))
+        self.service.context.restore = lambda endpoint: restore(NewReplica(endpoint))
 
-    def figures(self) -> dict[str, dict[str, Any]]:
-        return self.service.figures()
+    def replica_stats(self) -> dict[str, dict[str, Any]]:
+        return self.service.replica_stats()
 
-    def sources(self) -> Sequence[Process]:
+    def processes(self) -> Sequence[Process]:
         return self.service.processes()
 
-    async def until_gone(self, sources: Iterable[Any]) -> NoReturn:
-        await self.service.until_gone(list(sources))
+    async def wait_member_lost(self, sources: Iterable[Any]) -> NoReturn:
+        await self.service.wait_member_lost(list(sources))
 
     async def rendezvous(self) -> tuple[str, int]:
         (replica,) = self.service.replicas
@@ -100,15 +100,15 @@ class BoundMethod:
     async def call(self, *args: Any, **kwargs: Any) -> list[Any]:
         service, call = self._handle.service, Call(self._method, args, kwargs)
         with waiting_for(f"{self._handle.name}.{self._method}"):
-            answers = await together(*(service.insist(replica, call) for replica in service.replicas))
+            answers = await gather_or_cancel(*(service.call_replica(replica, call) for replica in service.replicas))
             return list(chain.from_iterable(answers))
 
     async def fanout(self, *args: Any, **kwargs: Any) -> list[Any]:
         with waiting_for(f"{self._handle.name}.{self._method}"):
             return await self._handle.service.fanout(Call(self._method, args, kwargs))
 
-    def for_newcomers(self, *args: Any) -> None:
-        self._handle.service.for_newcomers(Call(self._method, args))
+    def set_join_call(self, *args: Any) -> None:
+        self._handle.service.set_join_call(Call(self._method, args))
 
 
 class NewReplica:
@@ -146,17 +146,17 @@ class Services:
     evaluator: ActorHandle | None = None
     checkpointer: ActorHandle | None = None
 
-    def figures(self) -> dict[str, dict[str, Any]]:
+    def replica_stats(self) -> dict[str, dict[str, Any]]:
         """Those of every replica of every actor."""
         return {name: figures for replicas in self.replicas().values() for name, figures in replicas.items()}
 
     def replicas(self) -> dict[str, dict[str, dict[str, Any]]]:
         """The same, by actor."""
-        return {name: handle.figures() for name, handle in self._handles().items()}
+        return {name: handle.replica_stats() for name, handle in self._handles().items()}
 
-    def sources(self) -> Iterable[Any]:
+    def processes(self) -> Iterable[Any]:
         """The processes of all actors that answer at the moment."""
-        return [source for handle in self._handles().values() for source in handle.sources()]
+        return [source for handle in self._handles().values() for source in handle.processes()]
 
     def _handles(self) -> dict[str, ActorHandle]:
         handles = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -16,10 +16,10 @@ from grpo.errors import ActorDied
 from grpo.services.endpoint import Process, free_port
 from grpo.services.failures import Failures
 from grpo.services.handle import ActorHandle, Services
-from grpo.services.replica import Claims
+from grpo.services.replica import PreemptionState
 from grpo.services.service import make_service
-from grpo.telemetry.recording import Harvest, Recording, context_for
-from grpo.utils.aio import together
+from grpo.telemetry.recording import Recording, TelemetryBatch, context_for
+from grpo.utils.aio import gather_or_cancel
 
 
 class LocalEndpoint(Process):
@@ -58,21 +58,21 @@ class LocalEndpoint(Process):
             return pickle.loads(pickle.dumps(payload)), report
         return result
 
-    async def placed(self) -> None:
+    async def wait_scheduled(self) -> None:
         self._raise_if_dead()
 
     async def ping(self) -> None:
         self._raise_if_dead()
 
-    async def harvest(self, *, go_on: bool) -> Harvest:
+    async def drain(self, *, keep_recording: bool) -> TelemetryBatch:
         self._raise_if_dead()
-        return self._recording.harvest(go_on=go_on)
+        return self._recording.drain(keep_recording=keep_recording)
 
     async def rendezvous(self) -> tuple[str, int]:
         self._raise_if_dead()
         return "127.0.0.1", free_port()
 
-    async def until_death(self) -> NoReturn:
+    async def wait_dead(self) -> NoReturn:
         await self._dead.wait()
         raise self._death()
 
@@ -103,13 +103,13 @@ async def launch_local(
     `fakes` stand in for actors by name; one that is a function is called for each replica.
     """
     config = replace(config, trainer=replace(config.trainer, ranks=1))
-    claims = Claims()
+    preemption = PreemptionState()
     services = {
-        spec.name: make_service(spec, partial(_spawn, spec, (fakes or {}).get(spec.name)), failures, config, claims)
+        spec.name: make_service(spec, partial(_spawn, spec, (fakes or {}).get(spec.name)), failures, config, preemption)
         for spec in actor_specs(config)
     }
     try:
-        await together(*(service.ready() for service in services.values()))
+        await gather_or_cancel(*(service.ready() for service in services.values()))
         yield Services(**{name: ActorHandle(service) for name, service in services.items()})
     finally:
         await asyncio.gather(*(service.close(_CLOSE_TIMEOUT_S) for service in services.values()))

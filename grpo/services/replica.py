@@ -18,12 +18,12 @@ from typing import Any, NoReturn
 from grpo.errors import ActorDied, LaunchError, PayloadLost
 from grpo.services.endpoint import Endpoint, Spawn
 from grpo.services.failures import Death, Failures
-from grpo.utils.aio import Signal, cancelled, within
+from grpo.utils.aio import Signal, cancel_and_wait, timeout_as
 
 Restore = Callable[[Any], Awaitable[None]]  # takes a Newcomer
 
 
-class OnDemand:
+class LazyArg:
     """An argument of a fanout, or for newcomers: fetched when it is needed, if ever, and anew when it was lost."""
 
     def __init__(self, fetch: Callable[[], Awaitable[Any]]) -> None:
@@ -63,14 +63,14 @@ class Call:
 
     async def fetched(self) -> Call:
         """With the arguments that were to be fetched on demand."""
-        if not any(isinstance(arg, OnDemand) for arg in self.args):
+        if not any(isinstance(arg, LazyArg) for arg in self.args):
             return self
-        args = [await arg.value() if isinstance(arg, OnDemand) else arg for arg in self.args]
+        args = [await arg.value() if isinstance(arg, LazyArg) else arg for arg in self.args]
         return replace(self, args=tuple(args))
 
     def forget(self, fetched: Call) -> bool:
         """Whether there were arguments that can be fetched anew, and will be."""
-        lost = [(arg, value) for arg, value in zip(self.args, fetched.args, strict=True) if isinstance(arg, OnDemand)]
+        lost = [(arg, value) for arg, value in zip(self.args, fetched.args, strict=True) if isinstance(arg, LazyArg)]
         for arg, value in lost:
             arg.forget(value)
         return bool(lost)
@@ -81,11 +81,11 @@ class Timeouts:
     """How long a process may take to be up, and how its health is asked for; in seconds."""
 
     start_s: float = 600.0
-    health_every_s: float = 10.0
+    health_interval_s: float = 10.0
     health_timeout_s: float = 60.0
 
 
-class Claims:
+class PreemptionState:
     """Who has no place in the cluster yet. Optional replicas step back while a required one is among them.
 
     Those that serve go on at first: there may be room beside them. They leave, one after another, while a required
@@ -95,11 +95,11 @@ class Claims:
 
     def __init__(self, patience_s: float = 10.0) -> None:
         self.changed = Signal()
-        self.asked_for_place = False
+        self.place_requested = False
         self._required, self._patience_s = 0, patience_s
 
     @property
-    def urgent(self) -> bool:
+    def pending_required(self) -> bool:
         return self._required > 0
 
     @contextmanager
@@ -112,26 +112,26 @@ class Claims:
             self._required -= 1
             self.changed.notify()
 
-    async def until_placed(self, endpoint: Endpoint) -> None:
+    async def wait_scheduled(self, endpoint: Endpoint) -> None:
         """Wait for a required process to have a place, and ask for one where it finds none."""
-        placed = asyncio.ensure_future(endpoint.placed())
+        placed = asyncio.ensure_future(endpoint.wait_scheduled())
         try:
             while not (await asyncio.wait({placed}, timeout=self._patience_s))[0]:
-                self.asked_for_place = True
+                self.place_requested = True
                 self.changed.notify()
             placed.result()
         finally:
-            self.asked_for_place = False
-            await cancelled([placed])
+            self.place_requested = False
+            await cancel_and_wait([placed])
 
-    def give_place(self) -> bool:
+    def should_yield(self) -> bool:
         """Whether an optional replica has to leave; true for one of those that ask."""
-        asked, self.asked_for_place = self.asked_for_place, False
+        asked, self.place_requested = self.place_requested, False
         return asked
 
 
 @dataclass
-class Common:
+class ServiceContext:
     """What the replicas of a service share.
 
     `latest` is the last call that a newcomer has to be given before it serves, `restore` does whatever else a
@@ -141,26 +141,26 @@ class Common:
     spawn: Spawn
     failures: Failures
     timeouts: Timeouts
-    claims: Claims
+    preemption: PreemptionState
     latest: Call | None = None
     restore: Callable[[Endpoint], Awaitable[None]] | None = None
 
     @property
     def changed(self) -> Signal:
-        return self.claims.changed
+        return self.preemption.changed
 
 
 class Replica:
     """`live` keeps it alive. The figures count over all of its processes."""
 
-    def __init__(self, name: str, common: Common, *, optional: bool = False) -> None:
+    def __init__(self, name: str, context: ServiceContext, *, optional: bool = False) -> None:
         self.name = name
         self.optional = optional  # comes when the cluster has room for it
         self.state = State.STARTING
         self.in_flight = self.requests = self.failures = 0
         self.busy_s = 0.0  # sum over the requests
         self.endpoint: Endpoint | None = None
-        self._common = common
+        self._context = context
         self._death: asyncio.Future[ActorDied] = asyncio.get_running_loop().create_future()
 
     async def attempt(self, call: Call) -> list[Any]:
@@ -183,13 +183,13 @@ class Replica:
             self.in_flight -= 1
             self.busy_s += time.perf_counter() - started
             if self.state is State.STOPPED:
-                self._common.changed.notify()
+                self._context.changed.notify()
 
     def stop(self) -> None:
         """It gets no more calls, finishes those it has, and leaves."""
         self._become(State.STOPPED)
 
-    def figures(self) -> dict[str, Any]:
+    def stats(self) -> dict[str, Any]:
         """For people: state, requests, failures, calls under way, and the mean latency in seconds."""
         return {
             "state": str(self.state),
@@ -199,7 +199,7 @@ class Replica:
             "latency_s": self.busy_s / self.requests if self.requests else None,
         }
 
-    async def live(self) -> None:
+    async def supervise(self) -> None:
         """One process after another, until it is stopped. Raises what no other process would mend."""
         death: Death | None = None
         while self.state is not State.STOPPED:
@@ -208,15 +208,15 @@ class Replica:
                     await self._serve(death)
                     death = None
             except LaunchError as error:  # other replicas may serve meanwhile
-                self._common.failures.tell(f"{error}; trying again")
+                self._context.failures.warn(f"{error}; trying again")
                 self.kill(hung=True)
             except ActorDied as error:
                 if death is None and self.state is State.STARTING and not self.optional:
                     raise  # it has never been up: another process would do no better
                 self._become(State.UNHEALTHY)
                 self.kill(hung=True)
-                death = self._common.failures.actor_died(self.name, error)
-        await self.close(self._common.timeouts.health_timeout_s)
+                death = self._context.failures.actor_died(self.name, error)
+        await self.close(self._context.timeouts.health_timeout_s)
 
     async def close(self, patience_s: float) -> None:
         """Let the process close; one that does not is logged. It is ended in any case."""
@@ -243,23 +243,23 @@ class Replica:
         Raises what the actor's `setup` raises, ActorDied when the process dies of it, and LaunchError for a
         replacement that is late.
         """
-        claims, changed = self._common.claims, self._common.changed
+        preemption, changed = self._context.preemption, self._context.changed
         if self.optional:
-            await changed.wait_for(lambda: not claims.urgent or self.state is State.STOPPED)
+            await changed.wait_for(lambda: not preemption.pending_required or self.state is State.STOPPED)
         if self.state is State.STOPPED:
             return False
         self._become(State.STARTING)
         self._death = asyncio.get_running_loop().create_future()
-        self.endpoint = self._common.spawn(self.name)
-        start_s = self._common.timeouts.start_s if again and not self.optional else None
+        self.endpoint = self._context.spawn(self.name)
+        start_s = self._context.timeouts.start_s if again and not self.optional else None
         late = LaunchError(f"{self.name} not up after {start_s} s (cluster.start_timeout_s)")
         setup = asyncio.ensure_future(self._set_up(self.endpoint))
         taken_back = asyncio.ensure_future(
-            changed.wait_for(lambda: self.state is State.STOPPED or (self.optional and claims.urgent))
+            changed.wait_for(lambda: self.state is State.STOPPED or (self.optional and preemption.pending_required))
         )
         try:
-            async with within(start_s, lambda: late):
-                with nullcontext() if self.optional else claims.required():
+            async with timeout_as(start_s, lambda: late):
+                with nullcontext() if self.optional else preemption.required():
                     await asyncio.wait((setup, taken_back), return_when=asyncio.FIRST_COMPLETED)
             if setup.done():
                 setup.result()
@@ -268,11 +268,11 @@ class Replica:
             self.endpoint = None
             return False
         finally:
-            await cancelled((setup, taken_back))
+            await cancel_and_wait((setup, taken_back))
 
     async def _set_up(self, endpoint: Endpoint) -> None:
         if not self.optional:
-            await self._common.claims.until_placed(endpoint)
+            await self._context.preemption.wait_scheduled(endpoint)
         await endpoint.invoke("setup")
 
     async def _serve(self, death: Death | None) -> None:
@@ -283,15 +283,17 @@ class Replica:
         endpoint = self.endpoint
         assert endpoint is not None
         stopped = asyncio.ensure_future(
-            self._common.changed.wait_for(lambda: self.state is State.STOPPED and not self.in_flight)
+            self._context.changed.wait_for(lambda: self.state is State.STOPPED and not self.in_flight)
         )
-        claims = self._common.claims
+        preemption = self._context.preemption
         leaving = asyncio.ensure_future(
-            self._common.changed.wait_for(lambda: self.optional and claims.asked_for_place and claims.give_place())
+            self._context.changed.wait_for(
+                lambda: self.optional and preemption.place_requested and preemption.should_yield()
+            )
         )
         works = (
             self._bring_up_to_date(endpoint, death),
-            endpoint.until_death(),
+            endpoint.wait_dead(),
             _raised(self._death),
             self._ask(endpoint),
         )
@@ -302,7 +304,9 @@ class Replica:
                 for work in done:
                     work.result()
         finally:
-            await cancelled(tasks)  # also those that failed at the same moment: one error is told, the others are heard
+            await cancel_and_wait(
+                tasks
+            )  # also those that failed at the same moment: one error is told, the others are heard
         if not leaving.cancelled() and self.state is not State.STOPPED:
             self._leave()
 
@@ -316,11 +320,11 @@ class Replica:
 
     async def _bring_up_to_date(self, endpoint: Endpoint, death: Death | None) -> None:
         self._become(State.STALE)
-        if death is not None and self._common.restore is not None:
-            await self._common.restore(endpoint)
+        if death is not None and self._context.restore is not None:
+            await self._context.restore(endpoint)
         loaded = None
-        while loaded is not self._common.latest:  # another may be published meanwhile
-            loaded = self._common.latest
+        while loaded is not self._context.latest:  # another may be published meanwhile
+            loaded = self._context.latest
             assert loaded is not None
             call = await loaded.fetched()
             try:
@@ -328,26 +332,26 @@ class Replica:
             except PayloadLost as error:  # with its node, before there was a copy
                 if not loaded.forget(call):
                     raise
-                self._common.failures.tell(f"{error}; it is fetched anew")
+                self._context.failures.warn(f"{error}; it is fetched anew")
                 loaded = None
         self._become(State.HEALTHY)
         if death is not None:
-            self._common.failures.actor_is_back(death)
+            self._context.failures.actor_is_back(death)
 
     async def _ask(self, endpoint: Endpoint) -> NoReturn:
         """Whether a process still answers, time and again."""
-        every_s, timeout_s = self._common.timeouts.health_every_s, self._common.timeouts.health_timeout_s
+        every_s, timeout_s = self._context.timeouts.health_interval_s, self._context.timeouts.health_timeout_s
         late = ActorDied(f"{self.name} did not answer for {timeout_s:g} s (recovery.health_timeout_s)")
         while True:
             await asyncio.sleep(every_s)
-            async with within(timeout_s, lambda: late):
+            async with timeout_as(timeout_s, lambda: late):
                 await endpoint.ping()
 
     def _become(self, state: State) -> None:
         """Once stopped, it stays so."""
         if self.state is not State.STOPPED:
             self.state = state
-            self._common.changed.notify()
+            self._context.changed.notify()
 
 
 async def _raised(death: asyncio.Future[ActorDied]) -> NoReturn:

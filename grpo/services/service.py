@@ -18,8 +18,8 @@ from grpo.config.schema import RunConfig
 from grpo.errors import ActorDied, PayloadLost
 from grpo.services.endpoint import Process, Spawn
 from grpo.services.failures import Failures
-from grpo.services.replica import Call, Claims, Common, Replica, State, Timeouts
-from grpo.utils.aio import cancelled, together
+from grpo.services.replica import Call, PreemptionState, Replica, ServiceContext, State, Timeouts
+from grpo.utils.aio import cancel_and_wait, gather_or_cancel
 
 
 class Service:
@@ -31,28 +31,28 @@ class Service:
     def __init__(
         self,
         name: str,
-        common: Common,
+        context: ServiceContext,
         replicas: int,
         *,
         optional_replicas: int = 0,
         updates: frozenset[str] = frozenset(),
     ) -> None:
-        self.name, self.common = name, common
+        self.name, self.context = name, context
         self._updates = updates
         self._error: BaseException | None = None
         self._numbers = count()
         self._alone = replicas + optional_replicas == 1
-        self._lives: dict[Replica, asyncio.Task[None]] = {}
+        self._supervisors: dict[Replica, asyncio.Task[None]] = {}
         for i in range(replicas + optional_replicas):
             self._add(optional=i >= replicas)
 
     @property
     def replicas(self) -> Sequence[Replica]:
-        return tuple(self._lives)
+        return tuple(self._supervisors)
 
     async def ready(self) -> None:
         """Wait until all replicas that are not optional serve; raises what keeps one from it."""
-        needed = [replica for replica in self._lives if not replica.optional]
+        needed = [replica for replica in self._supervisors if not replica.optional]
         await self._until(lambda: all(replica.state is State.HEALTHY for replica in needed))
 
     async def available(self, preferred: Replica | None = None) -> Replica:
@@ -61,7 +61,7 @@ class Service:
         healthy = self.healthy()
         return preferred if preferred in healthy else min(healthy, key=lambda replica: replica.in_flight)
 
-    async def insist(self, replica: Replica, call: Call) -> list[Any]:
+    async def call_replica(self, replica: Replica, call: Call) -> list[Any]:
         """The answers of this very replica, by rank, whoever takes its place. Raises ActorDied when it was removed."""
         while True:
             await self._until(lambda: replica.state in (State.HEALTHY, State.STOPPED))
@@ -73,71 +73,71 @@ class Service:
     async def fanout(self, call: Call) -> list[Any]:
         """The answers of all that are healthy and stay so; at least one. What was lost is fetched anew."""
         if call.method in self._updates:
-            self.for_newcomers(call)
+            self.set_join_call(call)
         while True:
             await self._until(self.healthy)
             fetched = await call.fetched()
             try:
-                answers = await together(*(_unless_it_dies(replica, fetched) for replica in self.healthy()))
+                answers = await gather_or_cancel(*(_unless_it_dies(replica, fetched) for replica in self.healthy()))
             except PayloadLost as error:
                 if not call.forget(fetched):
                     raise
-                self.common.failures.tell(f"{error}; it is fetched anew")
+                self.context.failures.warn(f"{error}; it is fetched anew")
                 continue
             if any(answers):
                 return [result for answer in answers for result in answer]
 
-    def for_newcomers(self, call: Call) -> None:
+    def set_join_call(self, call: Call) -> None:
         """What they have to be given before they serve, in the place of what was so far."""
-        self.common.latest = call
-        self.common.changed.notify()
+        self.context.latest = call
+        self.context.changed.notify()
 
-    async def until_gone(self, processes: Sequence[Process]) -> NoReturn:
+    async def wait_member_lost(self, processes: Sequence[Process]) -> NoReturn:
         """Raises ActorDied as soon as one of them serves no more."""
 
         def gone() -> list[str]:
             serving = self.processes()
             return [process.name for process in processes if process not in serving]
 
-        names = await self.common.changed.wait_for(gone)
+        names = await self.context.changed.wait_for(gone)
         raise ActorDied(f"{', '.join(names)} left")
 
     def scale(self, replicas: int) -> None:
         """Start more, or let some finish what they have and leave, the healthy ones last; at least one stays."""
-        there = [replica for replica in self._lives if replica.state is not State.STOPPED]
+        there = [replica for replica in self._supervisors if replica.state is not State.STOPPED]
         for _ in range(replicas - len(there)):
             self._add(optional=True)
         for replica in sorted(there, key=lambda each: each.state is not State.HEALTHY)[max(1, replicas) :]:
             replica.stop()
 
-    def figures(self) -> dict[str, dict[str, Any]]:
+    def replica_stats(self) -> dict[str, dict[str, Any]]:
         """Of every replica, by its name."""
-        return {replica.name: replica.figures() for replica in self._lives}
+        return {replica.name: replica.stats() for replica in self._supervisors}
 
     async def close(self, patience_s: float) -> None:
         """Ask every process to close, and end those that don't."""
-        replicas, lives = self.replicas, tuple(self._lives.values())
+        replicas, lives = self.replicas, tuple(self._supervisors.values())
         self._error = self._error or ActorDied(f"{self.name} was closed")
-        self.common.changed.notify()
-        await cancelled(lives)
+        self.context.changed.notify()
+        await cancel_and_wait(lives)
         await asyncio.gather(*(replica.close(patience_s) for replica in replicas))
 
     def _add(self, *, optional: bool) -> None:
         number = next(self._numbers)
         name = self.name if self._alone and number == 0 else f"{self.name}-{number}"
-        replica = Replica(name, self.common, optional=optional)
-        self._lives[replica] = asyncio.create_task(replica.live(), name=f"life of {name}")
-        self._lives[replica].add_done_callback(lambda life: self._over(replica, life))
+        replica = Replica(name, self.context, optional=optional)
+        self._supervisors[replica] = asyncio.create_task(replica.supervise(), name=f"supervisor of {name}")
+        self._supervisors[replica].add_done_callback(lambda life: self._supervisor_done(replica, life))
 
-    def _over(self, replica: Replica, life: asyncio.Task[None]) -> None:
+    def _supervisor_done(self, replica: Replica, life: asyncio.Task[None]) -> None:
         if life.cancelled():
             return
         if (error := life.exception()) is None:
-            del self._lives[replica]  # it was stopped
+            del self._supervisors[replica]  # it was stopped
         else:
             self._error = self._error or error
-            self.common.failures.end(error)
-        self.common.changed.notify()
+            self.context.failures.end(error)
+        self.context.changed.notify()
 
     def processes(self) -> list[Process]:
         """Of those that serve at the moment, rank by rank."""
@@ -146,10 +146,10 @@ class Service:
 
     def healthy(self) -> list[Replica]:
         """Those that serve at the moment."""
-        return [replica for replica in self._lives if replica.state is State.HEALTHY]
+        return [replica for replica in self._supervisors if replica.state is State.HEALTHY]
 
     async def _until(self, condition: Callable[[], Any]) -> None:
-        await self.common.changed.wait_for(lambda: self._error or condition())
+        await self.context.changed.wait_for(lambda: self._error or condition())
         if self._error is not None:
             raise self._error
 
@@ -162,14 +162,16 @@ async def _unless_it_dies(replica: Replica, call: Call) -> list[Any]:
         return []
 
 
-def make_service(spec: ActorSpec, spawn: Spawn, failures: Failures, config: RunConfig, claims: Claims) -> Service:
+def make_service(
+    spec: ActorSpec, spawn: Spawn, failures: Failures, config: RunConfig, preemption: PreemptionState
+) -> Service:
     """The service that an actor's entry in the plan asks for."""
     recovery = config.recovery
-    timeouts = Timeouts(config.cluster.start_timeout_s, recovery.health_every_s, recovery.health_timeout_s)
+    timeouts = Timeouts(config.cluster.start_timeout_s, recovery.health_interval_s, recovery.health_timeout_s)
     return Service(
         spec.name,
-        Common(spawn, failures, timeouts, claims),
+        ServiceContext(spawn, failures, timeouts, preemption),
         spec.replicas,
         optional_replicas=spec.optional_replicas,
-        updates=methods_marked(spec.cls, "brings_up_to_date"),
+        updates=methods_marked(spec.cls, "replayed_on_join"),
     )

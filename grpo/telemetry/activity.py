@@ -19,7 +19,7 @@ _present: ContextVar[Activity | None] = ContextVar("activity", default=None)
 Waited = dict[tuple[str, str], float]
 
 
-class Among:
+class ActivityRegistry:
     """The activities of a run in the order in which they began, as long as their tasks live; how long they waited."""
 
     def __init__(self) -> None:
@@ -38,13 +38,13 @@ class Among:
 class Activity:
     """One task: what it waits for at this moment, with the time at which each wait began.
 
-    `among` holds all activities of the run.
+    `registry` holds all activities of the run.
     """
 
-    def __init__(self, group: str, among: Among) -> None:
-        self.group, self.among = group, among
+    def __init__(self, group: str, registry: ActivityRegistry) -> None:
+        self.group, self.registry = group, registry
         self.waits: dict[object, tuple[str, float]] = {}
-        among.activities[object()] = self
+        registry.activities[object()] = self
 
 
 def begin_activity(group: str, track: str | None = None) -> None:
@@ -54,7 +54,7 @@ def begin_activity(group: str, track: str | None = None) -> None:
     """
     on_track(track or group)
     present = _present.get()
-    _present.set(Activity(group, Among() if present is None else present.among))
+    _present.set(Activity(group, ActivityRegistry() if present is None else present.registry))
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def waiting_for(what: str) -> Iterator[None]:
     finally:
         if activity is not None:
             _, since = activity.waits.pop(key)
-            activity.among.waited_s[activity.group, what] += time.perf_counter() - since
+            activity.registry.waited_s[activity.group, what] += time.perf_counter() - since
 
 
 class MeanWaiting:
@@ -84,16 +84,16 @@ class MeanWaiting:
         present = _present.get()
         if present is None:
             return {}
-        total_s, before_s = present.among.waited_until(now), self._before_s
+        total_s, before_s = present.registry.waited_until(now), self._before_s
         elapsed_s, self._looked_at, self._before_s = now - self._looked_at, now, total_s
         return {key: (seconds - before_s.get(key, 0.0)) / elapsed_s for key, seconds in sorted(total_s.items())}
 
 
-def who_waits() -> str:
+def describe_blocked() -> str:
     """For example: "32 rollouts wait for generator.generate, oldest 181 s; training: waits for ..."."""
     now, present = time.perf_counter(), _present.get()
     ages: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for activity in [] if present is None else list(present.among.activities.values()):
+    for activity in [] if present is None else list(present.registry.activities.values()):
         if activity.waits:
             what = " and ".join(sorted({what for what, _ in activity.waits.values()}))
             ages[activity.group, what].append(now - min(since for _, since in activity.waits.values()))

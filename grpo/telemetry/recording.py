@@ -39,7 +39,7 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Harvest:
+class TelemetryBatch:
     """What was recorded since the last one, the clock at that moment, and how many spans there was no room for."""
 
     spans: list[Span]
@@ -67,12 +67,12 @@ class Recording:
     def lanes(self, track: str) -> _Lanes:
         return self._lanes[track]
 
-    def harvest(self, *, go_on: bool) -> Harvest:
-        """Hand over what there is; `go_on` says whether to record spans from now on."""
-        self.on = go_on
-        harvest = Harvest(self._spans, self.metrics, time.perf_counter(), self._lost)
+    def drain(self, *, keep_recording: bool) -> TelemetryBatch:
+        """Hand over what there is; `keep_recording` says whether to record spans from now on."""
+        self.on = keep_recording
+        drain = TelemetryBatch(self._spans, self.metrics, time.perf_counter(), self._lost)
         self._spans, self.metrics, self._lost = [], MetricSet(), 0
-        return harvest
+        return drain
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo.actors.marks import brings_up_to_date, returns_payload
+from grpo.actors.marks import replayed_on_join, returns_payload
 from grpo.actors.replay_buffer import ReplayBuffer
 from grpo.tuning.machine import Line, ShapedCompletions, World
 from grpo.types import (
@@ -73,7 +73,7 @@ class SimulatedGenerator:
         )
         return ShapedCompletions(shape), report
 
-    @brings_up_to_date
+    @replayed_on_join
     async def update_weights(self, weights: Weights) -> GeneratorStats:
         await self._world.calls.begin()
         loaded = asyncio.get_running_loop().create_future()
@@ -241,7 +241,7 @@ class _ReplayBuffer(ReplayBuffer):
     """The real one; calls take their time."""
 
     def __init__(self, world: World) -> None:
-        super().__init__(world.config.buffer.window)
+        super().__init__(world.config.buffer.reorder_window)
         self._calls, self._step_call_s = world.calls, world.profile.step_call
 
     async def add(self, ticket: Ticket, group: Group) -> None:

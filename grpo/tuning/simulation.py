@@ -20,10 +20,10 @@ from grpo.config.schema import (
     RunConfig,
     ShapingConfig,
     WatchdogConfig,
-    WeightsConfig,
+    WeightSyncConfig,
 )
 from grpo.driver.context import make_pacer
-from grpo.driver.loop import run
+from grpo.driver.loop import train_loop
 from grpo.driver.pacing import Pacer
 from grpo.driver.recorder import Recorder, TrainedStep
 from grpo.observe.metrics import GeneratorRates, Stopwatch
@@ -105,7 +105,7 @@ def simulate(profile: Profile, config: RunConfig, steps: int) -> Outcome:
 
 async def _run(world: World, config: RunConfig, recorder: _Recorder) -> None:
     async with launch_local(config, recorder.failures, simulated_actors(world)) as services:
-        await run(services, config, recorder, asyncio.Event())
+        await train_loop(services, config, recorder, asyncio.Event())
 
 
 def _as_simulated(config: RunConfig, steps: int) -> RunConfig:
@@ -116,11 +116,11 @@ def _as_simulated(config: RunConfig, steps: int) -> RunConfig:
         generator=dataclasses.replace(config.generator, max_replicas=None),
         loss=LossConfig(beta=config.loss.beta),
         shaping=ShapingConfig(),
-        weights=WeightsConfig(),
+        weight_sync=WeightSyncConfig(),
         eval=EvalConfig(),
         checkpoint=CheckpointConfig(every=0),
         watchdog=WatchdogConfig(seconds=_NEVER_S),
-        recovery=dataclasses.replace(config.recovery, health_every_s=_NEVER_S, health_timeout_s=_NEVER_S),
+        recovery=dataclasses.replace(config.recovery, health_interval_s=_NEVER_S, health_timeout_s=_NEVER_S),
         resume=None,
     )
 

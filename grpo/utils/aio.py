@@ -35,7 +35,7 @@ class Signal:
         return value
 
 
-async def together(*work: Coroutine[Any, Any, Any]) -> list[Any]:
+async def gather_or_cancel(*work: Coroutine[Any, Any, Any]) -> list[Any]:
     """Results in order. The first error cancels the others, waits for them to end, and is raised as it is.
 
     Not an asyncio.TaskGroup: there an error hides a cancellation of the caller that comes at the same moment.
@@ -48,10 +48,10 @@ async def together(*work: Coroutine[Any, Any, Any]) -> list[Any]:
                 task.result()
         return [task.result() for task in tasks]
     finally:
-        await cancelled(tasks)
+        await cancel_and_wait(tasks)
 
 
-async def unless(shutdown: asyncio.Event, work: Coroutine[Any, Any, R]) -> R:
+async def run_until_set(shutdown: asyncio.Event, work: Coroutine[Any, Any, R]) -> R:
     """Await `work`, or cancel it and raise Interrupted as soon as `shutdown` is set; errors of `work` come first."""
     task = asyncio.ensure_future(work)
     stop = asyncio.ensure_future(shutdown.wait())
@@ -63,21 +63,21 @@ async def unless(shutdown: asyncio.Event, work: Coroutine[Any, Any, R]) -> R:
             raise Interrupted
         return task.result()
     finally:
-        await cancelled((task, stop))
+        await cancel_and_wait((task, stop))
 
 
-async def unless_raised(work: Coroutine[Any, Any, R], *watches: Coroutine[Any, Any, NoReturn]) -> R:
+async def race(work: Coroutine[Any, Any, R], *watches: Coroutine[Any, Any, NoReturn]) -> R:
     """Await `work`, or cancel it and raise what a watch raises first."""
     task, watching = asyncio.ensure_future(work), [asyncio.ensure_future(watch) for watch in watches]
     try:
         await asyncio.wait((task, *watching), return_when=asyncio.FIRST_COMPLETED)
         return next(each for each in (task, *watching) if each.done()).result()
     finally:
-        await cancelled((task, *watching))
+        await cancel_and_wait((task, *watching))
 
 
 @asynccontextmanager
-async def within(seconds: float | None, late: Callable[[], Exception]) -> AsyncIterator[None]:
+async def timeout_as(seconds: float | None, late: Callable[[], Exception]) -> AsyncIterator[None]:
     """Raise what `late()` makes when the block takes longer; time-outs of its own pass through. None is for ever."""
     timeout = asyncio.timeout(seconds)
     try:
@@ -95,7 +95,7 @@ def task_name() -> str:
     return "" if task is None else task.get_name()
 
 
-async def cancelled(tasks: Iterable[asyncio.Future[Any]]) -> None:
+async def cancel_and_wait(tasks: Iterable[asyncio.Future[Any]]) -> None:
     """Cancel tasks and wait until they have ended; what they raise is nobody's business any more."""
     tasks = list(tasks)
     for task in tasks:

@@ -11,12 +11,12 @@ import gc
 _USUAL = gc.get_threshold()
 
 
-def collect_rarely() -> None:
-    """Until `collect_as_usual`."""
+def relax_gc() -> None:
+    """Until `restore_gc`."""
     gc.set_threshold(100_000, *_USUAL[1:])
 
 
-def collect_as_usual() -> None:
+def restore_gc() -> None:
     """From now on, and never again among what is there by now."""
     gc.freeze()
     gc.set_threshold(*_USUAL)

@@ -88,7 +88,7 @@ def leave() -> None:
 
 
 @dataclass(frozen=True)
-class Rows:
+class ShardRange:
     """Rows [start, stop) of the `total` that a tensor has along its first dimension. A scalar has one."""
 
     start: int
@@ -96,7 +96,7 @@ class Rows:
     total: int
 
     @classmethod
-    def of(cls, shape: Sequence[int], ranks: Ranks) -> Rows:
+    def of(cls, shape: Sequence[int], ranks: Ranks) -> ShardRange:
         """Those of a rank. The last ranks may have fewer than the others, or none."""
         total = shape[0] if shape else 1
         each = -(-total // ranks.size)
@@ -107,7 +107,7 @@ class Rows:
     def count(self) -> int:
         return self.stop - self.start
 
-    def shared_with(self, other: Rows) -> tuple[slice, slice]:
+    def shared_with(self, other: ShardRange) -> tuple[slice, slice]:
         """Where the rows that both have lie in this part, and where in the other. The slices may be empty."""
         start = max(self.start, other.start)
         stop = max(start, min(self.stop, other.stop))

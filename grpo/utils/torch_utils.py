@@ -105,7 +105,7 @@ class ComputeThread:
         self._executor.shutdown()
 
 
-async def run_apart(torch_threads: int, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+async def run_in_temp_thread(torch_threads: int, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """Run `work` in a thread that ends with it, and with the thread the pool that OpenMP made for its loops.
 
     A pool that stays, idle, makes every other one in the process give up its cores between two loops: with more

@@ -16,7 +16,7 @@ from grpo.config.schema import ModelConfig
 from grpo.models.loading import load_model
 from grpo.models.smollm2 import prepare
 from grpo.models.tiny import tiny_llama
-from grpo.utils.torch_utils import run_apart
+from grpo.utils.torch_utils import run_in_temp_thread
 
 DTYPES = {"tiny": "float32", "SmolLM2": "bfloat16"}
 ROUNDS = {"tiny": 4, "SmolLM2": 1}  # the first of several warms up; with SmolLM2 one takes minutes, and needs none
@@ -30,8 +30,8 @@ def run(quick: bool) -> list[Figure]:
         print("vLLM is left out; `make vllm` installs it into an environment of its own")
     for name in ("tiny",) if quick else ("tiny", "SmolLM2"):
         with tempfile.TemporaryDirectory() as folder:
-            asyncio.run(run_apart(1, _save, name, folder))
-            model = asyncio.run(run_apart(1, _load, folder, DTYPES[name]))
+            asyncio.run(run_in_temp_thread(1, _save, name, folder))
+            model = asyncio.run(run_in_temp_thread(1, _load, folder, DTYPES[name]))
             for sequences in (64,) if quick else (8, 32, 64, 128):
                 with _vllm(folder, DTYPES[name], sequences) as vllm:
                     for ragged in (False, True):

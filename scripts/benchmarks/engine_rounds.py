@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from grpo.engines.base import Limits
 from grpo.engines.torch.engine import TorchEngine
 from grpo.types import SamplingParams
-from grpo.utils.torch_utils import run_apart
+from grpo.utils.torch_utils import run_in_temp_thread
 
 GROUP = 8
 PROMPT_TOKENS = 32
@@ -75,7 +75,7 @@ async def _embedded_tokens_per_s(model: PreTrainedModel, case: Case) -> float:
 def generate_tokens_per_s(model: PreTrainedModel, case: Case) -> float:
     """Batch after batch of as many sequences as the engine runs at once."""
     # Its threads have to end with the round: two pools of OpenMP's slow each other down, even when one is idle.
-    return asyncio.run(run_apart(THREADS, _generate_tokens_per_s, model, case))
+    return asyncio.run(run_in_temp_thread(THREADS, _generate_tokens_per_s, model, case))
 
 
 def _generate_tokens_per_s(model: PreTrainedModel, case: Case) -> float:

@@ -62,7 +62,7 @@ def _figures(name: str, lines: list[dict[str, Any]], began_s: float, busy: list[
         Figure("gpu", f"{what}: completion tokens trained on", tokens / took_s, "tokens/s"),
         Figure("gpu", f"{what}: train step", mean(line["time/train_step_s"] for line in lines), "s"),
         Figure("gpu", f"{what}: held up by new weights", mean(line["time/weight_sync_s"] for line in lines), "s"),
-        Figure("gpu", f"{what}: until they are live", mean(line["time/weights_live_s"] for line in lines), "s"),
+        Figure("gpu", f"{what}: until they are live", mean(line["time/weight_load_s"] for line in lines), "s"),
         Figure("gpu", f"{what}: trainer waits", sum(line["time/trainer_wait_s"] for line in lines) / took_s),
         Figure("gpu", f"{what}: generator busy", mean(line["generator/busy_fraction"] for line in lines)),
         Figure("gpu", f"{what}: GPU busy", mean(last) / 100),

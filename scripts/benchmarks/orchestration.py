@@ -124,7 +124,7 @@ async def _framework(
 
 
 def _requests(actors: Mapping[str, ActorHandle]) -> int:
-    return sum(replica["requests"] for actor in actors.values() for replica in actor.figures().values())
+    return sum(replica["requests"] for actor in actors.values() for replica in actor.replica_stats().values())
 
 
 def _specs(latency_s: float, mixed_latency_s: float) -> list[ActorSpec]:

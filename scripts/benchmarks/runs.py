@@ -9,7 +9,7 @@ from pathlib import Path
 
 from grpo.config.schema import RunConfig
 from grpo.driver.context import make_pacer
-from grpo.driver.loop import run as run_loop
+from grpo.driver.loop import train_loop
 from grpo.driver.pacing import Pacer
 from grpo.driver.recorder import Recorder
 from grpo.observe.run_dir import RunDirectory
@@ -23,6 +23,6 @@ async def run_on(actors: Mapping[str, ActorHandle], config: RunConfig, failures:
     await actors["replay_buffer"].restore.call_one((), 0)
     with tempfile.TemporaryDirectory() as folder:
         recorder = Recorder(RunDirectory(Path(folder)), watch, make_pacer(config), failures)
-        await run_loop(Services(**actors), config, recorder, asyncio.Event())
+        await train_loop(Services(**actors), config, recorder, asyncio.Event())
         recorder.run_dir.close()
     return recorder.pacer

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grpo.actors.marks import brings_up_to_date, returns_payload
+from grpo.actors.marks import replayed_on_join, returns_payload
 from grpo.types import (
     Batch,
     Completion,
@@ -76,7 +76,7 @@ class IdleGenerator:
             return self._latency_s * self._begun / self._staggered
         return self._latency_s * self._random.uniform(1 - self._spread, 1 + self._spread)
 
-    @brings_up_to_date
+    @replayed_on_join
     async def update_weights(self, weights: IdleWeights) -> GeneratorStats:
         self._version = weights.version
         return GeneratorStats(0.0, 0)

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.simulated_actors import IdleDataloader, IdleReward
 from grpo.actors.generator import Generator
-from grpo.actors.marks import brings_up_to_date, returns_payload
+from grpo.actors.marks import replayed_on_join, returns_payload
 from grpo.actors.replay_buffer import ReplayBuffer
 from grpo.actors.specs import ActorSpec
 from grpo.actors.trainer import Trainer
@@ -41,7 +41,7 @@ def specs(config: RunConfig) -> list[ActorSpec]:
         ActorSpec("generator", StoppingGenerator, common),
         ActorSpec("instant_generator", InstantGenerator, {"config": config}),
         ActorSpec("reward", IdleReward),
-        ActorSpec("replay_buffer", ReplayBuffer, {"window": config.buffer.window}),
+        ActorSpec("replay_buffer", ReplayBuffer, {"window": config.buffer.reorder_window}),
         ActorSpec("trainer", Trainer, common),
         ActorSpec("instant_trainer", InstantTrainer, common),
     ]
@@ -94,7 +94,7 @@ class InstantGenerator:
         lengths = tuple(len(completion.token_ids) for completion in completions)
         return completions, GenerationReport(self._version, self._version, lengths, (False,) * params.n)
 
-    @brings_up_to_date
+    @replayed_on_join
     async def update_weights(self, weights: Weights) -> GeneratorStats:
         self._version = weights.version
         return GeneratorStats(0.0, 0)

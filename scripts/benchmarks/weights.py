@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from benchmarks.figures import Figure
-from grpo.actors.marks import brings_up_to_date, returns_payload
+from grpo.actors.marks import replayed_on_join, returns_payload
 from grpo.actors.specs import ActorSpec
 from grpo.cluster.connect import ray_cluster
 from grpo.cluster.launch import launch_actors
 from grpo.config.schema import ClusterConfig, RunConfig
 from grpo.services.failures import Failures
 from grpo.services.handle import ActorHandle
-from grpo.utils.aio import together
+from grpo.utils.aio import gather_or_cancel
 from grpo.weights.broadcast import Broadcaster, BroadcastGroup
 from grpo.weights.payload import StagedWeights, Weights, WeightsHeader, WeightsWriter, check_intact
 
@@ -85,7 +85,7 @@ class Receiver:
 
     async def close(self) -> None: ...
 
-    @brings_up_to_date
+    @replayed_on_join
     async def update_weights(self, weights: Weights) -> float:
         """Seconds in which nothing could be generated."""
         await asyncio.to_thread(check_intact, weights)
@@ -160,13 +160,13 @@ async def _updates(publisher: ActorHandle, receivers: ActorHandle, nbytes: int, 
 
 async def _broadcasts(publisher: ActorHandle, receivers: ActorHandle, replicas: int, count: int) -> float:
     host, port = await publisher.rendezvous()
-    bucket_bytes = int(RunConfig().weights.bucket_mb * 2**20)
+    bucket_bytes = int(RunConfig().weight_sync.bucket_mb * 2**20)
     group = BroadcastGroup(replicas, host, port, replicas, "gloo", bucket_bytes, 600.0)
     took_s = []
     for _ in range(count + 1):
         began = time.perf_counter()
         header = await publisher.write_weights.call_one()
-        await together(publisher.send_weights.call(group), receivers.receive_weights.fanout(header, group))
+        await gather_or_cancel(publisher.send_weights.call(group), receivers.receive_weights.fanout(header, group))
         took_s.append(time.perf_counter() - began)
     return median(took_s[1:])  # the group meets in the first one
 

@@ -16,9 +16,9 @@ import torch
 from grpo.cli import preflight
 from grpo.config.schema import RunConfig
 from grpo.driver.context import make_pacer
-from grpo.driver.loop import run
+from grpo.driver.loop import train_loop
 from grpo.driver.recorder import Recorder
-from grpo.observe.terminal.view import Glance, Sample
+from grpo.observe.terminal.view import RunStatus, Sample
 from grpo.services.failures import Failures
 from grpo.services.local import launch_local
 from grpo.types import EvaluationReport
@@ -54,7 +54,7 @@ class Watch:
     def sampled(self, sample: Sample) -> None:
         """Nobody looks."""
 
-    async def watch(self, look: Callable[[], Glance]) -> None:
+    async def watch(self, look: Callable[[], RunStatus]) -> None:
         """Nobody looks."""
 
     def warn(self, message: str) -> None:
@@ -72,7 +72,7 @@ class Watch:
             "reward_best": max(rewards, default=math.nan),
             "reward_last": rewards[-1] if rewards else math.nan,
             "age_mean": self._mean("policy_age/mean"),
-            "mismatch_k3": self._mean("mismatch/behavior_k3"),
+            "mismatch_k3": self._mean("mismatch/kl_k3"),
             "trainer_wait": self._mean("time/trainer_wait_s") * len(self.steps),
             "evaluations": self.evaluations,
         }
@@ -107,6 +107,6 @@ async def _train(config: RunConfig, watch: Watch, folder: Path) -> None:
     try:
         recorder = Recorder(run_dir, watch, make_pacer(config), Failures(config.recovery))
         async with launch_local(config, recorder.failures) as services:
-            await run(services, config, recorder, watch.shutdown)
+            await train_loop(services, config, recorder, watch.shutdown)
     finally:
         run_dir.close()

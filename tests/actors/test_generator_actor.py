@@ -138,6 +138,6 @@ async def test_a_trainers_adapters_are_merged_into_the_base_from_disk(config, pr
         assert a.token_ids.tolist() == b.token_ids.tolist()
         np.testing.assert_array_equal(a.logprobs, b.logprobs)
     group = replace(make_group(version=1), completions=answers[0])
-    assert (await trainer.train_step(Batch([group])))["mismatch/same_version_abs"] < 1e-4
+    assert (await trainer.train_step(Batch([group])))["mismatch/logprob_abs_diff_same_version"] < 1e-4
     for actor in (trainer, first, late):
         await actor.close()

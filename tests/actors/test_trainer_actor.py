@@ -87,7 +87,7 @@ async def test_the_temperature_is_that_of_the_rollouts(make_trainer, config, mak
         logprobs_N, _ = TokenLogprobs(load_model(config.model, torch.float32, "cpu"), effective)(samples_of(group))
     behavior_N = torch.tensor(np.concatenate([completion.logprobs for completion in group.completions]))
     expected = (behavior_N - logprobs_N).mean()
-    assert metrics["mismatch/behavior_k1"] == pytest.approx(float(expected), rel=1e-4)
+    assert metrics["mismatch/kl_k1"] == pytest.approx(float(expected), rel=1e-4)
 
 
 async def test_the_published_dtype_is_the_models(make_trainer, config):

@@ -11,12 +11,12 @@ from grpo.algorithms.losses import LOSSES
 from tests.algorithms.loss_inputs import TIGHT, random_inputs, value_and_gradient
 
 LEVELS = ["token", "sequence", "geometric"]
-WEIGHTS = ["truncate", "mask"]
+MODES = ["truncate", "mask"]
 
 
-def slow_importance_weights(proximal, behavior, mask, *, weights, level, low=0.0, high=None):
+def slow_importance_weights(proximal, behavior, mask, *, mode, level, min_ratio=0.0, max_ratio=None):
     result = [[0.0 for _ in row] for row in mask]
-    high = math.inf if high is None else high
+    max_ratio = math.inf if max_ratio is None else max_ratio
     for b, row in enumerate(mask):
         places = [t for t, on in enumerate(row) if on]
         total = sum(proximal[b][t] - behavior[b][t] for t in places)
@@ -24,9 +24,9 @@ def slow_importance_weights(proximal, behavior, mask, *, weights, level, low=0.0
             own = proximal[b][t] - behavior[b][t]
             log_ratio = {"token": own, "sequence": total, "geometric": total / len(places)}[level]
             weight = math.exp(min(max(log_ratio, -20.0), 20.0))
-            if weights == "truncate":
-                result[b][t] = min(max(weight, low), high)
-            elif low <= weight <= high:
+            if mode == "truncate":
+                result[b][t] = min(max(weight, min_ratio), max_ratio)
+            elif min_ratio <= weight <= max_ratio:
                 result[b][t] = weight
     return result
 
@@ -36,16 +36,16 @@ def weights_of(inputs, **kwargs):
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("bounds", [{}, {"high": 1.2}, {"low": 0.8}, {"low": 0.9, "high": 1.1}])
+@pytest.mark.parametrize("bounds", [{}, {"max_ratio": 1.2}, {"min_ratio": 0.8}, {"min_ratio": 0.9, "max_ratio": 1.1}])
 @pytest.mark.parametrize("spread", [1.0, 60.0])
-def test_agree_with_a_slow_loop(seed, weights, level, bounds, spread):
+def test_agree_with_a_slow_loop(seed, mode, level, bounds, spread):
     inputs = random_inputs(seed)
     inputs = replace(inputs, behavior_BT=inputs.policy_BT + spread * (inputs.behavior_BT - inputs.policy_BT))
     policy, behavior, _, mask, _ = inputs.lists()
-    expected = slow_importance_weights(policy, behavior, mask, weights=weights, level=level, **bounds)
-    weights_BT = weights_of(inputs, weights=weights, level=level, **bounds)
+    expected = slow_importance_weights(policy, behavior, mask, mode=mode, level=level, **bounds)
+    weights_BT = weights_of(inputs, mode=mode, level=level, **bounds)
     torch.testing.assert_close(weights_BT, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-14)
 
 
@@ -56,48 +56,50 @@ def row_weights(log_ratios, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("weights", "expected"), [("truncate", [0.5, 0.5, 1.0, 2.0, 2.0]), ("mask", [0.0, 0.5, 1.0, 2.0, 0.0])]
+    ("mode", "expected"), [("truncate", [0.5, 0.5, 1.0, 2.0, 2.0]), ("mask", [0.0, 0.5, 1.0, 2.0, 0.0])]
 )
-def test_bounds_truncate_or_mask(weights, expected):
+def test_bounds_truncate_or_mask(mode, expected):
     log_ratios = [math.log(0.4), math.log(0.5) + 1e-6, 0.0, math.log(2) - 1e-6, math.log(2.1)]
-    assert row_weights(log_ratios, weights=weights, level="token", low=0.5, high=2.0) == pytest.approx(expected, 1e-5)
+    assert row_weights(log_ratios, mode=mode, level="token", min_ratio=0.5, max_ratio=2.0) == pytest.approx(
+        expected, 1e-5
+    )
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_weights_of_a_policy_that_has_not_moved_are_one(level):
-    for weights in WEIGHTS:
-        assert row_weights([0.0, 0.0, 0.0], weights=weights, level=level, low=1.0, high=1.0) == [1.0] * 3
+    for mode in MODES:
+        assert row_weights([0.0, 0.0, 0.0], mode=mode, level=level, min_ratio=1.0, max_ratio=1.0) == [1.0] * 3
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
-def test_levels_see_the_token_or_the_row(weights):
+@pytest.mark.parametrize("mode", MODES)
+def test_levels_see_the_token_or_the_row(mode):
     log_ratios = [0.3, 0.0, -0.1]
-    token, sequence, geometric = (row_weights(log_ratios, weights=weights, level=level) for level in LEVELS)
+    token, sequence, geometric = (row_weights(log_ratios, mode=mode, level=level) for level in LEVELS)
     assert token == pytest.approx([math.exp(x) for x in log_ratios])
     assert sequence == pytest.approx([math.exp(0.2)] * 3)
     assert geometric == pytest.approx([math.exp(0.2 / 3)] * 3)
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("log_ratio", [100.0, -100.0, 1e4, -1e4])
-def test_huge_ratios_are_finite_in_float32(level, weights, log_ratio):
-    for weight in row_weights([log_ratio] * 5, weights=weights, level=level):
+def test_huge_ratios_are_finite_in_float32(level, mode, log_ratio):
+    for weight in row_weights([log_ratio] * 5, mode=mode, level=level):
         assert weight == pytest.approx(math.exp(math.copysign(20, log_ratio)))
 
 
 def test_the_sum_over_a_row_is_bounded_and_not_its_tokens():
-    assert row_weights([50.0, -47.0], weights="truncate", level="sequence") == pytest.approx([math.exp(3)] * 2)
-    assert row_weights([50.0, -47.0], weights="truncate", level="geometric") == pytest.approx([math.exp(1.5)] * 2)
+    assert row_weights([50.0, -47.0], mode="truncate", level="sequence") == pytest.approx([math.exp(3)] * 2)
+    assert row_weights([50.0, -47.0], mode="truncate", level="geometric") == pytest.approx([math.exp(1.5)] * 2)
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
-def test_masked_places_have_no_influence_and_weight_zero(level, weights, garbage):
+def test_masked_places_have_no_influence_and_weight_zero(level, mode, garbage):
     inputs = random_inputs()
     spoilt = inputs.map(lambda value_BT: value_BT.masked_fill(~inputs.mask_BT, garbage))
-    kwargs = {"weights": weights, "level": level, "low": 0.5, "high": 2.0}
+    kwargs = {"mode": mode, "level": level, "min_ratio": 0.5, "max_ratio": 2.0}
     for mask_BT in (inputs.mask_BT, inputs.mask_BT.double()):
         weights_BT = weights_of(replace(spoilt, mask_BT=mask_BT), **kwargs)
         assert torch.equal(weights_BT, weights_of(inputs, **kwargs))
@@ -105,11 +107,11 @@ def test_masked_places_have_no_influence_and_weight_zero(level, weights, garbage
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("weights", WEIGHTS)
-def test_weights_hold_no_graph(level, weights):
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_hold_no_graph(level, mode):
     inputs = random_inputs()
     moving = replace(inputs, policy_BT=inputs.policy_BT.clone().requires_grad_())
-    weights_BT = weights_of(moving, weights=weights, level=level)
+    weights_BT = weights_of(moving, mode=mode, level=level)
     assert not weights_BT.requires_grad
     assert weights_BT.any()
 
@@ -119,7 +121,7 @@ def test_weights_hold_no_graph(level, weights):
 def test_weighted_advantages_weight_the_policy_gradient(name, own):
     kwargs = TIGHT[name] if own == "tight" else {}
     inputs = random_inputs(2)
-    weights_BT = weights_of(inputs, weights="mask", level="token", low=0.7, high=2)
+    weights_BT = weights_of(inputs, mode="mask", level="token", min_ratio=0.7, max_ratio=2)
     assert (weights_BT[inputs.mask_BT] == 0).any()
     weighted = replace(inputs, advantages_BT=inputs.advantages_BT * weights_BT)
     _, gradient_BT, _ = value_and_gradient(name, inputs, **kwargs)

@@ -15,7 +15,7 @@ def shaped(rewards, lengths, **settings):
     return list(shape(rewards, lengths, MAX_TOKENS, **settings))
 
 
-def slow_shape(rewards, lengths, scale, clip_low, clip_high, length_penalty, overlong_zone, overlong_penalty):
+def slow_shape(rewards, lengths, scale, clip_low, clip_high, length_penalty, overlong_buffer, overlong_penalty):
     """One completion at a time; the soft overlong punishment by the three cases of the paper's equation 13."""
     shaped = []
     for reward, length in zip(rewards, lengths, strict=True):
@@ -25,11 +25,11 @@ def slow_shape(rewards, lengths, scale, clip_low, clip_high, length_penalty, ove
         if clip_high is not None and value > clip_high:
             value = clip_high
         value -= length_penalty * length / MAX_TOKENS
-        start = MAX_TOKENS - overlong_zone
-        if overlong_zone == 0 or length <= start:
+        start = MAX_TOKENS - overlong_buffer
+        if overlong_buffer == 0 or length <= start:
             overlong = 0.0
         elif length < MAX_TOKENS:
-            overlong = (start - length) / overlong_zone
+            overlong = (start - length) / overlong_buffer
         else:
             overlong = -1.0
         shaped.append(value + overlong_penalty * overlong)
@@ -41,7 +41,7 @@ GRID = {
     "clip_low": (None, -0.4),
     "clip_high": (None, 0.65),
     "length_penalty": (0.0, 0.1),
-    "overlong_zone": (0, 1, 7, MAX_TOKENS),
+    "overlong_buffer": (0, 1, 7, MAX_TOKENS),
     "overlong_penalty": (0.0, 0.9),
 }
 
@@ -60,17 +60,19 @@ def test_by_default_rewards_stay_exactly_as_they_are():
 
 
 def test_the_overlong_penalty_is_nothing_up_to_the_zone_and_all_of_it_at_the_limit():
-    found = shaped([1.0] * 5, [1, 16, 17, 19, 20], overlong_zone=4, overlong_penalty=0.5)
+    found = shaped([1.0] * 5, [1, 16, 17, 19, 20], overlong_buffer=4, overlong_penalty=0.5)
     assert found == [1.0, 1.0, 0.875, 0.625, 0.5]
 
 
 def test_rewards_are_scaled_then_clipped_then_made_to_pay_for_their_length():
     """In any other order 1.0 would come out otherwise: unscaled it is within the bounds, and the costs lead out."""
     settings = {"scale": 10.0, "clip_low": 0.0, "clip_high": 4.0, "length_penalty": 1.0}
-    found = shaped([1.0, -1.0], [10, 20], overlong_zone=20, overlong_penalty=2.0, **settings)
+    found = shaped([1.0, -1.0], [10, 20], overlong_buffer=20, overlong_penalty=2.0, **settings)
     assert found == [4.0 - 0.5 - 1.0, 0.0 - 1.0 - 2.0]
 
 
 def test_equal_rewards_of_equal_lengths_stay_equal():
-    found = shaped([0.1, 0.1, 0.1], [7, 7, 7], scale=1 / 3, length_penalty=0.7, overlong_zone=19, overlong_penalty=0.3)
+    found = shaped(
+        [0.1, 0.1, 0.1], [7, 7, 7], scale=1 / 3, length_penalty=0.7, overlong_buffer=19, overlong_penalty=0.3
+    )
     assert len(set(found)) == 1

@@ -8,7 +8,7 @@ from statistics import fmean
 import ray
 
 from grpo.cluster.launch import launch
-from grpo.driver.loop import run
+from grpo.driver.loop import train_loop
 
 STEPS, EVERY = 2000, 50
 MIB = 2**20
@@ -34,7 +34,7 @@ async def test_a_long_run_does_not_grow(tiny_config, make_recorder, ray_session,
                     sizes.append({name: resident_mib(pid) for name, pid in pids.items()} | {"object store": store})
 
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(run(services, tiny_config, recorder, asyncio.Event()))
+            tasks.create_task(train_loop(services, tiny_config, recorder, asyncio.Event()))
             tasks.create_task(watch())
     half = len(sizes) // 2
     quarter = half // 2

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from grpo.cluster.launch import launch
-from grpo.driver.loop import run
+from grpo.driver.loop import train_loop
 from tests.chaos.monkey import Monkey
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -44,7 +44,7 @@ async def test_whatever_is_killed_the_run_goes_on_and_its_ledger_adds_up(config,
             shutdown.set()
 
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(run(services, config, recorder, shutdown))
+            tasks.create_task(train_loop(services, config, recorder, shutdown))
             tasks.create_task(rampage())
     summary = recorder.write_summary("interrupted")
     recorder.run_dir.close()
@@ -74,5 +74,5 @@ def report(summary):
         f"\n{len(recovery['deaths'])} kills in {summary['steps']} steps; seconds until the actor was back: median "
         f"{recovery['back_s_median']:.1f}, worst {recovery['back_s_max']:.1f}; until the next step was trained: median "
         f"{recovery['next_step_s_median']:.1f}, worst {recovery['next_step_s_max']:.1f}; groups made again: "
-        f"{summary['groups_begun_again']}"
+        f"{summary['groups_requeued']}"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo.checkpoint.resume import check_compatible, find_resume_point, leave_newer_behind
+from grpo.checkpoint.resume import archive_newer_checkpoints, check_compatible, find_resume_point
 from grpo.checkpoint.store import _PARTS, checkpoints, write_manifest
 from grpo.cli import preflight
 from grpo.errors import CheckpointError, ConfigError
@@ -266,7 +266,11 @@ def test_a_run_from_before_there_was_a_choice_of_algorithms_goes_on(config, run_
 
 def test_patience_and_pace_may_change(config, run_with):
     point = point_of(config, run_with(2))
-    config.filter.max_batches, config.driver.slow_callback_ms, config.rollout.target_wait = 40, 200.0, 0.2
+    config.filter.max_dropped_batches, config.driver.slow_callback_ms, config.rollout.target_trainer_idle = (
+        40,
+        200.0,
+        0.2,
+    )
     check_compatible(config, point)
 
 
@@ -280,7 +284,7 @@ def test_patience_and_pace_may_change(config, run_with):
         (lambda c: setattr(c.rollout, "group_size", 8), "rollout.group_size was 4, is 8"),
         (lambda c: setattr(c.rollout, "temperature", 0.5), "rollout.temperature was 1.0, is 0.5"),
         (lambda c: setattr(c.buffer, "max_policy_age", 3), "buffer.max_policy_age was 1, is 3"),
-        (lambda c: setattr(c.dataloader, "revisit", 0.2), "dataloader.revisit was 0.1, is 0.2"),
+        (lambda c: setattr(c.dataloader, "revisit", 0.2), "dataloader.revisit_fraction was 0.1, is 0.2"),
         (lambda c: setattr(c.loss, "beta", 0.1), "loss.beta was 0.0, is 0.1"),
         (lambda c: setattr(c.task, "target", "a:B"), "task.target was 'grpo.tasks.sorting:Sorting', is 'a:B'"),
         (lambda c: c.task.args.update(train_size=60), "task.args.train_size was 50, is 60"),
@@ -371,8 +375,8 @@ def test_what_was_written_after_the_checkpoint_is_put_aside(config, run_with, tm
     open_run(run, point_of(config, tmp_path / "new"))
     assert [path.name for path in checkpoints(run / "checkpoints")] == ["step_000003"]
     assert {path.name for path in (run / "checkpoints").glob("left*")} == {
-        "left_behind_step_000006",
-        "left_behind_step_000009",
+        "stale_step_000006",
+        "stale_step_000009",
     }
     assert (run / "metrics.jsonl").read_text() == ""
     assert not (run / "summary.json").exists()
@@ -395,7 +399,7 @@ def test_what_is_put_aside_replaces_what_was_put_aside_before(config, run_with):
     for _ in range(2):
         run_with(6)
         config.resume = str(run / "checkpoints/step_000003")
-        leave_newer_behind(point_of(config, run))
+        archive_newer_checkpoints(point_of(config, run))
     assert len(list((run / "checkpoints").iterdir())) == 2
 
 

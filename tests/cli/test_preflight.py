@@ -168,10 +168,10 @@ def test_a_good_config_passes(tiny_config):
 
 
 def test_the_prepared_model_takes_the_place_of_the_path(tiny_config, tiny_model_path):
-    tiny_config.model.path, tiny_config.model.prepare = None, "tests.fakes.prepare_model"
+    tiny_config.model.path, tiny_config.model.builder = None, "tests.fakes.prepare_model"
     tiny_config.model.args = {"folder": tiny_model_path}
     prepared = preflight.prepare_model(tiny_config, preflight.check_names(tiny_config))
-    assert (prepared.model.path, prepared.model.prepare) == (tiny_model_path, None)
+    assert (prepared.model.path, prepared.model.builder) == (tiny_model_path, None)
 
 
 def test_actors_get_absolute_paths(tiny_config, tiny_model_path, monkeypatch):

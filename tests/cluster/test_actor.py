@@ -76,7 +76,7 @@ async def test_calls_that_travel_together_bring_their_payloads_and_get_their_own
 
 async def test_a_dead_process_is_an_error_of_its_own():
     endpoint = process()
-    hears_of_it = asyncio.ensure_future(endpoint.until_death())
+    hears_of_it = asyncio.ensure_future(endpoint.wait_dead())
     with pytest.raises(ActorDied, match="worker"):
         await endpoint.invoke("die")
     gathered = endpoint.invoke("score", (Parcel("box", np.ones(1)),))
@@ -87,7 +87,7 @@ async def test_a_dead_process_is_an_error_of_its_own():
 
 async def test_a_process_that_no_longer_answers_can_be_killed():
     endpoint = process()
-    await endpoint.placed()
+    await endpoint.wait_scheduled()
     await endpoint.ping()
     os.kill(endpoint.pid, signal.SIGSTOP)
     waiting = asyncio.ensure_future(endpoint.invoke("process"))

@@ -10,7 +10,7 @@ import pytest
 
 from grpo.actors.specs import actor_specs
 from grpo.cluster.launch import launch, launch_actors
-from grpo.driver.loop import run
+from grpo.driver.loop import train_loop
 from grpo.driver.weight_sync import Collective
 from grpo.services.failures import Failures
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 @pytest.fixture
 def config(tiny_config):
-    tiny_config.weights.transport, tiny_config.weights.bucket_mb = "collective", 0.01
+    tiny_config.weight_sync.transport, tiny_config.weight_sync.bucket_mb = "collective", 0.01
     tiny_config.generator.replicas = 2
     tiny_config.generator.num_cpus = tiny_config.trainer.num_cpus = 0.5
     return tiny_config
@@ -39,10 +39,10 @@ class Publisher:
 
 async def test_a_run_trains_and_a_replica_killed_in_the_middle_of_a_transfer_holds_nobody_up(config, make_recorder):
     """It is stopped first, so the others are in the middle for certain; their time-out is an hour."""
-    config.weights.timeout_s = 3600.0
+    config.weight_sync.timeout_s = 3600.0
     recorder = make_recorder(config)
     async with launch(config, recorder.failures) as services:
-        await run(services, config, recorder, asyncio.Event())
+        await train_loop(services, config, recorder, asyncio.Event())
         assert (recorder.pacer.trained, recorder.failures.restarts) == (6, {})
         publisher = Publisher(services, config)
         assert await publisher.publish() == 2
@@ -65,7 +65,7 @@ async def test_a_run_trains_and_a_replica_killed_in_the_middle_of_a_transfer_hol
 
 
 async def test_a_replica_that_hangs_in_a_transfer_costs_one_time_out(config):
-    config.weights.timeout_s, config.recovery.health_every_s, config.recovery.health_timeout_s = 1.0, 0.5, 3.0
+    config.weight_sync.timeout_s, config.recovery.health_interval_s, config.recovery.health_timeout_s = 1.0, 0.5, 3.0
     specs = [spec for spec in actor_specs(config) if spec.name in ("generator", "trainer")]
     async with launch_actors(specs, config, Failures(config.recovery)) as handles:
         services = SimpleNamespace(**handles)

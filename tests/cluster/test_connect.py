@@ -89,13 +89,13 @@ def test_a_node_that_is_late_is_waited_for_as_long_as_the_config_says(nodes, use
     use(ENVIRONMENT)
     told = []
 
-    def tell(line):
+    def warn(line):
         told.append(line)
         nodes.start(cpus=2)
 
     with pytest.raises(LaunchError, match=r"^reward\.num_cpus: .* ask for 3 CPUs .* the Ray cluster has 1;"):
-        wait_for_room(three, nodes.address, 0, tell)
+        wait_for_room(three, nodes.address, 0, warn)
     assert not told
-    wait_for_room(three, nodes.address, 60, tell)
+    wait_for_room(three, nodes.address, 60, warn)
     (line,) = told
-    assert line.startswith("waiting up to 60 s for the Ray cluster (cluster.nodes_timeout_s): reward.num_cpus: the ")
+    assert line.startswith("waiting up to 60 s for the Ray cluster (cluster.wait_for_nodes_s): reward.num_cpus: the ")

@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from grpo.cluster.actor import NewestCopy
+from grpo.cluster.actor import LatestCopy
 
 
 class Payloads:
@@ -52,7 +52,7 @@ def bring(payloads, errors):
             bring.copy.bring(Later(payloads, number))
         await asyncio.sleep(0)
 
-    bring.copy = NewestCopy(errors.append)
+    bring.copy = LatestCopy(errors.append)
     return bring
 
 

@@ -34,12 +34,12 @@ def too_large_for_two():
 
 async def until_dead(process):
     with pytest.raises(ActorDied):
-        await asyncio.wait_for(process.until_death(), 20)
+        await asyncio.wait_for(process.wait_dead(), 20)
 
 
 async def test_ranks_meet_and_are_ended_together_with_their_place(states):
     gang = _spawn(SPEC, Places(), "trainer")
-    await gang.placed()
+    await gang.wait_scheduled()
     await gang.invoke("setup")
     assert states() == ["CREATED"]
     assert await gang.call("meet", ("hi",)) == ["0 heard hi from 1", "1 heard hi from 0"]
@@ -56,7 +56,7 @@ async def test_ranks_meet_and_are_ended_together_with_their_place(states):
 async def test_ranks_find_their_places_together_or_not_at_all(states):
     """There is room for one of two; while they wait for it, they can be taken back."""
     gang = _spawn(too_large_for_two(), Places(), "trainer")
-    placed = [asyncio.ensure_future(rank.placed()) for rank in gang.processes()]
+    placed = [asyncio.ensure_future(rank.wait_scheduled()) for rank in gang.processes()]
     assert await asyncio.wait(placed, timeout=1.0) == (set(), set(placed))
     assert states() == ["PENDING"]
     gang.kill(hung=True)
@@ -68,10 +68,10 @@ async def test_ranks_find_their_places_together_or_not_at_all(states):
 
 async def test_a_rank_that_is_killed_in_a_collective_is_the_death_of_all(states):
     gang = _spawn(SPEC, Places(), "trainer")
-    await gang.placed()
+    await gang.wait_scheduled()
     await gang.invoke("setup")
     meeting = asyncio.ensure_future(gang.call("wait_for_the_other"))
-    hears_of_it = asyncio.ensure_future(gang.until_death())
+    hears_of_it = asyncio.ensure_future(gang.wait_dead())
     first, second = gang.processes()
     await first.invoke("waits")
     os.kill(second.pid, signal.SIGKILL)

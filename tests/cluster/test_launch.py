@@ -17,7 +17,7 @@ from grpo.actors.specs import actor_specs
 from grpo.cluster.connect import check_dashboard, ray_cluster
 from grpo.cluster.launch import launch, launch_actors
 from grpo.config.schema import ClusterConfig
-from grpo.driver.loop import run
+from grpo.driver.loop import train_loop
 from grpo.errors import ActorDied, ConfigError, LaunchError, RewardCrash, RewardError
 from grpo.services.failures import Failures
 from grpo.services.local import launch_local
@@ -42,7 +42,7 @@ async def run_on(launched, config, make_recorder):
     """Losses by step, and the final weights."""
     recorder = make_recorder(config)
     async with launched(config, recorder.failures) as services:
-        await run(services, config, recorder, asyncio.Event())
+        await train_loop(services, config, recorder, asyncio.Event())
         ((payload, _),) = await services.trainer.push_weights.call()
         checks = await services.generator.update_weights.fanout(payload)
     recorder.run_dir.close()
@@ -96,14 +96,14 @@ def _runs(pid):
 
 async def test_a_replica_that_is_added_holds_the_present_weights_and_one_that_hangs_is_replaced(tiny_config):
     tiny_config.generator.num_cpus = 0.25
-    tiny_config.recovery.health_every_s = tiny_config.recovery.health_timeout_s = 1.0
+    tiny_config.recovery.health_interval_s = tiny_config.recovery.health_timeout_s = 1.0
     failures = Failures(tiny_config.recovery)
     async with launch_only(tiny_config, "generator", "trainer", failures=failures) as services:
         ((weights, _),) = await services.trainer.push_weights.call()
         await services.generator.update_weights.fanout(weights)
         services.generator.scale(2)
         for replica in services.generator.service.replicas:
-            await services.generator.service.insist(replica, Call("update_weights", (weights,)))
+            await services.generator.service.call_replica(replica, Call("update_weights", (weights,)))
         first, second = services.generator.service.replicas
         old = first.endpoint
         os.kill(old.pid, signal.SIGSTOP)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import grpo
-from grpo.cluster.shipping import own_places, runtime_env
+from grpo.cluster.shipping import local_modules, runtime_env
 
 
 @pytest.fixture
@@ -42,8 +42,8 @@ def test_what_is_imported_and_not_installed_travels(disk):
 
 def test_a_package_that_is_a_library_stays(disk):
     modules = {"my_package": sys.modules["my_package"], "__main__": sys.modules["my_module"]}
-    assert own_places(modules, []) == {disk / "mine/my_package"}
-    assert own_places(modules, [disk / "mine"]) == set()
+    assert local_modules(modules, []) == {disk / "mine/my_package"}
+    assert local_modules(modules, [disk / "mine"]) == set()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from grpo.checkpoint.resume import find_resume_point
 from grpo.checkpoint.store import checkpoints
 from grpo.cluster.launch import launch
-from grpo.driver.loop import run
+from grpo.driver.loop import train_loop
 from grpo.observe.collector import collecting
 from grpo.services.local import launch_local
 
@@ -25,7 +25,7 @@ def config(tiny_config):
     tiny_config.buffer.max_policy_age = 0
     tiny_config.rollout.concurrency = 1
     tiny_config.loss.beta = 0.05
-    tiny_config.correction.weights, tiny_config.correction.high = "mask", 5.0
+    tiny_config.correction.mode, tiny_config.correction.max_ratio = "mask", 5.0
     tiny_config.trainer.updates_per_batch = 2
     tiny_config.trainer.max_steps = 5
     tiny_config.trainer.num_cpus = 0.5
@@ -54,7 +54,7 @@ async def train(launched, config, make_recorder, folder, *, kill=()):
             collecting(services, recorder.failures.progress, recorder.measured, timeline),
             asyncio.TaskGroup() as tasks,
         ):
-            tasks.create_task(run(services, config, recorder, asyncio.Event(), point))
+            tasks.create_task(train_loop(services, config, recorder, asyncio.Event(), point))
             tasks.create_task(killing())
     recorder.run_dir.close()
     assert recorder.failures.restarts == ({"trainer": len(kill)} if kill else {})

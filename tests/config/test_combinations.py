@@ -18,17 +18,17 @@ from tests.composed import assert_refused, composed
         ("generator.engine=vllm generator.num_gpus=2", r"generator\.num_gpus: is 2; with .* 1, or a part of one$"),
         ("generator.engine=vllm generator.num_gpus=1.5", r"generator\.num_gpus: is 1\.5; with .* 1, or a part of one$"),
         (
-            "weights.backend=nccl trainer.num_gpus=1 generator.num_gpus=1 trainer.ranks=2",
+            "weight_sync.backend=nccl trainer.num_gpus=1 generator.num_gpus=1 trainer.ranks=2",
             r"weights\.backend: nccl takes a trainer of one rank, and trainer\.ranks is 2, .*: take auto or gloo$",
         ),
         ("trainer.ranks=2 trainer.num_cpus=0", r"trainer\.num_cpus: is 0, but trainer\.ranks=2 are placed by what"),
-        ("weights.backend=nccl", r"weights\.backend: nccl needs whole GPUs, and trainer\.num_gpus is 0: raise it"),
+        ("weight_sync.backend=nccl", r"weights\.backend: nccl needs whole GPUs, and trainer\.num_gpus is 0: raise it"),
         (
-            "weights.backend=nccl trainer.num_gpus=1 generator.num_gpus=0.5",
+            "weight_sync.backend=nccl trainer.num_gpus=1 generator.num_gpus=0.5",
             r"weights\.backend: nccl needs whole GPUs, and generator\.num_gpus is 0\.5: raise it, or take auto or gloo",
         ),
         (
-            "weights.backend=nccl generator.engine=vllm generator.num_gpus=1 trainer.num_gpus=1",
+            "weight_sync.backend=nccl generator.engine=vllm generator.num_gpus=1 trainer.num_gpus=1",
             r"weights\.backend: the vllm engine has no GPU in the actor's process; take auto or gloo",
         ),
         ("generator.max_sequences=4", r"generator\.max_sequences: is 4, but a group of rollout\.group_size=8"),
@@ -50,18 +50,21 @@ from tests.composed import assert_refused, composed
         ),
         ("trainer.updates_per_batch=17", r"trainer\.updates_per_batch: is 17, but a batch has 16 groups .*: lower it"),
         (
-            "correction.high=3",
+            "correction.max_ratio=3",
             r"correction\.weights: no weights are there to bound; take correction=tis, mis, icepop or dec",
         ),
         (
-            "correction.low=0.5",
+            "correction.min_ratio=0.5",
             r"correction\.weights: no weights are there to bound; take correction=tis, mis, icepop or dec",
         ),
-        ("shaping.overlong_zone=0.3", r"shaping\.overlong_zone: is 0\.3 with shaping\.overlong=keep; .* the others 0"),
-        ("shaping=overlong_mask shaping.overlong_zone=0.3", r"shaping\.overlong_zone: is 0\.3 with .*overlong=mask;"),
+        (
+            "shaping.overlong_buffer=0.3",
+            r"shaping\.overlong_zone: is 0\.3 with shaping\.overlong=keep; .* the others 0",
+        ),
+        ("shaping=overlong_mask shaping.overlong_buffer=0.3", r"shaping\.overlong_zone: is 0\.3 with .*overlong=mask;"),
         ("shaping.overlong=penalize", r"shaping\.overlong_zone: is 0 with .*=penalize; penalize needs a part of"),
         (
-            "shaping=overlong_penalty shaping.overlong_zone=4",
+            "shaping=overlong_penalty shaping.overlong_buffer=4",
             r"shaping\.overlong_zone: is 4 .* needs a part of rollout",
         ),
         (

@@ -15,9 +15,9 @@ def test_filters_and_greedy_sampling_are_warned_about():
 
 
 def test_algorithms_that_undo_each_other_are_warned_of():
-    (warning,) = warnings(composed("filter=zero_advantage", "shaping.length_penalty=0.1"))
-    assert warning.startswith("filter.zero_advantage: with shaping.length_penalty above 0")
-    (warning,) = warnings(composed("loss.beta=0.1", "loss.kl=k1"))
+    (warning,) = warnings(composed("filter=zero_variance", "shaping.length_penalty=0.1"))
+    assert warning.startswith("filter.zero_variance: with shaping.length_penalty above 0")
+    (warning,) = warnings(composed("loss.beta=0.1", "loss.kl_estimator=k1"))
     assert "take k2 or k3" in warning
 
 

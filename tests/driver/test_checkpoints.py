@@ -18,7 +18,7 @@ from grpo.checkpoint import store
 from grpo.checkpoint.resume import find_resume_point
 from grpo.checkpoint.store import checkpoints
 from grpo.config.schema import CorrectionConfig, DataloaderConfig
-from grpo.driver.loop import run
+from grpo.driver.loop import train_loop
 from grpo.errors import CheckpointError, PayloadLost
 from grpo.services.local import launch_local
 from tests.driver.test_recovery import Executioner
@@ -74,7 +74,7 @@ class Run:
         try:
             async with launch_local(self.config, recorder.failures, self.fakes) as self.services:
                 prepare(self)
-                await run(self.services, self.config, recorder, self.shutdown, point)
+                await train_loop(self.services, self.config, recorder, self.shutdown, point)
                 self.weights, _ = await self.trainer.push_weights()
         finally:
             self.summary = recorder.write_summary("over")
@@ -83,10 +83,10 @@ class Run:
 
     def on_checkpoint(self, event, then):
         """Have `then()` called when one is taken, written, or failed."""
-        tell = getattr(self.recorder, f"checkpoint_{event}")
+        warn = getattr(self.recorder, f"checkpoint_{event}")
 
         def told(*args):
-            tell(*args)
+            warn(*args)
             then()
 
         setattr(self.recorder, f"checkpoint_{event}", told)
@@ -212,12 +212,12 @@ async def test_a_run_that_filters_corrects_and_samples_by_difficulty_goes_on_exa
     config.reward.functions = {"tests.fake_rewards:sometimes_equal": 1.0}
     config.dataloader = DataloaderConfig("difficulty", revisit=0.2)
     config.correction = CorrectionConfig("mask", high=5.0)
-    config.filter.zero_advantage, config.trainer.updates_per_batch = True, 2
+    config.filter.zero_variance, config.trainer.updates_per_batch = True, 2
     config.trainer.max_steps = 9
     undisturbed = await start().to_the_end()
     assert any(undisturbed.losses)
     assert undisturbed.summary["prompts"]["left_out_difficulty"] > 6
-    assert undisturbed.summary["groups_dropped"]["zero_advantage"] > 3
+    assert undisturbed.summary["groups_dropped"]["zero_variance"] > 3
     for step in range(1, 9, 2):
         folder = shutil.copytree(tmp_path / "run", tmp_path / f"copy-{step}")
         keep_only(folder, step)
@@ -327,7 +327,7 @@ async def test_finished_groups_are_in_the_checkpoint_and_not_made_again(ahead, s
 
         again = next(line for line in resumed.lines("ledger.jsonl") if line.get("reason") == "resumed")["begun_again"]
         assert {prompt for _, prompt in again} - {None} == begun - buffered
-        assert resumed.summary["groups_begun_again"] == {"resumed": len(again)}
+        assert resumed.summary["groups_requeued"] == {"resumed": len(again)}
         assert not buffered & resumed.generator.asked.keys()
         assert set(resumed.generator.asked.values()) == {1}
         tickets, prompts = zip(*resumed.trained, strict=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from grpo.driver.evaluation import evaluate, held_out_prompts, pass_at_k, summarize
-from grpo.driver.loop import run
+from grpo.driver.loop import train_loop
 from grpo.errors import ActorDied, MixedVersionsError, PayloadLost, RewardError, StalledError
 from grpo.services.failures import Failures
 from grpo.services.handle import EvaluationServices
@@ -45,7 +45,7 @@ class Run:
             if gate is not None:
                 gate.guard(services.evaluator or services.generator)
             try:
-                await run(services, self.config, self.recorder, self.shutdown)
+                await train_loop(services, self.config, self.recorder, self.shutdown)
             finally:
                 self.summary = self.recorder.write_summary("over")
                 self.recorder.run_dir.close()
@@ -289,7 +289,7 @@ async def test_who_answers_may_die_and_every_answer_is_there_all_the_same(config
             replica.kill()
 
         kills = [asyncio.ensure_future(kill_after(step)) for step in (0, 5, 10)]
-        await run(services, config, recorder, asyncio.Event())
+        await train_loop(services, config, recorder, asyncio.Event())
         await asyncio.gather(*kills)
     assert list(recorder.failures.restarts.values()) == [3]
     assert {report.step for report in recorder.history.evaluations} >= {0, 20}
@@ -340,13 +340,13 @@ async def test_every_prompt_is_told_of_as_it_is_done(config):
     config.reward.on_error = "drop"
     told = {}
 
-    def tell(prompt, scores):
+    def warn(prompt, scores):
         told[prompt.serial] = scores
 
     async with launch_local(config, Failures(config.recovery), {"trainer": CountingTrainer()}) as launched:
         services = EvaluationServices(launched.dataloader, launched.generator, launched.reward)
         prompts = await held_out_prompts(services, config)
-        report = await evaluate(services, config, prompts, 0, tell)
+        report = await evaluate(services, config, prompts, 0, warn)
     assert sorted(told) == [prompt.serial for prompt in prompts]
     assert list(told.values()).count(None) == report.prompts_left_out > 0
 
@@ -403,7 +403,7 @@ def answer(*rewards):
 
 
 def test_a_report_adds_up(config):
-    config.eval.samples, config.eval.solved_at = 4, 0.5
+    config.eval.samples, config.eval.success_threshold = 4, 0.5
     report = summarize([answer(1, 0, 0, 0.5), answer(0, 0, 0.25, 0), None], config, version=3, seconds=2.0)
     assert report == EvaluationReport(
         step=3,

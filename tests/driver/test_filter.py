@@ -1,4 +1,4 @@
-"""Dynamic sampling: with `filter.zero_advantage` others are made in place of groups with nothing to learn from."""
+"""Dynamic sampling: with `filter.zero_variance` others are made in place of groups with nothing to learn from."""
 
 import asyncio
 import json
@@ -7,7 +7,7 @@ import weakref
 import pytest
 
 from grpo.actors.generator import Generator
-from grpo.driver.loop import run
+from grpo.driver.loop import train_loop
 from grpo.errors import DataError
 from grpo.services.local import launch_local
 from tests.fakes import CountingTrainer, RewardBy
@@ -25,7 +25,7 @@ def config(tiny_config):
     tiny_config.rollout.concurrency = 64
     tiny_config.trainer.groups_per_step = 4
     tiny_config.trainer.max_steps = 10
-    tiny_config.filter.zero_advantage = True
+    tiny_config.filter.zero_variance = True
     return tiny_config
 
 
@@ -40,7 +40,7 @@ async def run_loop(config, recorder, rewards=one_in_four, **fakes):
     """Run to the end; returns the trainer, which remembers its batches."""
     fakes = {"trainer": CountingTrainer(), "reward": RewardBy(rewards), **fakes}
     async with launch_local(config, recorder.failures, fakes) as services:
-        await run(services, config, recorder, asyncio.Event())
+        await train_loop(services, config, recorder, asyncio.Event())
     return fakes["trainer"]
 
 
@@ -57,7 +57,7 @@ def serials(trainer):
 async def test_only_groups_with_something_to_learn_from_reach_the_trainer(
     config, make_recorder, max_policy_age, window
 ):
-    config.buffer.max_policy_age, config.buffer.window = max_policy_age, window
+    config.buffer.max_policy_age, config.buffer.reorder_window = max_policy_age, window
     recorder = make_recorder(config)
     trainer = await run_loop(config, recorder)
     assert [len(batch.groups) for batch in trainer.batches] == [4] * 10
@@ -76,7 +76,7 @@ async def test_every_group_is_trained_on_dropped_or_under_way(config, make_recor
     trainer = await run_loop(config, recorder)
     pacer, summary = recorder.pacer, recorder.write_summary("completed")
     assert pacer.trained == 40
-    assert set(pacer.dropped) == {"zero_advantage"}
+    assert set(pacer.dropped) == {"zero_variance"}
     assert pacer.dropped.total() > 100 > pacer.capacity  # the tickets come back
     assert pacer.outstanding <= pacer.capacity
     assert pacer.admitted == pacer.trained + pacer.dropped.total() + pacer.outstanding
@@ -84,19 +84,19 @@ async def test_every_group_is_trained_on_dropped_or_under_way(config, make_recor
 
     ledger = lines(recorder, "ledger.jsonl")
     dropped = [line for line in ledger if "dropped" in line]
-    assert {line["reason"] for line in dropped} == {"zero_advantage"}
+    assert {line["reason"] for line in dropped} == {"zero_variance"}
     assert len({tuple(line["dropped"]) for line in dropped}) == len(dropped) == pacer.dropped.total()
     assert all(serial % 4 for _, serial in (line["dropped"] for line in dropped))
     assert [serial for line in ledger for _, serial in line.get("trained", [])] == serials(trainer)
 
 
 async def test_without_the_filter_nothing_is_dropped(config, make_recorder):
-    config.filter.zero_advantage = False
+    config.filter.zero_variance = False
     recorder = make_recorder(config)
     trainer = await run_loop(config, recorder)
     assert serials(trainer) == list(range(40))
     assert recorder.pacer.dropped == {}
-    assert {line["rollout/zero_advantage_dropped"] for line in lines(recorder, "metrics.jsonl")} == {0}
+    assert {line["rollout/zero_variance_dropped"] for line in lines(recorder, "metrics.jsonl")} == {0}
 
 
 async def test_the_metrics_tell_all_groups_from_those_trained_on(one_by_one, make_recorder):
@@ -104,7 +104,7 @@ async def test_the_metrics_tell_all_groups_from_those_trained_on(one_by_one, mak
     recorder = make_recorder(one_by_one)
     await run_loop(one_by_one, recorder)
     steps = lines(recorder, "metrics.jsonl")
-    assert [step["rollout/zero_advantage_dropped"] for step in steps] == [9, 12, 12]
+    assert [step["rollout/zero_variance_dropped"] for step in steps] == [9, 12, 12]
     assert [step["reward/mean"] for step in steps] == [0.5, 0.5, 0.5]
     of_all = [(4 * 0.5 + 9) / 13, 0.875, 0.875]
     assert [step["rollout/reward_mean"] for step in steps] == pytest.approx(of_all)
@@ -112,23 +112,23 @@ async def test_the_metrics_tell_all_groups_from_those_trained_on(one_by_one, mak
 
 
 async def test_a_policy_that_is_always_right_ends_the_run(config, make_recorder):
-    config.filter.max_batches = 2
+    config.filter.max_dropped_batches = 2
     recorder, trainer = make_recorder(config), CountingTrainer()
     with pytest.raises(
         DataError,
-        match=r"^filter\.zero_advantage: 9 groups with nothing to learn from \(9 with reward 1 throughout\), "
+        match=r"^filter\.zero_variance: 9 groups with nothing to learn from \(9 with reward 1 throughout\), "
         r"with no batch in between; .* easier or harder prompts, .*rollout\.group_size, .* filter\.max_batches$",
     ) as caught:
         await run_loop(config, recorder, lambda serial, count: [1] * count, trainer=trainer)
     assert type(caught.value) is DataError
     assert trainer.batches == []
     assert not hasattr(caught.value, "__notes__")  # said once, however many rollouts drop one more
-    assert recorder.pacer.dropped["zero_advantage"] >= 8
+    assert recorder.pacer.dropped["zero_variance"] >= 8
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
 async def test_answers_that_are_all_cut_off_and_masked_end_the_run(config, make_recorder):
-    config.filter.max_batches, config.shaping.overlong = 1, "mask"
+    config.filter.max_dropped_batches, config.shaping.overlong = 1, "mask"
     config.generator.args = {"mean_tokens": None}
     with pytest.raises(DataError, match=r": 5 groups with nothing to learn from \(all completions masked\), "):
         await run_loop(config, make_recorder(config), lambda serial, count: range(count))
@@ -136,10 +136,10 @@ async def test_answers_that_are_all_cut_off_and_masked_end_the_run(config, make_
 
 async def test_a_batch_in_between_fills_the_patience_up(one_by_one, make_recorder):
     """Every other group is dropped: four between two steps, as many as are tolerated."""
-    one_by_one.filter.max_batches = 1
+    one_by_one.filter.max_dropped_batches = 1
     recorder = make_recorder(one_by_one)
     await run_loop(one_by_one, recorder, lambda serial, count: [0] * count if serial % 2 else range(count))
-    assert recorder.pacer.dropped == {"zero_advantage": 39}
+    assert recorder.pacer.dropped == {"zero_variance": 39}
 
 
 async def test_the_payload_of_a_dropped_group_is_not_kept_alive(one_by_one, make_recorder):

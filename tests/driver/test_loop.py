@@ -11,7 +11,7 @@ from grpo.actors.generator import Generator
 from grpo.actors.specs import actor_specs
 from grpo.actors.trainer import Trainer
 from grpo.algorithms.advantages import ADVANTAGES
-from grpo.driver.loop import run
+from grpo.driver.loop import train_loop
 from grpo.driver.rollout import sampling_params
 from grpo.errors import (
     DataError,
@@ -32,7 +32,7 @@ async def run_loop(config, make_recorder, fakes=None, shutdown=None):
     """Run to the end; returns (pacer, recorder, path of the run folder, final weights)."""
     recorder = make_recorder(config)
     async with launch_local(config, recorder.failures, fakes) as services:
-        await run(services, config, recorder, shutdown or asyncio.Event())
+        await train_loop(services, config, recorder, shutdown or asyncio.Event())
         weights, _ = await services.trainer.push_weights.call_one()
     recorder.run_dir.close()
     return recorder.pacer, recorder, recorder.run_dir.path, weights
@@ -76,7 +76,7 @@ async def test_adapters_are_trained_against_their_own_base(tiny_config, make_rec
     _, recorder, path, weights = await run_loop(tiny_config, make_recorder)
     steps = lines(path, "metrics.jsonl")
     assert steps[0]["trainer/reference_kl"] == 0 < steps[-1]["trainer/reference_kl"]
-    assert all(step["mismatch/same_version_abs"] < 1e-4 for step in steps)
+    assert all(step["mismatch/logprob_abs_diff_same_version"] < 1e-4 for step in steps)
     assert all(".lora_" in spec.name for spec in weights.specs)
     assert "reference" not in recorder.replicas()
 
@@ -127,7 +127,7 @@ async def test_age_stays_within_the_bound_and_reaches_it(simulated, make_recorde
 
 
 async def test_a_window_keeps_the_age_within_the_larger_bound(simulated, make_recorder):
-    simulated.buffer.window = 5
+    simulated.buffer.reorder_window = 5
     trainer = CountingTrainer()
     await run_loop(simulated, make_recorder, {"trainer": trainer})
     assert max(trainer.ages) <= simulated.age_bound == 2
@@ -161,7 +161,7 @@ async def test_tickets_return_only_after_every_generator_has_the_new_weights(sim
     async with launch_local(simulated, recorder.failures, {"trainer": CountingTrainer()}) as services:
         for replica, actor in zip(services.generator.service.replicas, (generators[0], slow), strict=True):
             replica.endpoint = LocalEndpoint(actor)
-        task = asyncio.ensure_future(run(services, simulated, recorder, asyncio.Event()))
+        task = asyncio.ensure_future(train_loop(services, simulated, recorder, asyncio.Event()))
         await slow.asked.wait()
         await asyncio.sleep(0.01)
         assert (pacer.trained, pacer.admitted) == (0, pacer.capacity)
@@ -182,7 +182,7 @@ async def test_the_trainer_goes_on_while_weights_are_on_their_way_as_far_as_stal
     slow = GatedGenerator(generator, gate)
     recorder = make_recorder(simulated)
     async with launch_local(simulated, recorder.failures, {"trainer": trainer, "generator": slow}) as services:
-        task = asyncio.ensure_future(run(services, simulated, recorder, asyncio.Event()))
+        task = asyncio.ensure_future(train_loop(services, simulated, recorder, asyncio.Event()))
         await slow.asked.wait()
         reached = 1 if max_policy_age == 0 else 2
         await trainer.until(reached)
@@ -254,11 +254,11 @@ async def test_whatever_a_reward_does_the_run_ends_with_the_kind_of_it_or_counts
         await run_loop(simulated, make_recorder, {"trainer": CountingTrainer()})
     assert type(caught.value) is error
 
-    simulated.reward.on_error, simulated.recovery.max_data_failures = "drop", 3
+    simulated.reward.on_error, simulated.recovery.max_dropped_groups = "drop", 3
     recorder = make_recorder(simulated)
     async with launch_local(simulated, recorder.failures, {"trainer": CountingTrainer()}) as services:
-        with pytest.raises(DataError, match=r"recovery.max_data_failures=3 between two steps are spent"):
-            await run(services, simulated, recorder, asyncio.Event())
+        with pytest.raises(DataError, match=r"recovery.max_dropped_groups=3 between two steps are spent"):
+            await train_loop(services, simulated, recorder, asyncio.Event())
     assert set(recorder.pacer.dropped) == {error.reason}  # three are tolerated, one more, or two at once, end the run
     assert recorder.pacer.dropped.total() in (4, 5)
 
@@ -308,7 +308,7 @@ async def test_weights_that_are_not_finite_are_never_published(tiny_config, make
     fakes = {"trainer": PoisonedTrainer(tiny_config, "weights")}
     async with launch_local(tiny_config, recorder.failures, fakes) as services:
         with pytest.raises(WeightsError, match="holds NaN or infinity at version 2: not published"):
-            await run(services, tiny_config, recorder, asyncio.Event())
+            await train_loop(services, tiny_config, recorder, asyncio.Event())
         (generator,) = services.generator.service.replicas
         assert generator.endpoint.actor._engine.version == 1
 
@@ -360,6 +360,6 @@ async def test_two_generators_share_the_work(simulated, make_recorder):
     simulated.generator.replicas = 2
     recorder = make_recorder(simulated)
     async with launch_local(simulated, recorder.failures, {"trainer": CountingTrainer()}) as services:
-        await run(services, simulated, recorder, asyncio.Event())
+        await train_loop(services, simulated, recorder, asyncio.Event())
         stats = [replica.endpoint.actor._engine.stats().tokens for replica in services.generator.service.replicas]
     assert min(stats) > 0.25 * sum(stats)

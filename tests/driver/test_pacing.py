@@ -77,11 +77,11 @@ async def test_lost_groups_come_before_new_ones_the_oldest_first_and_keep_their_
         pacer.is_buffered(ticket)
     waiter = asyncio.ensure_future(pacer.admit())
     await asyncio.sleep(0)
-    pacer.begin_again([tickets[2], tickets[0]], "lost")
+    pacer.requeue([tickets[2], tickets[0]], "lost")
     assert await waiter == tickets[0]
     assert await pacer.admit() == tickets[2]
     assert [pacer.prompt_of(ticket) for ticket in tickets] == [10, 11, 12]
-    assert (pacer.admitted, pacer.outstanding, pacer.reissued) == (3, 3, {"lost": 2})
+    assert (pacer.admitted, pacer.outstanding, pacer.requeued) == (3, 3, {"lost": 2})
     pacer.release(tickets[:1])
     assert (await pacer.admit()).serial == 3
 
@@ -98,10 +98,10 @@ async def test_a_ledger_goes_on_from_its_state_and_begins_again_what_was_under_w
     resumed = Pacer(capacity=4)
     resumed.restore(state)
     resumed.is_buffered(Ticket(1))
-    resumed.begin_again(resumed.in_stage("rollout"), "resumed")
+    resumed.requeue(resumed.in_stage("rollout"), "resumed")
     assert (resumed.admitted, resumed.trained, resumed.dropped) == (5, 1, {"reward_error": 1})
     assert resumed.in_stage("buffered") == [Ticket(1)]
-    assert resumed.reissued == {"resumed": 2}
+    assert resumed.requeued == {"resumed": 2}
     again = [await resumed.admit() for _ in range(2)]
     assert [(ticket.serial, resumed.prompt_of(ticket)) for ticket in again] == [(2, 12), (3, None)]
     assert (await resumed.admit()).serial == 5

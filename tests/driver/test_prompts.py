@@ -6,7 +6,7 @@ from grpo.driver.pacing import Pacer
 from grpo.driver.prompts import PromptQueue
 from grpo.services.handle import ActorHandle
 from grpo.services.local import LocalEndpoint
-from grpo.telemetry.activity import begin_activity, who_waits
+from grpo.telemetry.activity import begin_activity, describe_blocked
 from grpo.types import Problem, Prompt, PromptBatch
 from tests.fakes import service_of
 
@@ -62,7 +62,7 @@ async def test_a_group_that_is_made_again_gets_the_same_prompt_and_counts_once()
     queue = make_queue(CountingDataloader(), pacer, bulk=4)
     tickets = [await pacer.admit() for _ in range(3)]
     before = [(await queue.prompt_for(ticket)).serial for ticket in tickets]
-    pacer.begin_again(tickets[1:], "lost")
+    pacer.requeue(tickets[1:], "lost")
     again = [await pacer.admit() for _ in range(2)]
     assert again == tickets[1:]
     assert [(await queue.prompt_for(ticket)).serial for ticket in again] == before[1:]
@@ -94,8 +94,8 @@ async def test_who_waits_while_another_fetches_is_said_to_wait():
     tickets = [await pacer.admit() for _ in range(3)]
     waiters = [asyncio.ensure_future(queue.prompt_for(ticket)) for ticket in tickets[:2]]
     await asyncio.sleep(0)
-    assert "prompts" in who_waits()
+    assert "prompts" in describe_blocked()
     gate.set()
     await asyncio.gather(*waiters)
     await queue.prompt_for(tickets[2])
-    assert who_waits() == "nobody waits for an actor"
+    assert describe_blocked() == "nobody waits for an actor"

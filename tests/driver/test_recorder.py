@@ -6,10 +6,10 @@ from typing import ClassVar
 import pytest
 
 from grpo.driver.recorder import TrainedStep
-from grpo.errors import ActorDied, RewardTimeout, ZeroAdvantage
+from grpo.errors import ActorDied, RewardTimeout, ZeroVarianceGroup
 from grpo.observe.sinks.fanout import Sinks
 from grpo.telemetry.metrics import MetricSet
-from grpo.telemetry.recording import Harvest, Span
+from grpo.telemetry.recording import Span, TelemetryBatch
 from grpo.types import (
     BatchReport,
     EvaluationReport,
@@ -32,7 +32,7 @@ def many_tickets(tiny_config):
 def hand_out_tickets(recorder):
     """30 of them, for prompts of the serials 100 to 129."""
     outstanding = [[serial, 100 + serial] for serial in range(30)]
-    recorder.pacer.restore({"admitted": 30, "trained": 0, "dropped": {}, "reissued": {}, "outstanding": outstanding})
+    recorder.pacer.restore({"admitted": 30, "trained": 0, "dropped": {}, "requeued": {}, "outstanding": outstanding})
 
 
 def record_steps(recorder, rewards):
@@ -196,13 +196,13 @@ def test_the_ledger_names_every_group_that_was_trained_dropped_or_begun_again(ti
     recorder = make_recorder(tiny_config)
     record_steps(recorder, [0.5])
     recorder.group_dropped(Ticket(7), RewardTimeout("slow"))
-    recorder.groups_begun_again([Ticket(3), Ticket(4)], "replay_buffer")
-    recorder.groups_begun_again([], "replay_buffer")
+    recorder.groups_requeued([Ticket(3), Ticket(4)], "replay_buffer")
+    recorder.groups_requeued([], "replay_buffer")
     recorder.run_dir.close()
     assert recorder.run_dir.read("ledger.jsonl") == [
         {"step": 1, "trained": [[1, 101]]},
         {"dropped": [7, 107], "reason": "reward_timeout"},
-        {"begun_again": [[3, 103], [4, 104]], "reason": "replay_buffer"},
+        {"requeued": [[3, 103], [4, 104]], "reason": "replay_buffer"},
     ]
 
 
@@ -240,16 +240,16 @@ def test_groups_that_the_filter_drops_are_counted_and_measured_apart_from_those_
     recorder = make_recorder(tiny_config)
     hand_out_tickets(recorder)
     for serial in (20, 21, 22):
-        recorder.group_dropped(Ticket(serial), ZeroAdvantage(finished_group(serial, 1.0)))
+        recorder.group_dropped(Ticket(serial), ZeroVarianceGroup(finished_group(serial, 1.0)))
     record_steps(recorder, [0.2, 0.2])
     first, second = lines(recorder)
-    assert (first["rollout/zero_advantage_dropped"], second["rollout/zero_advantage_dropped"]) == (3, 0)
+    assert (first["rollout/zero_variance_dropped"], second["rollout/zero_variance_dropped"]) == (3, 0)
     assert (first["reward/mean"], second["reward/mean"]) == (0.2, 0.2)
     assert first["rollout/reward_mean"] == pytest.approx((3 * 1.0 + 0.2) / 4)
     assert first["rollout/shaped_reward_mean"] == pytest.approx((3 * 0.5 + 0.1) / 4)
     assert second["rollout/reward_mean"] == pytest.approx(0.2)
     ledger, samples = (recorder.run_dir.read(name) for name in ("ledger.jsonl", "rollouts.jsonl"))
-    assert ledger[:3] == [{"dropped": [s, 100 + s], "reason": "zero_advantage"} for s in (20, 21, 22)]
+    assert ledger[:3] == [{"dropped": [s, 100 + s], "reason": "zero_variance"} for s in (20, 21, 22)]
     assert [sample["prompt_serial"] for sample in samples] == [20, 22, 2]  # those that came with texts
 
 
@@ -264,7 +264,7 @@ def test_only_numbers_of_a_group_are_kept_not_its_payload(tiny_config, make_reco
     payload = Payload(["ab", "ba"])
     seen, rollout = weakref.ref(payload), finished_group(4, 1.0, completions=payload)
     if filtered:
-        recorder.group_dropped(Ticket(4), ZeroAdvantage(rollout))
+        recorder.group_dropped(Ticket(4), ZeroVarianceGroup(rollout))
     else:
         recorder.group_finished(rollout)
     assert seen() is payload
@@ -303,7 +303,7 @@ def test_sinks_get_every_step_the_samples_and_what_came_out(tiny_config, make_re
 
 def test_deaths_are_told_at_once_on_the_clock_of_the_run(tiny_config, make_recorder):
     recorder = make_recorder(tiny_config)
-    recorder.go_on_after(1000.0)
+    recorder.offset_clock(1000.0)
     death = recorder.failures.actor_died("trainer", ActorDied("trainer died: killed"))
     recorder.failures.actor_is_back(death)
     summary = recorder.write_summary("completed")
@@ -319,11 +319,11 @@ def test_deaths_are_told_at_once_on_the_clock_of_the_run(tiny_config, make_recor
 
 def test_the_timeline_of_a_resumed_run_goes_on_where_it_was(tiny_config, make_recorder):
     recorder = make_recorder(tiny_config)
-    recorder.go_on_after(1000.0)
+    recorder.offset_clock(1000.0)
     now = time.perf_counter()
     timeline = recorder.timeline(most_mb=1.0)
     timeline.add(
-        "driver", Harvest([Span("training", 0, "ticket", "wait", now, now + 1, False, {})], MetricSet(), now, 0)
+        "driver", TelemetryBatch([Span("training", 0, "ticket", "wait", now, now + 1, False, {})], MetricSet(), now, 0)
     )
     timeline.close()
     recorder.run_dir.close()

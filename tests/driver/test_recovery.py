@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 import numpy as np
 import pytest
 
-from grpo.driver.loop import run
+from grpo.driver.loop import train_loop
 from grpo.errors import ActorDied, PayloadLost, RecoveryError
 from grpo.services.local import launch_local
 from tests.fakes import CountingTrainer
@@ -62,7 +62,7 @@ async def train(config, make_recorder, *deaths, fakes=None, lost_snapshots=0):
     async with launched(config, make_recorder, fakes) as (services, recorder):
         lost = lose(lost_snapshots, services)
         executioners = [Executioner(services, *death) for death in deaths]
-        await run(services, config, recorder, asyncio.Event())
+        await train_loop(services, config, recorder, asyncio.Event())
         weights, _ = await services.trainer.push_weights.call_one()
     assert all(executioner.done.is_set() for executioner in executioners)
     assert len(lost) == lost_snapshots
@@ -83,7 +83,7 @@ def config(tiny_config):
     tiny_config.buffer.max_policy_age = 0
     tiny_config.rollout.concurrency = 1
     tiny_config.loss.beta = 0.05
-    tiny_config.correction.weights, tiny_config.correction.high = "mask", 5.0
+    tiny_config.correction.mode, tiny_config.correction.max_ratio = "mask", 5.0
     tiny_config.trainer.updates_per_batch = 2
     tiny_config.reward.workers = 1
     return tiny_config
@@ -141,7 +141,7 @@ TRANSFER_DEATHS = [
 @pytest.mark.parametrize("death", TRANSFER_DEATHS, ids=lambda death: " ".join(map(str, death)))
 async def test_a_death_around_a_broadcast_of_weights_changes_nothing(config, make_recorder, undisturbed, death):
     """The first three broadcasts make calls 1 and 2, 3 and 4, ... of two generators."""
-    config.weights.transport, config.weights.timeout_s, config.generator.replicas = "collective", 5.0, 2
+    config.weight_sync.transport, config.weight_sync.timeout_s, config.generator.replicas = "collective", 5.0, 2
     recorder, losses, weights = await train(config, make_recorder, death)
     assert (losses, weights.checksum) == (undisturbed[0], undisturbed[1].checksum)
     assert recorder.pacer.admitted == recorder.pacer.trained + recorder.pacer.outstanding
@@ -149,13 +149,13 @@ async def test_a_death_around_a_broadcast_of_weights_changes_nothing(config, mak
 
 @pytest.mark.parametrize("when", ["before", "lost answer", "after"])
 async def test_a_death_around_a_group_that_is_dropped_changes_nothing_either(config, make_recorder, when):
-    config.filter.zero_advantage = True
+    config.filter.zero_variance = True
     config.reward.functions = {"tests.fake_rewards:sometimes_equal": 1.0}
     _, losses, weights = await train(config, make_recorder)
     recorder, again, weights_again = await train(config, make_recorder, ("replay_buffer", "skip", 2, when))
     assert (losses, weights.checksum) == (again, weights_again.checksum)
     pacer = recorder.pacer
-    assert pacer.dropped["zero_advantage"] >= 2
+    assert pacer.dropped["zero_variance"] >= 2
     assert pacer.admitted == pacer.trained + pacer.dropped.total() + pacer.outstanding
 
 
@@ -247,13 +247,13 @@ async def test_groups_that_a_dead_buffer_held_are_made_again(config, make_record
                 services.replay_buffer.service.replicas[0].endpoint.kill()
 
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(run(services, config, recorder, asyncio.Event()))
+            tasks.create_task(train_loop(services, config, recorder, asyncio.Event()))
             tasks.create_task(kill())
     assert recorder.failures.restarts == {"replay_buffer": 11}
     assert max(trainer.ages) <= max_policy_age
     pacer = recorder.pacer
     assert (pacer.trained, pacer.admitted) == (160, pacer.trained + pacer.outstanding)
     if max_policy_age == 4:  # with less of it, hardly anything lies there between two steps
-        assert pacer.reissued["replay_buffer"] > 0
+        assert pacer.requeued["replay_buffer"] > 0
     serials = [group.prompt.serial for batch in trainer.batches for group in batch.groups]
     assert len(set(serials)) == len(serials) == 160

@@ -6,7 +6,7 @@ import torch
 
 from grpo.algorithms.advantages import group_norm
 from grpo.driver.rollout import advantage_function, rollout, sampling_params
-from grpo.errors import ConfigError, RewardError, ZeroAdvantage
+from grpo.errors import ConfigError, RewardError, ZeroVarianceGroup
 from grpo.services.failures import Failures
 from grpo.services.handle import ActorHandle, Services
 from grpo.services.local import LocalEndpoint, launch_local
@@ -93,7 +93,7 @@ async def test_rewards_that_differ_only_beyond_a_bound_are_equal(tiny_config):
     tiny_config.shaping.clip_low = 0.5
     finished = await rolled_out(tiny_config, (0.1, 0.4, 0.3, 0.5))
     assert finished.group.advantages == (0.0,) * 4
-    assert not finished.group.has_signal
+    assert finished.group.is_zero_variance
 
 
 async def test_answers_that_were_cut_off_are_masked_and_no_others(tiny_config):
@@ -106,17 +106,17 @@ async def test_answers_that_were_cut_off_are_masked_and_no_others(tiny_config):
 
 async def test_long_answers_are_penalized_more_and_more_before_the_limit(tiny_config):
     shaping = tiny_config.shaping
-    shaping.overlong, shaping.overlong_zone, shaping.overlong_penalty = "penalize", 0.5, 0.5
+    shaping.overlong, shaping.overlong_buffer, shaping.overlong_penalty = "penalize", 0.5, 0.5
     finished = await rolled_out(tiny_config, (1, 1, 1, 1), lengths=(4, 5, 8, 8), cut=(3,))
     assert finished.shaped_rewards == (1.0, 0.875, 0.5, 0.5)
     assert finished.group.rewards == (1, 1, 1, 1)
     assert finished.group.masked == ()
-    assert finished.group.has_signal
+    assert not finished.group.is_zero_variance
 
 
 @pytest.mark.parametrize("overlong", ["keep", "mask"])
 async def test_the_zone_costs_nothing_unless_it_is_asked_for(tiny_config, overlong):
-    tiny_config.shaping.overlong, tiny_config.shaping.overlong_zone = overlong, 0.5
+    tiny_config.shaping.overlong, tiny_config.shaping.overlong_buffer = overlong, 0.5
     finished = await rolled_out(tiny_config, (1, 0, 1, 0), lengths=(8, 8, 8, 8), cut=(0,))
     assert finished.shaped_rewards == (1, 0, 1, 0)
 
@@ -125,32 +125,32 @@ async def test_the_zone_costs_nothing_unless_it_is_asked_for(tiny_config, overlo
 async def test_a_group_with_nothing_to_learn_from_is_kept_unless_the_filter_is_set(tiny_config, rewards):
     finished = await rolled_out(tiny_config, rewards)
     assert finished.group.advantages == (0.0,) * 4
-    tiny_config.filter.zero_advantage = True
-    with pytest.raises(ZeroAdvantage) as caught:
+    tiny_config.filter.zero_variance = True
+    with pytest.raises(ZeroVarianceGroup) as caught:
         await rolled_out(tiny_config, rewards)
     assert caught.value.rollout == finished
-    assert caught.value.reason == "zero_advantage"
+    assert caught.value.reason == "zero_variance"
 
 
 async def test_the_filter_lets_groups_pass_from_which_something_can_be_learned(tiny_config):
-    tiny_config.filter.zero_advantage = True
-    assert (await rolled_out(tiny_config, (1, 1, 1, 0.999))).group.has_signal
+    tiny_config.filter.zero_variance = True
+    assert not (await rolled_out(tiny_config, (1, 1, 1, 0.999))).group.is_zero_variance
 
 
 async def test_the_filter_looks_at_the_shaped_rewards(tiny_config):
     """Lengths may tell answers of one reward apart."""
-    tiny_config.filter.zero_advantage, tiny_config.shaping.length_penalty = True, 0.1
-    assert (await rolled_out(tiny_config, (1, 1, 1, 1), lengths=(2, 2, 2, 3))).group.has_signal
-    with pytest.raises(ZeroAdvantage):
+    tiny_config.filter.zero_variance, tiny_config.shaping.length_penalty = True, 0.1
+    assert not (await rolled_out(tiny_config, (1, 1, 1, 1), lengths=(2, 2, 2, 3))).group.is_zero_variance
+    with pytest.raises(ZeroVarianceGroup):
         await rolled_out(tiny_config, (1, 1, 1, 1), lengths=(2, 2, 2, 2))
 
 
 async def test_a_group_whose_only_advantages_are_masked_has_nothing_to_learn_from(tiny_config):
-    tiny_config.filter.zero_advantage, tiny_config.shaping.overlong = True, "mask"
-    with pytest.raises(ZeroAdvantage) as caught:
+    tiny_config.filter.zero_variance, tiny_config.shaping.overlong = True, "mask"
+    with pytest.raises(ZeroVarianceGroup) as caught:
         await rolled_out(tiny_config, (1, 0, 1, 0), lengths=(8,) * 4, cut=(0, 1, 2, 3))
     assert any(caught.value.rollout.group.advantages)
-    assert (await rolled_out(tiny_config, (1, 0, 1, 0), lengths=(8,) * 4, cut=(0, 1, 2))).group.has_signal
+    assert not (await rolled_out(tiny_config, (1, 0, 1, 0), lengths=(8,) * 4, cut=(0, 1, 2))).group.is_zero_variance
 
 
 @pytest.mark.parametrize(
@@ -163,17 +163,17 @@ async def test_a_group_whose_only_advantages_are_masked_has_nothing_to_learn_fro
         ((0.0, 0.0, 0.0), (), False),
     ],
 )
-def test_a_group_has_signal_where_an_advantage_is_neither_zero_nor_masked(advantages, masked, signal):
-    assert Group(PROMPT, [], None, (0.0,) * 3, advantages, 0, masked).has_signal is signal
+def test_a_group_is_zero_variance_unless_an_advantage_is_neither_zero_nor_masked(advantages, masked, signal):
+    assert Group(PROMPT, [], None, (0.0,) * 3, advantages, 0, masked).is_zero_variance is not signal
 
 
 async def test_advantages_of_ones_own_are_named_by_module_and_function(tiny_config):
     tiny_config.loss.advantages = "tests.fakes:above_half"
     finished = await rolled_out(tiny_config, (1, 0, 0.5, 1))
     assert finished.group.advantages == (0.5, -0.5, 0.0, 0.5)
-    tiny_config.filter.zero_advantage = True
+    tiny_config.filter.zero_variance = True
     assert (await rolled_out(tiny_config, (1, 1, 1, 1))).group.advantages == (0.5,) * 4  # theirs to say what is none
-    with pytest.raises(ZeroAdvantage):
+    with pytest.raises(ZeroVarianceGroup):
         await rolled_out(tiny_config, (0.5, 0.5, 0.5, 0.5))
 
 

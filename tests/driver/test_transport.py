@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 import numpy as np
 import pytest
 
-from grpo.actors.marks import of_rank_0, returns_payload
+from grpo.actors.marks import rank_zero_only, returns_payload
 from grpo.driver.weight_sync import Collective, ObjectStore, make_transport
 from grpo.errors import ActorDied, PayloadLost, TransferError
 from grpo.services.failures import Failures
@@ -27,12 +27,12 @@ class NotingTrainer:
         self.written = Weights(self.version, (), np.zeros(0, dtype=np.uint8))
         return self.written
 
-    @of_rank_0
+    @rank_zero_only
     async def send_weights(self, header, group):
         assert header is self.written
         self.sent.append((self.version, group))
 
-    @of_rank_0
+    @rank_zero_only
     @returns_payload
     async def written_weights(self):
         self.asked.append(self.version)
@@ -77,15 +77,15 @@ class Stage:
         self.lost = lost  # versions that no generator can load
         self.services, self.trainers, self.generators, self.told = services, trainers, generators, []
         self.warnings = []  # of the services
-        failures.tell = self.warnings.append
+        failures.warn = self.warnings.append
         self.transport = make_transport(services, config, self.told.append)
 
     async def publish(self):
-        await self.transport.take()
+        await self.transport.snapshot()
         return await self.spread()
 
-    async def spread(self):
-        return [stats.tokens for stats in await self.transport.spread()]
+    async def broadcast(self):
+        return [stats.tokens for stats in await self.transport.broadcast()]
 
     async def grow_to(self, replicas):
         """Returns when so many serve."""
@@ -104,7 +104,7 @@ class Stage:
 def open_stage(tiny_config):
     @asynccontextmanager
     async def open_stage(replicas=2, losing=None, transport="collective"):
-        tiny_config.weights.transport, tiny_config.generator.replicas = transport, replicas
+        tiny_config.weight_sync.transport, tiny_config.generator.replicas = transport, replicas
         trainers, generators, lost = [], [], []
 
         def trainer():
@@ -120,7 +120,7 @@ def open_stage(tiny_config):
             services.trainer.on_restart(nothing)
             yield Stage(services, tiny_config, failures, trainers, generators, lost)
 
-    async def nothing(newcomer):
+    async def nothing(replica):
         """There is no state to bring back."""
 
     return open_stage
@@ -131,7 +131,7 @@ def test_the_config_chooses(tiny_config):
         trainer = generator = None
 
     assert isinstance(make_transport(Services, tiny_config, print), ObjectStore)
-    tiny_config.weights.transport = "collective"
+    tiny_config.weight_sync.transport = "collective"
     assert isinstance(make_transport(Services, tiny_config, print), Collective)
 
 
@@ -271,7 +271,7 @@ async def test_when_all_generators_die_with_the_weights_their_replacements_have_
     """As when the trainer and all of them share the node that is lost."""
     async with open_stage(transport="object_store") as stage:
         await stage.publish()
-        await stage.transport.take()
+        await stage.transport.snapshot()
         for process in stage.process:
             process.kill()
         stage.lost.append(2)

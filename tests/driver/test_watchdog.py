@@ -5,8 +5,8 @@ import pytest
 from grpo.config.schema import WatchdogConfig
 from grpo.driver.watchdog import Watchdog
 from grpo.errors import StalledError
-from grpo.telemetry.activity import begin_activity, waiting_for, who_waits
-from grpo.utils.aio import Signal, together
+from grpo.telemetry.activity import begin_activity, describe_blocked, waiting_for
+from grpo.utils.aio import Signal, gather_or_cancel
 
 
 async def wait(group, *whats):
@@ -16,7 +16,7 @@ async def wait(group, *whats):
         with waiting_for(what):
             await asyncio.Event().wait()
 
-    await together(*map(one, whats))
+    await gather_or_cancel(*map(one, whats))
 
 
 async def test_a_stalled_run_fails_and_says_who_waits_for_what():
@@ -36,7 +36,7 @@ async def test_a_stalled_run_fails_and_says_who_waits_for_what():
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    assert who_waits() == "nobody waits for an actor"
+    assert describe_blocked() == "nobody waits for an actor"
 
 
 async def test_progress_keeps_the_watchdog_quiet():
@@ -92,7 +92,7 @@ async def test_work_under_watch_gives_its_result_or_its_error_or_the_stall():
 
 def test_outside_of_any_activity_a_wait_is_not_noted():
     with waiting_for("something"):
-        assert who_waits() == "nobody waits for an actor"
+        assert describe_blocked() == "nobody waits for an actor"
 
 
 async def test_a_task_that_an_activity_starts_may_be_one_of_its_own_and_is_forgotten_when_it_ends():
@@ -102,9 +102,9 @@ async def test_a_task_that_an_activity_starts_may_be_one_of_its_own_and_is_forgo
         begin_activity("evaluation")
         with waiting_for("answers"):
             await asyncio.sleep(0)
-            return who_waits()
+            return describe_blocked()
 
     task = asyncio.ensure_future(evaluate())
     with waiting_for("a batch"):
         assert await task == "training: waits for a batch, 0 s; evaluation: waits for answers, 0 s"
-    assert who_waits() == "nobody waits for an actor"
+    assert describe_blocked() == "nobody waits for an actor"

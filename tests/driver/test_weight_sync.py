@@ -17,7 +17,7 @@ class Gated:
     async def take(self):
         self.taken += 1
 
-    async def spread(self):
+    async def broadcast(self):
         await self.gate.wait()
         return ["acknowledged"]
 

@@ -144,9 +144,9 @@ async def test_what_is_sampled_does_not_depend_on_the_company():
             SamplingParams(n=2, top_p=0.5, temperature=2.0, max_tokens=9, seed=5),
         ]
         before = [await begin(engine.generate(prompt_of(8, i), other)) for i, other in enumerate(others)]
-        among = await engine.generate(prompt_of(5), params)
+        registry = await engine.generate(prompt_of(5), params)
         await asyncio.gather(*before)
-    for one, other in zip(alone, among, strict=True):
+    for one, other in zip(alone, registry, strict=True):
         assert one.token_ids.tolist() == other.token_ids.tolist()
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 

@@ -291,5 +291,5 @@ def test_a_run_on_ray_trains_evaluates_and_leaves_nothing_behind(tmp_path):
     evaluated = [evaluation["step"] for evaluation in summary["evaluations"]]
     assert (evaluated[0], evaluated[-1]) == (0, 10)
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert steps[0]["mismatch/behavior_abs"] < 1e-3  # sampled with the very weights of the step
+    assert steps[0]["mismatch/logprob_abs_diff"] < 1e-3  # sampled with the very weights of the step
     assert processes_of(run.pid) == []

@@ -45,12 +45,12 @@ async def test_trainer_and_generator_agree_token_by_token(model, make_learner, t
     assert float(gap_N.max()) < 1e-4
 
     metrics = make_learner(temperature=temperature, micro_batch_tokens=64).train_step(Batch(groups))
-    assert metrics["mismatch/same_version_abs"] < 1e-4
-    assert metrics["mismatch/behavior_abs"] < 1e-4
+    assert metrics["mismatch/logprob_abs_diff_same_version"] < 1e-4
+    assert metrics["mismatch/logprob_abs_diff"] < 1e-4
     assert metrics["trainer/ratio_mean"] == pytest.approx(1, abs=1e-4)
     assert metrics["trainer/clip_fraction"] == 0
 
 
 async def test_a_wrong_temperature_shows_in_the_mismatch(model, make_learner):
     groups = await sample_groups(model, temperature=0.7)
-    assert make_learner(temperature=1.0).train_step(Batch(groups))["mismatch/same_version_abs"] > 0.01
+    assert make_learner(temperature=1.0).train_step(Batch(groups))["mismatch/logprob_abs_diff_same_version"] > 0.01

@@ -22,7 +22,7 @@ def test_collate_lays_everything_out_by_completion(make_group):
 def test_values_are_spread_over_the_completions_and_gradients_come_back(make_group):
     micro = collate(samples_of(make_group(2, [1, 3, 2], [1.0, 2.0, 3.0])), CPU)
     values_N = torch.arange(1.0, 7.0, requires_grad=True)
-    spread_BK = micro.spread(values_N)
+    spread_BK = micro.unflatten(values_N)
     assert spread_BK.tolist() == [[1, 0, 0], [2, 3, 4], [5, 6, 0]]
     (spread_BK * torch.tensor([[1.0], [10.0], [100.0]])).sum().backward()
     assert values_N.grad.tolist() == [1, 10, 10, 10, 100, 100]

@@ -59,8 +59,8 @@ def slow_off_policy(log_ratios):
     return {
         "ratio_mean": mean(ratios),
         "ratio_max": max(ratios),
-        "behavior_k1": mean(-x for x in log_ratios),
-        "behavior_k3": mean(r - 1 - x for r, x in zip(ratios, log_ratios, strict=True)),
+        "kl_k1": mean(-x for x in log_ratios),
+        "kl_k3": mean(r - 1 - x for r, x in zip(ratios, log_ratios, strict=True)),
         "ess": sum(ratios) ** 2 / (len(ratios) * sum(r * r for r in ratios)),
     }
 
@@ -69,7 +69,7 @@ def test_all_tokens_of_all_micro_batches_count_alike(parts):
     metrics, seen = measured(parts), list(tokens(parts))
     for name, value in slow_off_policy([x for x, *_ in seen]).items():
         assert metrics[f"mismatch/{name}"] == pytest.approx(value, rel=1e-5), name
-    assert metrics["mismatch/behavior_abs"] == pytest.approx(mean(abs(x) for x, *_ in seen), rel=1e-5)
+    assert metrics["mismatch/logprob_abs_diff"] == pytest.approx(mean(abs(x) for x, *_ in seen), rel=1e-5)
     assert metrics["trainer/entropy"] == pytest.approx(mean(entropy for _, entropy, *_ in seen), rel=1e-5)
     assert metrics["trainer/clip_fraction"] == pytest.approx(mean(clipped for _, _, clipped, *_ in seen))
     ratios = np.exp([x for x, *_ in seen])
@@ -93,11 +93,11 @@ def test_every_age_has_numbers_of_its_own(parts):
 def test_the_two_engines_are_compared_only_on_completions_of_this_very_version(parts):
     own = [abs(log_ratio) for log_ratio, *_, is_own in tokens(parts) if is_own]
     assert 0 < len(own) < len(list(tokens(parts)))
-    assert measured(parts)["mismatch/same_version_abs"] == pytest.approx(mean(own), rel=1e-5)
+    assert measured(parts)["mismatch/logprob_abs_diff_same_version"] == pytest.approx(mean(own), rel=1e-5)
 
 
 def test_in_the_middle_of_a_step_the_engines_can_not_be_compared(parts):
-    assert "mismatch/same_version_abs" not in measured(parts, at_version=False)
+    assert "mismatch/logprob_abs_diff_same_version" not in measured(parts, at_version=False)
 
 
 def test_fresh_samples_are_worth_all_of_themselves_and_one_huge_ratio_next_to_nothing():

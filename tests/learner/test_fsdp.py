@@ -23,7 +23,7 @@ from grpo.learner import learner as learner_module
 from grpo.learner.fsdp import compile_layers
 from grpo.learner.packed_attention import PACKED_ATTENTION, packed_attention
 from grpo.types import Batch
-from grpo.utils.ranks import Rows
+from grpo.utils.ranks import ShardRange
 
 
 def odd_llama(tied=True, seed=0):
@@ -99,7 +99,7 @@ def assert_same(found, expected):
         torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-5 * scale)
 
 
-DECOUPLED = CorrectionConfig(weights="truncate")
+DECOUPLED = CorrectionConfig(mode="truncate")
 CASES = {
     "packed": {},
     "padded": {"packing": "never"},
@@ -131,7 +131,7 @@ def test_in_bfloat16_ranks_differ_from_one_by_rounding(rank_processes):
     settings = {"dtype": torch.bfloat16, "micro_batch_tokens": 40}
     _, expected = gathered([gradients_of_a_step(None, ragged(), False, settings)])
     metrics, found = gathered(rank_processes.run(2, gradients_of_a_step, ragged(), False, settings))
-    assert metrics["mismatch/same_version_abs"] > 0
+    assert metrics["mismatch/logprob_abs_diff_same_version"] > 0
     norm = torch.cat([gradient.flatten() for _, gradient in expected]).norm()
     for (name, gradient), (_, expected_gradient) in zip(found, expected, strict=True):
         assert gradient.dtype == torch.float32
@@ -243,7 +243,7 @@ MISFITS = {
         "exp_avg.model.norm.weight holds NaN",
     ),
     "fewer rows than it says": (
-        lambda s: [s[0], dataclasses.replace(s[1], rows={**s[1].rows, "model.norm.weight": Rows(13, 26, 26)})],
+        lambda s: [s[0], dataclasses.replace(s[1], rows={**s[1].rows, "model.norm.weight": ShardRange(13, 26, 26)})],
         r"differs in \['exp_avg.model.norm.weight'",
     ),
 }

@@ -323,15 +323,15 @@ def test_metrics_are_means_over_the_tokens_trained_on(make_learner, model, make_
     gap_N = policy_N - torch.tensor(np.concatenate([c.logprobs for c in group.completions]))
     metrics = make_learner().train_step(Batch([group, make_group(2, [5], [0.0])]))
     assert metrics["trainer/ratio_mean"] == pytest.approx(float(gap_N.exp().mean()), rel=1e-4)
-    assert metrics["mismatch/behavior_abs"] == pytest.approx(float(gap_N.abs().mean()), rel=1e-4)
-    assert metrics["mismatch/same_version_abs"] == pytest.approx(float(gap_N.abs().mean()), rel=1e-4)
+    assert metrics["mismatch/logprob_abs_diff"] == pytest.approx(float(gap_N.abs().mean()), rel=1e-4)
+    assert metrics["mismatch/logprob_abs_diff_same_version"] == pytest.approx(float(gap_N.abs().mean()), rel=1e-4)
     assert metrics["policy_age/max"] == metrics["policy_age/mean"] == 0
 
 
 def test_agreement_is_measured_only_on_tokens_of_this_very_version(make_learner, make_group, idle_batch):
     learner = make_learner(age_bound=1)
     learner.train_step(idle_batch)
-    assert "mismatch/same_version_abs" not in learner.train_step(Batch([make_group(2, [3], [1.0])]))
+    assert "mismatch/logprob_abs_diff_same_version" not in learner.train_step(Batch([make_group(2, [3], [1.0])]))
 
 
 def test_a_loss_is_found_by_its_name(make_learner, batch, monkeypatch):
@@ -380,5 +380,5 @@ def test_training_raises_the_reward(make_learner, model):
 def test_a_step_records_what_it_was_busy_with(make_learner, batch):
     recording = Recording(on=True)
     context_for(recording).run(make_learner().train_step, batch)
-    names = [span.name for span in recording.harvest(go_on=False).spans]
+    names = [span.name for span in recording.drain(keep_recording=False).spans]
     assert names == ["forward", "backward", "optimizer"]

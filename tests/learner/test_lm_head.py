@@ -10,10 +10,10 @@ from grpo.learner.lm_head import linear_logprobs
 N, WIDTH, WORDS = 9, 6, 37
 
 
-@pytest.fixture(params=[37, 40, 10, 1], ids=lambda words: f"blocks of {words} words")
+@pytest.fixture(params=[37, 40, 10, 1], ids=lambda vocab: f"blocks of {vocab} vocab")
 def block(request, monkeypatch):
     monkeypatch.setitem(head_module._BLOCK, "cpu", request.param * N)
-    monkeypatch.setattr(head_module, "_WORDS", 1)
+    monkeypatch.setattr(head_module, "_VOCAB_BLOCK", 1)
 
 
 def make(dtype=torch.float64, *, bias=True, scale=3.0):

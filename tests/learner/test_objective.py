@@ -10,7 +10,7 @@ from grpo.errors import ConfigError
 from grpo.learner.batch import collate, samples_of
 from grpo.learner.objective import Objective
 
-DECOUPLED = CorrectionConfig(weights="mask", level="token", high=5.0)
+DECOUPLED = CorrectionConfig(mode="mask", level="token", max_ratio=5.0)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_with_one_the_ratio_is_to_the_proximal_policy_and_the_advantages_are_wei
         logprobs_BK, replace(micro, proximal_logprobs_BK=proximal_BK), denominator=3.0
     )
     weights_BK = importance_weights(
-        proximal_BK, micro.behavior_logprobs_BK, micro.mask_BK, weights="mask", level="token", high=5.0
+        proximal_BK, micro.behavior_logprobs_BK, micro.mask_BK, mode="mask", level="token", max_ratio=5.0
     )
     weighted_BK = micro.advantages_BK * weights_BK
     expected = LOSSES[name](logprobs_BK, proximal_BK, weighted_BK, micro.mask_BK, denominator=3.0)
@@ -97,9 +97,9 @@ def test_advantages_in_units_of_the_batch_are_scaled_when_it_is_there():
         Objective(LossConfig(advantages=name), CorrectionConfig()) for name in ("group_norm", "global_norm")
     )
     advantages_N = [0.5, -0.5, 0.25, -0.25]
-    spread = float(torch.tensor(advantages_N, dtype=torch.float64).std())
+    unflatten = float(torch.tensor(advantages_N, dtype=torch.float64).std())
     assert plain.advantage_scale(advantages_N) == 1
-    assert scaled.advantage_scale(advantages_N) == pytest.approx(1 / (spread + 1e-4), rel=1e-6)
+    assert scaled.advantage_scale(advantages_N) == pytest.approx(1 / (unflatten + 1e-4), rel=1e-6)
 
 
 def test_a_reference_is_what_makes_zero_advantages_worth_training_on():
@@ -115,9 +115,9 @@ def test_it_says_what_the_correction_does(micro, logprobs_BK):
     outside_BK = (ratio_BK > 1.1) & micro.mask_BK
     assert 0 < outside_BK.sum() < micro.mask_BK.sum()
     for weights, moved_to in (("truncate", 1.1), ("mask", 0.0)):
-        correction = CorrectionConfig(weights, high=1.1)
+        correction = CorrectionConfig(weights, max_ratio=1.1)
         said = Objective(LossConfig(), correction)(logprobs_BK, micro, 1.0).metrics
-        assert torch.equal(said["correction_held_fraction"][micro.mask_BK], outside_BK[micro.mask_BK])
+        assert torch.equal(said["is_clip_fraction"][micro.mask_BK], outside_BK[micro.mask_BK])
         expected_BK = ratio_BK.masked_fill(outside_BK, moved_to)
         torch.testing.assert_close(said["correction_weight"][micro.mask_BK], expected_BK[micro.mask_BK])
 

@@ -13,7 +13,7 @@ from grpo.learner.batch import samples_of
 from grpo.learner.logprobs import TokenLogprobs
 from grpo.types import Batch
 
-DECOUPLED = CorrectionConfig(weights="mask", level="token", high=None)
+DECOUPLED = CorrectionConfig(mode="mask", level="token", max_ratio=None)
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ class Watched:
 def test_the_mismatch_is_that_of_the_start_of_the_step_where_it_is_known(make_learner, groups):
     still = make_learner(lr=0.0, correction=DECOUPLED, updates_per_batch=2).train_step(Batch(groups))
     moved = make_learner(lr=3e-3, correction=DECOUPLED, updates_per_batch=2).train_step(Batch(groups))
-    for name in ("mismatch/behavior_k3", "mismatch/ess", "mismatch/same_version_abs"):
+    for name in ("mismatch/kl_k3", "mismatch/ess", "mismatch/logprob_abs_diff_same_version"):
         assert moved[name] == pytest.approx(still[name], rel=1e-4)
 
 

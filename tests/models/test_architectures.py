@@ -162,7 +162,7 @@ async def test_sampled_trained_on_and_published_back(config):
         found = TokenLogprobs(parts.learner.model, 1.0).of_samples(samples, 64)
         for sample, logprobs_T in zip(samples, found, strict=True):
             np.testing.assert_allclose(logprobs_T, sample.behavior_logprobs, rtol=0, atol=1e-4)
-        assert parts.learner.train_step(Batch(groups))["mismatch/same_version_abs"] < 1e-4
+        assert parts.learner.train_step(Batch(groups))["mismatch/logprob_abs_diff_same_version"] < 1e-4
 
         await parts.engine.update_weights(parts.learner.weights())
         assert parts.engine.version == 1

@@ -28,25 +28,25 @@ class Actor:
 
         await asyncio.get_running_loop().create_task(body(), context=context_for(self.recording))
 
-    async def harvest(self, *, go_on):
+    async def drain(self, *, keep_recording):
         self.asked += 1
         if self.dead:
             raise ActorDied(f"{self.name} died")
-        return self.recording.harvest(go_on=go_on)
+        return self.recording.drain(keep_recording=keep_recording)
 
 
 class Hung(Actor):
-    async def harvest(self, *, go_on):
-        if not go_on:
+    async def drain(self, *, keep_recording):
+        if not keep_recording:
             await asyncio.get_running_loop().create_future()
-        return await super().harvest(go_on=go_on)
+        return await super().drain(keep_recording=keep_recording)
 
 
 class Actors:
     def __init__(self, *actors):
         self.actors = actors
 
-    def sources(self):
+    def processes(self):
         return self.actors
 
 

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from grpo.observe.loop_lag import LoopLag, SlowCallbacks
-from grpo.utils.aio import cancelled
+from grpo.utils.aio import cancel_and_wait
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ async def watched():
     watching = asyncio.ensure_future(lag.watch(50.0, told.append))
     await asyncio.sleep(0.03)
     yield lag, told
-    await cancelled([watching])
+    await cancel_and_wait([watching])
 
 
 def hold_up(seconds):

@@ -36,11 +36,11 @@ def test_groups_that_finished_are_measured_once_those_filtered_too():
     groups.add(rollout(0.5, (1, 5), (False, False)), filtered=False)
     assert groups.take() == pytest.approx(
         {
-            "rollout/zero_advantage_dropped": 1,
+            "rollout/zero_variance_dropped": 1,
             "rollout/reward_mean": 0.75,
             "rollout/shaped_reward_mean": 0.375,
             "generator/completion_tokens_mean": 3.0,
             "generator/truncated_fraction": 0.25,
         }
     )
-    assert groups.take() == {"rollout/zero_advantage_dropped": 0}
+    assert groups.take() == {"rollout/zero_variance_dropped": 0}

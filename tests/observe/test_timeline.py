@@ -7,7 +7,7 @@ import pytest
 from grpo.observe.run_dir import RunDirectory
 from grpo.observe.timeline import Clocks, Timeline
 from grpo.telemetry.metrics import MetricSet
-from grpo.telemetry.recording import Harvest, Span
+from grpo.telemetry.recording import Span, TelemetryBatch
 
 
 def make_span(name="decode", begin_s=1.0, end_s=2.0, *, track="", lane=0, kind="busy", failed=False, **args):
@@ -27,7 +27,7 @@ def write(tmp_path, told):
         run_dir = RunDirectory(tmp_path)
         timeline = Timeline(run_dir, zero_s, most_mb, told.append)
         for process, spans in harvests:
-            timeline.add(process, Harvest(list(spans), MetricSet(), 0.0, lost))
+            timeline.add(process, TelemetryBatch(list(spans), MetricSet(), 0.0, lost))
         if close:
             timeline.close()
         run_dir.close()

@@ -76,7 +76,8 @@ def _step(number, concurrency):
     return {
         "step": number, "wall_s": 10.0 + number, "reward/mean": number / 20, "rollout/reward_mean": number / 19,
         "loss": None if number == 3 else 0.1 / number, "trainer/grad_norm": 1.0, "trainer/entropy": 0.5 / number,
-        "mismatch/behavior_abs": 0.01, "mismatch/ratio_p01": 0.9, "mismatch/ratio_p50": 1.0, "mismatch/ratio_p99": 1.1,
+        "mismatch/logprob_abs_diff": 0.01, "mismatch/ratio_p01": 0.9, "mismatch/ratio_p50": 1.0,
+        "mismatch/ratio_p99": 1.1,
         "mismatch/ess": 0.99, "mismatch/age_0/tokens": 10.0, "mismatch/age_1/tokens": 90.0, "policy_age/max": 1.0,
         "policy_age/mean": 0.9, "time/trainer_wait_s": 0.8 / concurrency, "time/train_step_s": 0.3,
         "time/weight_sync_s": 0.1, "time/step_s": 0.5 + 0.8 / concurrency, "generator/busy_fraction": 0.5,

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from grpo.errors import ConfigError, RewardTimeout
-from grpo.rewards.process_pool import Killable
+from grpo.rewards.process_pool import ProcessPool
 from grpo.rewards.scoring import reward_function
 from grpo.types import Problem
 
@@ -35,7 +35,7 @@ def test_expressions_are_compared_by_their_value(math_verify, answer, right, wro
 
 
 async def test_a_hang_is_a_timeout_and_not_a_wrong_answer():
-    pool = Killable(build, (), workers=1, timeout_s=2.0)
+    pool = ProcessPool(build, (), workers=1, timeout_s=2.0)
     await pool.start()
     assert await pool.call(Problem("?", "72"), ["\\boxed{72}"]) == [1.0]
     with pytest.raises(RewardTimeout):

@@ -16,7 +16,7 @@ import pytest
 import pytest_asyncio
 
 from grpo.errors import ConfigError, RewardCrash, RewardError, RewardMemory, RewardTimeout
-from grpo.rewards.process_pool import Killable
+from grpo.rewards.process_pool import ProcessPool
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # to start a process takes a while: most tests share two
 
@@ -108,7 +108,7 @@ def pids_in(path):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def patient():
-    pool = Killable(behaviour, (), workers=1, timeout_s=PATIENT, memory_gb=0.25)
+    pool = ProcessPool(behaviour, (), workers=1, timeout_s=PATIENT, memory_gb=0.25)
     await pool.start()
     yield pool
     await pool.close()
@@ -116,7 +116,7 @@ async def patient():
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def hasty():
-    pool = Killable(behaviour, (), workers=1, timeout_s=HASTY)
+    pool = ProcessPool(behaviour, (), workers=1, timeout_s=HASTY)
     await pool.start()
     yield pool
     await pool.close()
@@ -199,7 +199,7 @@ async def test_an_argument_that_can_not_be_read_there_is_an_error(patient):
 
 
 async def test_what_is_printed_is_not_lost_when_the_process_is_killed(capfd):
-    pool = Killable(behaviour, (), workers=1, timeout_s=PATIENT)
+    pool = ProcessPool(behaviour, (), workers=1, timeout_s=PATIENT)
     await pool.start()
     await pool.call("print")
     await pool.close()
@@ -292,7 +292,7 @@ async def test_a_call_that_was_cancelled_while_it_waited_leaves_no_trace(hasty):
 
 
 async def test_a_call_cancelled_at_any_moment_leaves_a_pool_that_works():
-    pool = Killable(behaviour, (), workers=1, timeout_s=PATIENT)
+    pool = ProcessPool(behaviour, (), workers=1, timeout_s=PATIENT)
     await pool.start()
     for yields in range(12):
         call = asyncio.create_task(pool.call("say", "done"))
@@ -305,7 +305,7 @@ async def test_a_call_cancelled_at_any_moment_leaves_a_pool_that_works():
 
 
 async def test_a_hang_holds_up_only_its_own_process_and_close_ends_it(tmp_path):
-    pool = Killable(behaviour, (), workers=2, timeout_s=PATIENT)
+    pool = ProcessPool(behaviour, (), workers=2, timeout_s=PATIENT)
     await pool.start()
     hang = asyncio.create_task(pool.call("write then", tmp_path / "pids", "hang in C"))
     pids = await asyncio.to_thread(pids_in, tmp_path / "pids")
@@ -334,7 +334,7 @@ async def test_a_hang_holds_up_only_its_own_process_and_close_ends_it(tmp_path):
     ],
 )
 async def test_start_raises_what_building_raises_and_leaves_nothing(how, kind, message):
-    pool = Killable(refuse, (how,), workers=2, timeout_s=PATIENT)
+    pool = ProcessPool(refuse, (how,), workers=2, timeout_s=PATIENT)
     with pytest.raises(kind, match=message):
         await pool.start()
     assert all(worker.killed and worker._process is None for worker in pool._workers)

@@ -12,7 +12,7 @@ REWARD = "+reward.functions={tests.fake_rewards.vowel_share: 1.0}"
 
 
 def test_a_table_and_two_files(evaluate, tmp_path):
-    code, stdout, stderr = finish(evaluate("eval.prompts=8", "eval.samples=2", "eval.solved_at=0.2", REWARD))
+    code, stdout, stderr = finish(evaluate("eval.prompts=8", "eval.samples=2", "eval.success_threshold=0.2", REWARD))
     assert (code, stderr) == (0, "")
     assert "prompts 8/8" in stdout
     folder = only_run(tmp_path)

@@ -3,7 +3,7 @@ import asyncio
 import pytest
 
 from grpo.errors import ActorDied, PayloadLost, RewardError
-from grpo.services.call_batching import GatheredWork, Gathering
+from grpo.services.call_batching import BatchedWork, CallBatcher
 
 
 class Process:
@@ -13,7 +13,7 @@ class Process:
         self.sent, self.asked_late = [], 0
         self.lost, self.dead = lost, dead
         self.reached, self.let_go = asyncio.Event(), asyncio.Event()
-        self._work = GatheredWork()
+        self._work = BatchedWork()
 
     async def send(self, calls):
         numbers = [number for (number,), _ in calls.values()]
@@ -43,7 +43,7 @@ def side_by_side(gathering, numbers):
 
 
 def gathering_of(process):
-    return Gathering(process.send, process.late)
+    return CallBatcher(process.send, process.late)
 
 
 async def test_every_caller_gets_the_answer_to_its_own_call():

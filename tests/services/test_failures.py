@@ -1,7 +1,7 @@
 import pytest
 
 from grpo.config.schema import RecoveryConfig
-from grpo.errors import ActorDied, DataError, PayloadLost, RewardTimeout, ZeroAdvantage
+from grpo.errors import ActorDied, DataError, PayloadLost, RewardTimeout, ZeroVarianceGroup
 from grpo.services.failures import Failures
 from grpo.types import GenerationReport, Group, Rollout, Scores
 
@@ -54,48 +54,48 @@ def test_a_death_is_remembered_with_the_times_until_all_was_well_again(failures)
     assert death.next_step_s == before
 
 
-def nothing_to_learn(*shaped_rewards):
+def group_filtered(*shaped_rewards):
     group = Group(None, (), None, (0.5,) * len(shaped_rewards), (0.0,) * len(shaped_rewards), oldest_version=0)
     report = GenerationReport(0, 0, (1,) * len(shaped_rewards), (False,) * len(shaped_rewards))
-    return ZeroAdvantage(Rollout(group, Scores(group.rewards, {}, ()), report, shaped_rewards))
+    return ZeroVarianceGroup(Rollout(group, Scores(group.rewards, {}, ()), report, shaped_rewards))
 
 
 def test_one_group_more_than_the_limit_ends_the_run_and_says_what_was_seen(failures):
     for rewards in [(0.0, 0.0)] * 3 + [(1.0, 1.0)] * 2 + [(0.0, 1.0)]:  # all of the last are masked
-        failures.nothing_to_learn(nothing_to_learn(*rewards), limit=6)
+        failures.group_filtered(group_filtered(*rewards), limit=6)
     with pytest.raises(DataError) as caught:
-        failures.nothing_to_learn(nothing_to_learn(0.25, 0.25), limit=6)
+        failures.group_filtered(group_filtered(0.25, 0.25), limit=6)
     message = str(caught.value)
     assert message.startswith(
-        "filter.zero_advantage: 7 groups with nothing to learn from (3 with reward 0 throughout, "
+        "filter.zero_variance: 7 groups with nothing to learn from (3 with reward 0 throughout, "
         "2 with reward 1 throughout, 1 with reward 0.25 throughout), with no batch in between; "
     )
-    assert "raise filter.max_batches" in message
+    assert "raise filter.max_dropped_batches" in message
     assert "\n" not in message
 
 
 def test_every_batch_that_passes_the_filter_fills_up_what_may_be_dropped(failures):
     for _ in range(10):
         for _ in range(2):
-            failures.nothing_to_learn(nothing_to_learn(1.0, 1.0), limit=2)
+            failures.group_filtered(group_filtered(1.0, 1.0), limit=2)
         for _ in range(3):
-            failures.something_to_learn(batch=3)
+            failures.group_kept(batch=3)
     for _ in range(2):
-        failures.nothing_to_learn(nothing_to_learn(0.0, 0.0), limit=2)
-        failures.something_to_learn(batch=3)  # not a batch yet
+        failures.group_filtered(group_filtered(0.0, 0.0), limit=2)
+        failures.group_kept(batch=3)  # not a batch yet
     with pytest.raises(DataError, match="3 groups with nothing to learn from"):
-        failures.nothing_to_learn(nothing_to_learn(0.0, 0.0), limit=2)
+        failures.group_filtered(group_filtered(0.0, 0.0), limit=2)
 
 
 def test_the_end_for_want_of_something_to_learn_is_said_once(failures):
     """Other rollouts drop one more each before they are cancelled."""
-    failures.nothing_to_learn(nothing_to_learn(1.0, 1.0), limit=1)
+    failures.group_filtered(group_filtered(1.0, 1.0), limit=1)
     with pytest.raises(DataError):
-        failures.nothing_to_learn(nothing_to_learn(1.0, 1.0), limit=1)
-    failures.nothing_to_learn(nothing_to_learn(1.0, 1.0), limit=1)
+        failures.group_filtered(group_filtered(1.0, 1.0), limit=1)
+    failures.group_filtered(group_filtered(1.0, 1.0), limit=1)
 
 
 def test_groups_with_nothing_to_learn_from_cost_no_other_budget(failures):
     for _ in range(50):
-        failures.nothing_to_learn(nothing_to_learn(1.0, 1.0), limit=50)
+        failures.group_filtered(group_filtered(1.0, 1.0), limit=50)
     failures.reward_failed(RewardTimeout("slow"))

@@ -4,14 +4,14 @@ import asyncio
 
 import pytest
 
-from grpo.actors.marks import outlives_its_node, returns_payload
+from grpo.actors.marks import copied_to_driver, returns_payload
 from grpo.config.schema import RecoveryConfig
 from grpo.errors import ActorDied, StalenessError
 from grpo.services.endpoint import Gang
 from grpo.services.failures import Failures
 from grpo.services.handle import ActorHandle
 from grpo.services.local import LocalEndpoint
-from grpo.services.replica import Claims, Common, State, Timeouts
+from grpo.services.replica import PreemptionState, ServiceContext, State, Timeouts
 from grpo.services.service import Service
 from grpo.telemetry.recording import measure
 
@@ -52,7 +52,7 @@ class Rank:
             raise error
         await self._barrier.wait()
 
-    @outlives_its_node
+    @copied_to_driver
     @returns_payload
     async def snapshot(self):
         return [self.number], self.number
@@ -84,7 +84,7 @@ class Fleet:
         self.released = 0
         self.failures = Failures(RecoveryConfig())
         self._size, self._setup = size, setup
-        common = Common(self._spawn, self.failures, timeouts or Timeouts(), Claims())
+        common = ServiceContext(self._spawn, self.failures, timeouts or Timeouts(), PreemptionState())
         self.service = Service("trainer", common, 1)
         self.trainer = ActorHandle(self.service)
 
@@ -186,7 +186,7 @@ async def test_the_death_of_one_rank_ends_the_others_and_the_call_is_made_again_
 async def test_a_rank_that_dies_while_nobody_calls_is_the_death_of_all():
     async with Fleet() as fleet:
         fleet.endpoints[0][1].kill()
-        await asyncio.wait_for(fleet.service.common.changed.wait_for(lambda: len(fleet.generations) == 2), 5)
+        await asyncio.wait_for(fleet.service.context.changed.wait_for(lambda: len(fleet.generations) == 2), 5)
         assert await is_dead(fleet.endpoints[0][0])
         assert await fleet.trainer.step.call("batch") == ["batch on 0", "batch on 1"]
 
@@ -218,13 +218,13 @@ async def test_an_error_of_one_rank_is_raised_though_the_others_wait_for_it():
 
 
 async def test_a_rank_that_does_not_answer_is_the_death_of_all():
-    timeouts = Timeouts(start_s=5.0, health_every_s=0.01, health_timeout_s=0.01)
+    timeouts = Timeouts(start_s=5.0, health_interval_s=0.01, health_timeout_s=0.01)
     async with Fleet(timeouts=timeouts) as fleet:
         step = asyncio.ensure_future(fleet.trainer.step.call("batch"))
         await fleet.generations[0][0].waiting.wait()
         fleet.endpoints[0][1].ping = asyncio.Event().wait
         await step
-        await asyncio.wait_for(fleet.service.common.changed.wait_for(lambda: len(fleet.generations) == 2), 5)
+        await asyncio.wait_for(fleet.service.context.changed.wait_for(lambda: len(fleet.generations) == 2), 5)
         assert "did not answer" in fleet.failures.deaths[0].error
 
 
@@ -257,7 +257,7 @@ async def test_a_setup_that_fails_on_one_rank_ends_though_the_others_wait_for_it
 
 async def test_a_newcomer_that_is_restored_is_all_ranks():
     async with Fleet() as fleet:
-        fleet.trainer.on_restart(lambda newcomer: newcomer.restore.call_one("state"))
+        fleet.trainer.on_restart(lambda replica: replica.restore.call_one("state"))
         fleet.endpoints[0][0].kill()
         await fleet.trainer.step.call("batch")
         assert [rank.heard for rank in fleet.generations[1]] == [["state", "batch"]] * 2
@@ -266,8 +266,8 @@ async def test_a_newcomer_that_is_restored_is_all_ranks():
 async def test_every_rank_is_a_source_of_what_was_recorded():
     async with Fleet() as fleet:
         await fleet.trainer.step.call("batch")
-        harvests = {source.name: await source.harvest(go_on=False) for source in fleet.trainer.sources()}
-        assert {name: harvest.metrics.take() for name, harvest in harvests.items()} == {
+        harvests = {source.name: await source.drain(keep_recording=False) for source in fleet.trainer.processes()}
+        assert {name: drain.metrics.take() for name, drain in harvests.items()} == {
             "trainer-0": {"rank/max": 0.0},
             "trainer-1": {"rank/max": 1.0},
         }

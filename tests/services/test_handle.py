@@ -2,13 +2,13 @@ import asyncio
 
 import pytest
 
-from grpo.actors.marks import brings_up_to_date
+from grpo.actors.marks import replayed_on_join
 from grpo.config.schema import RecoveryConfig
 from grpo.errors import ActorDied, ConfigError, PayloadLost
 from grpo.services.failures import Failures
 from grpo.services.handle import ActorHandle
 from grpo.services.local import LocalEndpoint
-from grpo.services.replica import Claims, Common, OnDemand, State, Timeouts
+from grpo.services.replica import LazyArg, PreemptionState, ServiceContext, State, Timeouts
 from grpo.services.service import Service
 
 
@@ -33,7 +33,7 @@ class Echo:
     async def fail(self):
         raise KeyError(self.name)
 
-    @brings_up_to_date
+    @replayed_on_join
     async def load(self, weights):
         self.loaded = weights
         return self.name
@@ -48,12 +48,14 @@ class Echo:
 class Fleet:
     """A service of Echoes, with every process that was ever started by name."""
 
-    def __init__(self, replicas=1, *, setup=None, placed=None, max_restarts=20, timeouts=None, claims=None, **options):
+    def __init__(
+        self, replicas=1, *, setup=None, placed=None, max_restarts=20, timeouts=None, preemption=None, **options
+    ):
         self.processes: list[Echo] = []
         self.endpoints: list[LocalEndpoint] = []
         self.failures = Failures(RecoveryConfig(max_restarts=max_restarts))
         self._setup, self._placed = setup, placed
-        common = Common(self._spawn, self.failures, timeouts or Timeouts(), claims or Claims())
+        common = ServiceContext(self._spawn, self.failures, timeouts or Timeouts(), preemption or PreemptionState())
         self.service = Service("echo", common, replicas, updates=frozenset({"load"}), **options)
         self.handle = ActorHandle(self.service)
 
@@ -133,7 +135,7 @@ async def test_a_call_that_a_dying_replica_takes_with_it_is_made_by_another():
         assert await waiting == "echo-1/1"
         await settle()
         assert fleet.failures.restarts == {"echo-0": 1}
-        figures = fleet.handle.figures()
+        figures = fleet.handle.replica_stats()
         assert (figures["echo-0"]["failures"], figures["echo-1"]["failures"]) == (1, 0)
 
 
@@ -152,7 +154,7 @@ async def test_with_one_replica_only_callers_wait_for_its_return():
 async def test_a_process_that_dies_while_nobody_calls_is_replaced_too():
     async with Fleet() as fleet:
         fleet.endpoints[0].kill()
-        await asyncio.wait_for(fleet.service.common.changed.wait_for(lambda: len(fleet.processes) == 2), 5)
+        await asyncio.wait_for(fleet.service.context.changed.wait_for(lambda: len(fleet.processes) == 2), 5)
         assert await fleet.handle.say.route("hi") == "echo/1: hi"
 
 
@@ -219,9 +221,9 @@ async def test_what_a_replacement_needs_is_restored_before_calls_are_made_again(
     async with Fleet() as fleet:
         order = []
 
-        async def restore(newcomer):
-            order.append(await newcomer.say.call_one("restoring"))
-            await newcomer.restore.call_one("state")
+        async def restore(replica):
+            order.append(await replica.say.call_one("restoring"))
+            await replica.restore.call_one("state")
 
         fleet.handle.on_restart(restore)
         waiting = asyncio.ensure_future(fleet.handle.wait.call_one())
@@ -238,11 +240,11 @@ async def test_a_replacement_that_dies_while_it_is_restored_is_replaced_again():
     async with Fleet() as fleet:
         tries = []
 
-        async def restore(newcomer):
-            tries.append(newcomer)
+        async def restore(replica):
+            tries.append(replica)
             if len(tries) == 1:
                 fleet.endpoints[-1].kill()
-            await newcomer.restore.call_one("state")
+            await replica.restore.call_one("state")
 
         fleet.handle.on_restart(restore)
         fleet.endpoints[0].kill()
@@ -253,7 +255,7 @@ async def test_a_replacement_that_dies_while_it_is_restored_is_replaced_again():
 async def test_an_error_in_the_restoring_reaches_every_caller():
     async with Fleet() as fleet:
 
-        async def restore(newcomer):
+        async def restore(replica):
             raise ValueError("cannot be restored")
 
         fleet.handle.on_restart(restore)
@@ -297,7 +299,7 @@ async def test_a_process_that_never_comes_up_is_not_tried_again():
     await fleet.service.close(1.0)
 
 
-SOON = Timeouts(start_s=0.05, health_every_s=0.01, health_timeout_s=0.01)
+SOON = Timeouts(start_s=0.05, health_interval_s=0.01, health_timeout_s=0.01)
 
 
 async def hang():
@@ -305,7 +307,7 @@ async def hang():
 
 
 async def until_processes(fleet, number):
-    await asyncio.wait_for(fleet.service.common.changed.wait_for(lambda: len(fleet.processes) == number), 5)
+    await asyncio.wait_for(fleet.service.context.changed.wait_for(lambda: len(fleet.processes) == number), 5)
 
 
 async def test_a_process_that_does_not_answer_is_killed_and_replaced():
@@ -322,7 +324,7 @@ async def test_a_process_that_does_not_answer_is_killed_and_replaced():
 async def test_a_replacement_that_hangs_while_it_is_brought_up_to_date_is_replaced_too():
     async with Fleet(timeouts=SOON) as fleet:
 
-        async def restore(newcomer):
+        async def restore(replica):
             if len(fleet.processes) == 2:
                 fleet.endpoints[1].ping = hang
                 await hang()
@@ -357,7 +359,7 @@ async def test_a_timeout_in_a_setup_is_raised_as_it_is():
 
 async def test_optional_replicas_step_back_while_a_required_one_has_no_place():
     """There is one place. A pending optional replica gets it as soon as the required one dies, and would keep it."""
-    claims, place, taken = Claims(), asyncio.Semaphore(1), asyncio.Event()
+    preemption, place, taken = PreemptionState(), asyncio.Semaphore(1), asyncio.Event()
 
     async def setup(echo):
         await place.acquire()
@@ -369,8 +371,8 @@ async def test_optional_replicas_step_back_while_a_required_one_has_no_place():
                 place.release()
 
     async with (
-        Fleet(claims=claims, setup=setup) as required,
-        Fleet(0, claims=claims, setup=setup, optional_replicas=2) as optional,
+        Fleet(preemption=preemption, setup=setup) as required,
+        Fleet(0, preemption=preemption, setup=setup, optional_replicas=2) as optional,
     ):
         await settle()
         assert (required.states(), optional.states()) == ([State.HEALTHY], [State.STARTING] * 2)
@@ -382,11 +384,11 @@ async def test_optional_replicas_step_back_while_a_required_one_has_no_place():
 
 
 async def test_an_optional_replica_leaves_for_a_required_one_that_finds_no_place_and_comes_back_later():
-    claims, place = Claims(patience_s=0.01), asyncio.Event()
+    preemption, place = PreemptionState(patience_s=0.01), asyncio.Event()
     place.set()
     async with (
-        Fleet(claims=claims, placed=place.wait) as required,
-        Fleet(1, claims=claims, optional_replicas=1) as extended,
+        Fleet(preemption=preemption, placed=place.wait) as required,
+        Fleet(1, preemption=preemption, optional_replicas=1) as extended,
     ):
         await settle()
         assert extended.states() == [State.HEALTHY] * 2
@@ -397,13 +399,13 @@ async def test_an_optional_replica_leaves_for_a_required_one_that_finds_no_place
         place.clear()
         required.endpoints[0].kill()
         while extended.states() != [State.HEALTHY, State.STARTING]:
-            await claims.changed.wait()
+            await preemption.changed.wait()
         with pytest.raises(ActorDied):
             await extended.endpoints[1].ping()
         place.set()
         assert await required.handle.say.call_one("hi") == "echo/1: hi"
         while extended.states() != [State.HEALTHY] * 2:
-            await claims.changed.wait()
+            await preemption.changed.wait()
         assert extended.failures.restarts == {}
         assert not longest.done()
         assert not moved.done()
@@ -428,7 +430,7 @@ async def test_what_was_lost_with_its_node_is_fetched_anew_for_newcomers_and_for
         return fetched[-1]
 
     async with Fleet(2, setup=setup) as fleet:
-        weights = OnDemand(fetch)
+        weights = LazyArg(fetch)
         await fleet.handle.load.fanout(weights)
         assert [process.loaded for process in fleet.processes] == [2, 2]
         lost.add(2)
@@ -456,7 +458,7 @@ async def test_an_error_that_nobody_can_mend_ends_the_run_though_nobody_calls():
     async with Fleet(max_restarts=0) as fleet:
         fleet.endpoints[0].kill()
         with pytest.raises(ActorDied, match=r"recovery\.max_restarts=0"):
-            await asyncio.wait_for(fleet.failures.until_fatal(), 5)
+            await asyncio.wait_for(fleet.failures.wait_fatal(), 5)
 
 
 async def test_a_session_keeps_to_one_replica_until_that_dies():
@@ -479,7 +481,7 @@ async def test_replicas_are_added_during_a_run_and_hold_the_present_weights_when
     async with Fleet() as fleet:
         await fleet.handle.load.fanout("v1")
         fleet.handle.scale(3)
-        await fleet.service.common.changed.wait_for(lambda: fleet.states().count(State.HEALTHY) == 3)
+        await fleet.service.context.changed.wait_for(lambda: fleet.states().count(State.HEALTHY) == 3)
         assert [process.loaded for process in fleet.processes] == ["v1"] * 3
         assert len(await fleet.handle.say.fanout("hi")) == 3
 

@@ -6,7 +6,7 @@ import pytest
 
 import grpo.telemetry.activity
 from grpo.telemetry.activity import MeanWaiting, begin_activity, waiting_for
-from grpo.utils.aio import cancelled
+from grpo.utils.aio import cancel_and_wait
 
 
 class Clock:
@@ -51,7 +51,7 @@ async def test_coroutines_are_counted_by_what_they_wait_for(clock):
             ("rollouts", "generator.generate"): 1.5,
             ("rollouts", "reward.score"): 0.5,
         }
-        await cancelled(rollouts)
+        await cancel_and_wait(rollouts)
 
 
 async def test_a_wait_that_goes_on_counts_in_every_interval_and_only_there(clock):

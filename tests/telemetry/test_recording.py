@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from grpo.telemetry.recording import Recording, context_for, measure, note, on_track, record_in, span, unrecorded
-from grpo.utils.aio import together
+from grpo.utils.aio import gather_or_cancel
 from grpo.utils.torch_utils import ComputeThread
 
 
@@ -18,13 +18,13 @@ def spans():
 
 
 def recorded(spans):
-    return [(found.track, found.lane, found.name) for found in spans.harvest(go_on=True).spans]
+    return [(found.track, found.lane, found.name) for found in spans.drain(keep_recording=True).spans]
 
 
 async def test_a_span_has_its_times_kind_and_arguments(spans):
     with span("decode", "busy", rows=3):
         pass
-    (found,) = spans.harvest(go_on=True).spans
+    (found,) = spans.drain(keep_recording=True).spans
     assert (found.name, found.kind, found.args, found.failed) == ("decode", "busy", {"rows": 3}, False)
     assert found.begin_s <= found.end_s
 
@@ -35,7 +35,7 @@ async def test_what_is_known_only_later_is_added_to_the_span_around(spans):
             pass
         note(lengths=(5, 7))
     note(lengths=())  # around nothing
-    group = next(each for each in spans.harvest(go_on=True).spans if each.name == "group")
+    group = next(each for each in spans.drain(keep_recording=True).spans if each.name == "group")
     assert group.args == {"ticket": 3, "lengths": (5, 7)}
 
 
@@ -45,7 +45,7 @@ async def test_nothing_is_recorded_outside_of_any_recording():
 
 
 async def test_nothing_is_recorded_while_it_is_off(spans):
-    spans.harvest(go_on=False)
+    spans.drain(keep_recording=False)
     with span("decode"):
         pass
     assert recorded(spans) == []
@@ -57,7 +57,7 @@ async def test_nothing_is_recorded_while_it_is_off(spans):
 async def test_an_error_passes_through_and_is_noted(spans):
     with pytest.raises(ValueError, match="broken"), span("decode"):
         raise ValueError("broken")
-    (found,) = spans.harvest(go_on=True).spans
+    (found,) = spans.drain(keep_recording=True).spans
     assert found.failed
 
 
@@ -72,7 +72,7 @@ async def test_those_side_by_side_have_lanes_of_their_own_and_give_them_back(spa
         with span(name):
             await asyncio.sleep(0)
 
-    await together(work("a"), work("b"))
+    await gather_or_cancel(work("a"), work("b"))
     await work("c")
     assert recorded(spans) == [("", 0, "a"), ("", 1, "b"), ("", 0, "c")]
 
@@ -83,7 +83,7 @@ async def test_of_two_inside_another_the_second_has_a_lane_of_its_own(spans):
             await asyncio.sleep(0)
 
     with span("group"):
-        await together(work("score"), work("reference"))
+        await gather_or_cancel(work("score"), work("reference"))
         await work("add")
     assert recorded(spans) == [("", 0, "score"), ("", 1, "reference"), ("", 0, "add"), ("", 0, "group")]
 
@@ -94,7 +94,7 @@ async def test_tracks_have_lanes_of_their_own(spans):
         with span("wait"):
             await asyncio.sleep(0)
 
-    await together(coroutine("rollouts-0"), coroutine("rollouts-1"))
+    await gather_or_cancel(coroutine("rollouts-0"), coroutine("rollouts-1"))
     assert recorded(spans) == [("rollouts-0", 0, "wait"), ("rollouts-1", 0, "wait")]
 
 
@@ -104,7 +104,7 @@ async def test_a_task_may_leave_none(spans):
         with span("wait"):
             await asyncio.sleep(0)
 
-    await together(answer())
+    await gather_or_cancel(answer())
     with span("evaluation"):
         pass
     assert recorded(spans) == [("", 0, "evaluation")]
@@ -142,17 +142,17 @@ async def test_what_there_is_no_room_for_is_counted(spans, monkeypatch):
     for _ in range(5):
         with span("decode"):
             pass
-    harvest = spans.harvest(go_on=True)
-    assert (len(harvest.spans), harvest.lost) == (2, 3)
-    assert spans.harvest(go_on=True).lost == 0
+    drain = spans.drain(keep_recording=True)
+    assert (len(drain.spans), drain.lost) == (2, 3)
+    assert spans.drain(keep_recording=True).lost == 0
 
 
 async def test_metrics_are_kept_whether_spans_are_wanted_or_not(spans):
-    spans.harvest(go_on=False)
+    spans.drain(keep_recording=False)
     measure("reward/score_s", 1.0)
     measure("reward/score_s", 3.0)
-    assert spans.harvest(go_on=False).metrics.take() == {"reward/score_s/mean": 2.0}
-    assert spans.harvest(go_on=False).metrics.take() == {}
+    assert spans.drain(keep_recording=False).metrics.take() == {"reward/score_s/mean": 2.0}
+    assert spans.drain(keep_recording=False).metrics.take() == {}
 
 
 async def test_a_metric_outside_of_any_recording_goes_nowhere():

@@ -104,7 +104,7 @@ def test_tokens_without_a_signal_cost_the_trainer_nothing(profile, config):
 
 def test_the_controller_keeps_the_wait_about_where_the_search_does(profile, config):
     """Where fewer rollouts than the eight of a batch are enough."""
-    config.buffer.max_policy_age, config.rollout.target_wait = 1, 0.1
+    config.buffer.max_policy_age, config.rollout.target_trainer_idle = 1, 0.1
     profile = dataclasses.replace(profile, prefill=Cost(0.01), decode=Cost(0.01), train=Cost(0.4))
 
     def measure(setting):

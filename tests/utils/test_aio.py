@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from grpo.utils.aio import Interrupted, Signal, raise_first, together, unless, unless_raised, within
+from grpo.utils.aio import Interrupted, Signal, gather_or_cancel, race, raise_first, run_until_set, timeout_as
 
 
 async def test_together_gives_results_in_order():
@@ -11,8 +11,8 @@ async def test_together_gives_results_in_order():
             await asyncio.sleep(0)
         return value
 
-    assert await together(work("a", 3), work("b", 1)) == ["a", "b"]
-    assert await together() == []
+    assert await gather_or_cancel(work("a", 3), work("b", 1)) == ["a", "b"]
+    assert await gather_or_cancel() == []
 
 
 async def test_together_raises_the_first_error_bare_and_cancels_the_rest():
@@ -28,7 +28,7 @@ async def test_together_raises_the_first_error_bare_and_cancels_the_rest():
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        await together(waiting(), failing())
+        await gather_or_cancel(waiting(), failing())
     assert ended.is_set()
 
 
@@ -39,7 +39,7 @@ async def test_a_cancellation_is_not_hidden_by_an_error_at_the_same_time():
         except asyncio.CancelledError:
             raise ValueError("on the way out") from None
 
-    task = asyncio.ensure_future(together(failing_when_cancelled()))
+    task = asyncio.ensure_future(gather_or_cancel(failing_when_cancelled()))
     await asyncio.sleep(0.01)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -51,7 +51,7 @@ async def test_together_keeps_the_cause_where_the_remote_traceback_is():
         raise ValueError("here") from KeyError("over there")
 
     with pytest.raises(ValueError, match="here") as caught:
-        await together(failing())
+        await gather_or_cancel(failing())
     assert isinstance(caught.value.__cause__, KeyError)
 
 
@@ -60,7 +60,7 @@ async def test_unless_gives_the_result_of_the_work():
         await asyncio.sleep(0)
         return 7
 
-    assert await unless(asyncio.Event(), work()) == 7
+    assert await run_until_set(asyncio.Event(), work()) == 7
 
 
 async def test_unless_cancels_the_work_when_the_shutdown_comes_first():
@@ -74,7 +74,7 @@ async def test_unless_cancels_the_work_when_the_shutdown_comes_first():
             cancelled.set()
 
     with pytest.raises(Interrupted):
-        await unless(shutdown, work())
+        await run_until_set(shutdown, work())
     assert cancelled.is_set()
 
 
@@ -83,11 +83,11 @@ async def test_unless_raises_what_the_work_raises():
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        await unless(asyncio.Event(), work())
+        await run_until_set(asyncio.Event(), work())
 
 
 async def test_unless_passes_a_cancellation_on_and_leaves_no_task():
-    task = asyncio.ensure_future(unless(asyncio.Event(), asyncio.Event().wait()))
+    task = asyncio.ensure_future(run_until_set(asyncio.Event(), asyncio.Event().wait()))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -103,7 +103,7 @@ async def test_unless_raised_gives_the_result_of_the_work_and_ends_the_watches()
     async def watch():
         await asyncio.get_running_loop().create_future()
 
-    assert await unless_raised(work(), watch(), watch()) == "done"
+    assert await race(work(), watch(), watch()) == "done"
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
@@ -121,7 +121,7 @@ async def test_unless_raised_cancels_the_work_when_a_watch_raises():
         raise ValueError("gone")
 
     with pytest.raises(ValueError, match="gone"):
-        await unless_raised(work(), watch())
+        await race(work(), watch())
     assert ended == ["work"]
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
@@ -142,12 +142,12 @@ async def test_a_signal_wakes_everybody_whose_condition_has_become_true():
 
 async def test_a_block_that_is_late_raises_the_error_made_for_it_and_leaves_other_timeouts_alone():
     with pytest.raises(KeyError, match="late"):
-        async with within(0.01, lambda: KeyError("late")):
+        async with timeout_as(0.01, lambda: KeyError("late")):
             await asyncio.Event().wait()
     with pytest.raises(TimeoutError, match="theirs"):
-        async with within(60, lambda: KeyError("late")):
+        async with timeout_as(60, lambda: KeyError("late")):
             raise TimeoutError("theirs")
-    async with within(None, lambda: KeyError("late")):
+    async with timeout_as(None, lambda: KeyError("late")):
         await asyncio.sleep(0)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo.utils import torch_utils as compute
-from grpo.utils.torch_utils import BusyClock, ComputeThread, run_apart
+from grpo.utils.torch_utils import BusyClock, ComputeThread, run_in_temp_thread
 
 
 @pytest.fixture
@@ -126,8 +126,8 @@ def test_a_busy_clock_counts_overlapping_work_once(clock):
 
 
 async def test_work_run_apart_leaves_no_thread_behind():
-    ran_in = await run_apart(1, threading.current_thread)
+    ran_in = await run_in_temp_thread(1, threading.current_thread)
     assert ran_in is not threading.current_thread()
     assert not ran_in.is_alive()
     with pytest.raises(ZeroDivisionError):
-        await run_apart(1, lambda: 1 / 0)
+        await run_in_temp_thread(1, lambda: 1 / 0)

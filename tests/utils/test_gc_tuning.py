@@ -2,7 +2,7 @@ import gc
 
 import pytest
 
-from grpo.utils.gc_tuning import collect_as_usual, collect_rarely
+from grpo.utils.gc_tuning import relax_gc, restore_gc
 
 
 @pytest.fixture(autouse=True)
@@ -14,10 +14,10 @@ def as_before():
 
 
 def test_what_is_there_once_a_process_has_started_is_left_alone():
-    collect_as_usual()  # another test may have typed a command that ended early
+    restore_gc()  # another test may have typed a command that ended early
     usual = gc.get_threshold()
-    collect_rarely()
+    relax_gc()
     assert gc.get_threshold()[0] > 10 * usual[0]
-    collect_as_usual()
+    restore_gc()
     assert gc.get_threshold() == usual
     assert gc.get_freeze_count() > 10_000

@@ -25,7 +25,7 @@ def test_weights_go_over_nccl_where_all_have_whole_gpus_to_themselves(trainer, g
     assert broadcast_backend(config) == backend
     config.trainer.ranks = 2
     assert broadcast_backend(config) == "gloo"
-    config.trainer.ranks, config.weights.backend = 1, "gloo"
+    config.trainer.ranks, config.weight_sync.backend = 1, "gloo"
     assert broadcast_backend(config) == "gloo"
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from grpo.engines.torch.forward import decoding_for
-from grpo.engines.torch.kv_cache import KVGrid, Prefix, read_prefixes
+from grpo.engines.torch.kv_cache import KVGrid, Prefix, prefill
 from grpo.engines.torch.sampling import RowSampler, uniforms
 from grpo.telemetry.recording import span
 from grpo.types import Completion, Ints, SamplingParams
@@ -205,7 +205,7 @@ class DecodeBatch:
         """Rebuild every running row's keys and values under the present weights."""
         with span("recompute", rows=len(self._rows)):
             sequences = [self._tokens.tokens(i, row, self._kv.end) for i, row in enumerate(self._rows)]
-            for i, prefix in enumerate(read_prefixes(self.model, sequences, self.version)):
+            for i, prefix in enumerate(prefill(self.model, sequences, self.version)):
                 self._kv.store(prefix, slice(i, i + 1))
 
     @torch.inference_mode()
@@ -241,7 +241,7 @@ class DecodeBatch:
         """The prompts, of which none is read twice under the same weights."""
         unread = [r for r in requests if r.prefix is None or r.prefix.version != self.version]
         prompts = [torch.tensor(request.prompt_ids, device=self.device) for request in unread]
-        fresh = read_prefixes(self.model, prompts, self.version)
+        fresh = prefill(self.model, prompts, self.version)
         for request in requests:
             if request in unread:
                 request.prefix = next(fresh)

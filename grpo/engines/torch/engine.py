@@ -16,7 +16,7 @@ from grpo.engines.base import Limits, WeightUpdate
 from grpo.engines.torch.batch import DecodeBatch, Request
 from grpo.telemetry.recording import measure, span
 from grpo.types import Completion, GeneratorStats, Ints, SamplingParams
-from grpo.utils.torch_utils import ComputeThread, run_apart
+from grpo.utils.torch_utils import ComputeThread, run_in_temp_thread
 from grpo.weights.adapters import Merge
 from grpo.weights.payload import StagedWeights, Weights, check_intact
 
@@ -94,7 +94,7 @@ class TorchEngine:
         async with self._checking:  # one after another, so they come into use in the order of the calls
             await asyncio.to_thread(check_intact, weights)  # generation goes on meanwhile
             if self._merge is not None:
-                weights = await run_apart(self._threads, self._merge, weights)
+                weights = await run_in_temp_thread(self._threads, self._merge, weights)
             staged = await asyncio.to_thread(StagedWeights, self._batch.model, weights, part=self._merge is not None)
         loaded = asyncio.get_running_loop().create_future()
         self._updates.append((weights.version, staged, loaded))
@@ -123,7 +123,7 @@ class TorchEngine:
                 finished, tokens = await self._thread.run(self._batch.step, self._admit())
                 while self._waiting and not self._waiting[0].to_join:
                     self._waiting.popleft()
-                measure("generator/rows", self._batch.running)
+                measure("generator/batch_size", self._batch.running)
                 self._tokens += tokens
                 for request in finished:
                     if request in self._futures and not self._futures[request].done():

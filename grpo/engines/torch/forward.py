@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from grpo.engines.torch.kv_cache import KVGrid, cache_argument, read_prefixes
-from grpo.models.probing import why_not_full_attention, why_other_logits
+from grpo.engines.torch.kv_cache import KVGrid, cache_argument, prefill
+from grpo.models.probing import full_attention_blocker, logits_mismatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,7 +52,7 @@ def decoding_for(model: PreTrainedModel, kv: KVGrid, *, cuda_graphs: bool) -> De
     """CUDA graphs on a GPU, where they are wanted and come out the same. May change the model's attention function."""
     if model.device.type != "cuda" or not cuda_graphs:
         return PlainDecoding(model, kv)
-    if reason := why_not_full_attention(model) or _graphs_differ(model):
+    if reason := full_attention_blocker(model) or _graphs_differ(model):
         log.warning("%s is decoded without CUDA graphs: %s", type(model).__name__, reason)
         return PlainDecoding(model, kv)
     return _graphed(model, kv)
@@ -67,11 +67,11 @@ def _graphed(model: PreTrainedModel, kv: KVGrid) -> Decoding:
 @torch.inference_mode()
 def _graphs_differ(model: PreTrainedModel) -> str | None:
     """Whether two rows of different lengths get other logits from a graph. It leaves the model as it was if they do."""
-    words, usual = model.config.get_text_config().vocab_size, model.config._attn_implementation
+    vocab, usual = model.config.get_text_config().vocab_size, model.config._attn_implementation
     kv = KVGrid(max_rows=2, max_columns=8)
-    tokens = [torch.arange(length, device=model.device) % words for length in (5, 3)]
+    tokens = [torch.arange(length, device=model.device) % vocab for length in (5, 3)]
     kv.rows, kv.first, kv.end = 2, 0, 5
-    for row, prefix in enumerate(read_prefixes(model, tokens, version=0)):
+    for row, prefix in enumerate(prefill(model, tokens, version=0)):
         kv.store(prefix, slice(row, row + 1))
     newest_B1, start_B = (torch.tensor(values, device=model.device) for values in ([[1], [2]], [0, 2]))
     plain_BV = PlainDecoding(model, kv)(newest_B1, start_B)
@@ -80,7 +80,7 @@ def _graphs_differ(model: PreTrainedModel) -> str | None:
     except Exception as error:  # whatever a kernel's compiler may raise; plain decoding goes on without it
         model.set_attn_implementation(usual)
         return f"recording one fails: {type(error).__name__}: {error}".partition("\n")[0]
-    if reason := why_other_logits(graphed_BV, plain_BV):
+    if reason := logits_mismatch(graphed_BV, plain_BV):
         model.set_attn_implementation(usual)
         return f"logits are {reason}"
     return None

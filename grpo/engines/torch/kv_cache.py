@@ -45,7 +45,7 @@ class Prefix:
     version: int
 
 
-def read_prefixes(model: PreTrainedModel, sequences: Sequence[Tensor], version: int) -> Iterator[Prefix]:
+def prefill(model: PreTrainedModel, sequences: Sequence[Tensor], version: int) -> Iterator[Prefix]:
     """A prefix for each sequence of token ids, in order; some at a time, so take what you need of each at once."""
     chunk = max(1, _PREFILL_TOKENS // max(map(len, sequences), default=1))
     for i in range(0, len(sequences), chunk):

@@ -27,8 +27,8 @@ from grpo.engines.base import Limits, WeightUpdate
 from grpo.engines.vllm.params import as_completion, check_installed, cpu_settings, sampling_params, set_environment
 from grpo.errors import ActorDied, ConfigError
 from grpo.types import Completion, GeneratorStats, Ints, SamplingParams
-from grpo.utils.aio import together
-from grpo.utils.torch_utils import BusyClock, run_apart
+from grpo.utils.aio import gather_or_cancel
+from grpo.utils.torch_utils import BusyClock, run_in_temp_thread
 from grpo.weights.adapters import Merge
 from grpo.weights.payload import Weights, check_fit, check_intact
 
@@ -157,7 +157,7 @@ class VLLMEngine:
         samples = range(1 if greedy else params.n)
         with self._clock.busy():
             completions = await self._unless_ended(
-                together(*(self._completion(prompt_ids, params, sample) for sample in samples))
+                gather_or_cancel(*(self._completion(prompt_ids, params, sample) for sample in samples))
             )
         if greedy:
             completions *= params.n
@@ -221,7 +221,7 @@ class VLLMEngine:
         async with self._updating:  # up to the pause, generation goes on
             await asyncio.to_thread(check_intact, weights)
             if self._merge is not None:
-                weights = await run_apart(self._threads, self._merge, weights)
+                weights = await run_in_temp_thread(self._threads, self._merge, weights)
             memory = await self._shared_memory(weights.buffer.nbytes)
             await asyncio.to_thread(memory.write, weights.buffer)
             layout = [(s.name, list(s.shape), str(s.dtype).removeprefix("torch."), s.offset) for s in weights.specs]

@@ -24,15 +24,15 @@ from grpo.utils.imports import check_arguments, named_function
 log = logging.getLogger(__name__)
 _ERRORS_IN_A_ROW = 3
 _ROOM = 256  # calls that wait for a sink
-Tell = Callable[[str], None]
+Warn = Callable[[str], None]
 _Call = tuple[str, tuple[Any, ...]]  # method and arguments
 
 
 class _Worker:
     """One sink, the queue in front of it and the thread that serves both. The sink is made in the thread, too."""
 
-    def __init__(self, name: str, make: Callable[[], Sink], tell: Tell, room: int) -> None:
-        self._name, self._make, self._tell = name, make, tell
+    def __init__(self, name: str, make: Callable[[], Sink], warn: Warn, room: int) -> None:
+        self._name, self._make, self._warn = name, make, warn
         self._calls: deque[_Call] = deque()
         self._room = room
         self._changed = threading.Condition()  # guards the calls and the two below
@@ -55,7 +55,7 @@ class _Worker:
         if full:
             self.left_out += 1
             if self.left_out == 1:
-                self._tell(f"sink {self._name} is too slow: what finds no room in its queue is left out")
+                self._warn(f"sink {self._name} is too slow: what finds no room in its queue is left out")
 
     def end(self) -> None:
         """Have it close its sink after what is queued."""
@@ -68,7 +68,7 @@ class _Worker:
         self._thread.join(seconds)
         if self._thread.is_alive():
             self._off = True  # should it come back, it only closes
-            self._tell(f"sink {self._name} did not close in time and was left behind")
+            self._warn(f"sink {self._name} did not close in time and was left behind")
 
     def _serve(self) -> None:
         sink = self._guarded(self._make)
@@ -98,7 +98,7 @@ class _Worker:
             log.warning("sink %s: %s: %s", self._name, type(error).__name__, error, exc_info=self.errors == 1)
             if self.errors == 1:
                 said = str(error).partition("\n")[0]
-                self._tell(f"sink {self._name}: {type(error).__name__}: {said}")  # the rest is in the log
+                self._warn(f"sink {self._name}: {type(error).__name__}: {said}")  # the rest is in the log
             return None
         self._in_a_row = 0
         return result
@@ -107,17 +107,17 @@ class _Worker:
         with self._changed:
             self._off = True
             self._calls.clear()
-        self._tell(f"sink {self._name} is switched off: the training goes on without it")
+        self._warn(f"sink {self._name} is switched off: the training goes on without it")
 
 
 class Sinks:
     """All sinks of a run behind the calls of one. No call waits or raises; `close` waits `close_s` at most."""
 
     def __init__(
-        self, sinks: Mapping[str, Callable[[], Sink]], tell: Tell, *, room: int = _ROOM, close_s: float = 10.0
+        self, sinks: Mapping[str, Callable[[], Sink]], warn: Warn, *, room: int = _ROOM, close_s: float = 10.0
     ) -> None:
-        """`tell` gets a line for people when something goes wrong, from any thread."""
-        self._workers = {name: _Worker(name, make, tell, room) for name, make in sinks.items()}
+        """`warn` gets a line for people when something goes wrong, from any thread."""
+        self._workers = {name: _Worker(name, make, warn, room) for name, make in sinks.items()}
         self._close_s = close_s
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -188,11 +188,11 @@ def check_sinks(config_sinks: Mapping[str, Any]) -> dict[str, Callable[..., Sink
 
 
 def make_sinks(
-    config_sinks: Mapping[str, Mapping[str, Any]], folder: Path, config: Mapping[str, Any], tell: Tell
+    config_sinks: Mapping[str, Mapping[str, Any]], folder: Path, config: Mapping[str, Any], warn: Warn
 ) -> Sinks:
     """Start the sinks that are named, for the run in `folder`; raises what `check_sinks` raises.
 
     They open in threads of their own: one that can't be opened is told and does without, the run goes on.
     """
     classes = check_sinks(config_sinks)
-    return Sinks({n: partial(made, folder, config, **config_sinks[n]) for n, made in classes.items()}, tell)
+    return Sinks({n: partial(made, folder, config, **config_sinks[n]) for n, made in classes.items()}, warn)

@@ -20,12 +20,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.segment import ControlType
 from rich.table import Table
 
-from grpo.observe.terminal.job_control import Terminal, attended, terminal_behind
+from grpo.observe.terminal.job_control import Terminal, foreground_terminal, terminal_behind
 from grpo.observe.terminal.view import (
-    Glance,
+    LastWarning,
+    RunStatus,
     Sample,
     View,
-    Warned,
     as_facts,
     held_out,
     sparkline,
@@ -53,7 +53,7 @@ class Display(Protocol):
 
     def warn(self, message: str) -> None: ...
 
-    async def watch(self, look: Callable[[], Glance]) -> None:
+    async def watch(self, look: Callable[[], RunStatus]) -> None:
         """Call `look` for what the run does at the moment, as often as it is shown, until cancelled."""
         ...
 
@@ -81,7 +81,7 @@ class Silent:
 
     def warn(self, message: str) -> None: ...
 
-    async def watch(self, look: Callable[[], Glance]) -> None: ...
+    async def watch(self, look: Callable[[], RunStatus]) -> None: ...
 
 
 class PlainDisplay:
@@ -118,7 +118,7 @@ class PlainDisplay:
     def warn(self, message: str) -> None:
         self._print(f"warning: {message}")
 
-    async def watch(self, look: Callable[[], Glance]) -> None:
+    async def watch(self, look: Callable[[], RunStatus]) -> None:
         """A pipe gets steps only."""
 
     def _print(self, line: str) -> None:
@@ -146,7 +146,9 @@ class LiveDisplay:
 
     def __enter__(self) -> Self:
         self._view.start()
-        self._attention.enter_context(self._shown() if self._terminal is None else attended(self, self._terminal))
+        self._attention.enter_context(
+            self._shown() if self._terminal is None else foreground_terminal(self, self._terminal)
+        )
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -184,10 +186,10 @@ class LiveDisplay:
         self._view.sample = sample
 
     def warn(self, message: str) -> None:
-        self._view.warned = Warned(message, self._step, time.perf_counter())
+        self._view.warned = LastWarning(message, self._step, time.perf_counter())
         self._console.print(f"warning: {message}", markup=False, highlight=False, style="yellow")
 
-    async def watch(self, look: Callable[[], Glance]) -> NoReturn:
+    async def watch(self, look: Callable[[], RunStatus]) -> NoReturn:
         while True:
             self._view.glance = look()
             await asyncio.sleep(_LOOK_EVERY_S)

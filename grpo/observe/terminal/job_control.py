@@ -43,14 +43,14 @@ def terminal_behind(screen: IO[str], keyboard: IO[str] | None) -> Terminal | Non
 
 
 @contextmanager
-def attended(viewer: Viewer, terminal: Terminal) -> Iterator[None]:
+def foreground_terminal(viewer: Viewer, terminal: Terminal) -> Iterator[None]:
     """Show the viewer, and hand it keys, while this process is in front. However it is left, the terminal is as it was.
 
     Needs a running event loop, in the main thread.
     """
     loop = asyncio.get_running_loop()
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTTIN, signal.SIGTTOU)}
-    hold = _Hold(viewer, terminal, loop)
+    hold = _TerminalSession(viewer, terminal, loop)
     loop.add_signal_handler(signal.SIGTSTP, hold.suspend)
     loop.add_signal_handler(signal.SIGCONT, hold.take)
     try:
@@ -65,7 +65,7 @@ def attended(viewer: Viewer, terminal: Terminal) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class _Hold:
+class _TerminalSession:
     def __init__(self, viewer: Viewer, terminal: Terminal, loop: asyncio.AbstractEventLoop) -> None:
         self._viewer, self._loop = viewer, loop
         self._screen, self._keyboard = terminal

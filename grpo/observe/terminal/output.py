@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 
-class Screen(Console):
+class PipeSafeConsole(Console):
     """A console that falls silent when its reader goes away: `| head` must not end a training."""
 
     def on_broken_pipe(self) -> None:
@@ -22,7 +22,7 @@ class Screen(Console):
 
 
 @contextmanager
-def chatter_to(path: Path) -> Iterator[Screen]:
+def redirect_output(path: Path) -> Iterator[PipeSafeConsole]:
     """Send everything written to stdout and stderr into `path`; yields a console on the real stdout.
 
     It is done on file descriptors, because much of the chatter comes from native code and child processes.
@@ -34,7 +34,7 @@ def chatter_to(path: Path) -> Iterator[Screen]:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:
-            yield Screen(file=screen)
+            yield PipeSafeConsole(file=screen)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

@@ -22,7 +22,7 @@ Waiting = Mapping[tuple[str, str], float]  # group of coroutines and what they w
 
 
 @dataclass(frozen=True)
-class Glance:
+class RunStatus:
     """What the run does at this moment: figures of every replica by service, restarts by replica, who waits."""
 
     replicas: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class Sample:
     rewards: Sequence[float]
 
 
-class Warned(NamedTuple):
+class LastWarning(NamedTuple):
     message: str
     step: int
     at_s: float  # of time.perf_counter
@@ -60,8 +60,8 @@ class View:
         self.metrics: Mapping[str, float] = {}
         self.curve = ""  # of the reward
         self.held_out = ""
-        self.glance = Glance()
-        self.warned: Warned | None = None
+        self.glance = RunStatus()
+        self.warned: LastWarning | None = None
         self.sample: Sample | None = None
         self.shows_sample = False
         self.help = False

@@ -21,7 +21,7 @@ function startComparing() {
   const rewards = () => RUNS.flatMap(run => [averaged(run, "reward/mean", escaped(run.name), colourOf(run)),
     {...heldOut(run, "held-out", colourOf(run)), showlegend: false}]).filter(trace => trace?.x);
   const named = [["Loss", "loss"], ["Entropy", "trainer/entropy"], ["Gradient norm", "trainer/grad_norm"], ["Policy age", "policy_age/mean"],
-    ["Mismatch", "mismatch/behavior_abs"], ["Trainer waits, seconds", "time/trainer_wait_s"], ["Seconds per step", "time/step_s"],
+    ["Mismatch", "mismatch/logprob_abs_diff"], ["Trainer waits, seconds", "time/trainer_wait_s"], ["Seconds per step", "time/step_s"],
     ["Tokens per second", "generator/tokens_per_s"], ["Completion length", "generator/completion_tokens_mean"]];
   const cards = named.filter(([, name]) => runs(name).length).map(([title, name]) => Charts.card({title, layout: {showlegend: false}}, many(name, averaged)));
   $("charts").append(h("div", {class: "grid"}, Charts.card(reward, rewards), cards, anyMetric(runs)));

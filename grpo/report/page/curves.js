@@ -124,8 +124,8 @@ const CHARTS = [
   ]],
   ["Off-policy", [
     plain("Trainer against sampler", "nats per token", [
-      ["mismatch/behavior_abs", "mean |log ratio|"], ["mismatch/same_version_abs", "same weights"],
-      ["mismatch/behavior_k1", "k1"], ["mismatch/behavior_k3", "k3"]]),
+      ["mismatch/logprob_abs_diff", "mean |log ratio|"], ["mismatch/logprob_abs_diff_same_version", "same weights"],
+      ["mismatch/kl_k1", "k1"], ["mismatch/kl_k3", "k3"]]),
     {title: "Probability ratio", about: "median; 1st to 99th percentile", shown: has("mismatch/ratio_p50"), traces: ratioBand},
     plain("Effective sample size", "share of the tokens", [["mismatch/ess", "ESS"]]),
     plain("Policy age", "versions between sampling and training", [["policy_age/mean", "mean"], ["policy_age/max", "max"]], {yaxis: {rangemode: "tozero"}}),
@@ -140,9 +140,9 @@ const CHARTS = [
     {title: "What the rollouts wait for", about: "coroutines, mean over a step", wide: true, traces: whoWaits, layout: {legend: {traceorder: "normal"}, yaxis: {rangemode: "tozero"}},
      shown: run => Object.keys(run.columns).some(name => name.startsWith(WAITING))},
     plain("Lag of the event loop", "milliseconds", [["driver/loop_lag_p99_ms", "p99"], ["driver/loop_lag_p50_ms", "median"], ["driver/loop_lag_max_ms", "max"]], {yaxis: {rangemode: "tozero"}}),
-    plain("Groups", "", [["rollout/outstanding", "begun, not yet trained"], ["buffer/groups_waiting", "in the buffer"]], {yaxis: {rangemode: "tozero"}}),
-    {...plain("Lost and begun again", "", [["recovery/restarts", "restarts"], ["recovery/groups_begun_again", "groups begun again"]], {yaxis: {rangemode: "tozero"}}),
-     shown: run => ["recovery/restarts", "recovery/groups_begun_again"].some(name => column(run, name)?.some(Boolean)), marks: true},
+    plain("Groups", "", [["rollout/tickets_in_use", "begun, not yet trained"], ["buffer/groups_waiting", "in the buffer"]], {yaxis: {rangemode: "tozero"}}),
+    {...plain("Lost and begun again", "", [["recovery/restarts", "restarts"], ["recovery/groups_requeued", "groups begun again"]], {yaxis: {rangemode: "tozero"}}),
+     shown: run => ["recovery/restarts", "recovery/groups_requeued"].some(name => column(run, name)?.some(Boolean)), marks: true},
   ]],
   ["Generation", [
     withAverage("Tokens per second", "generator/tokens_per_s", "all generators", 0),

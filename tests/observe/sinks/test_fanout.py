@@ -40,8 +40,8 @@ class Remembers:
         self.calls.append(("close",))
 
 
-def opened(tell=print, **sinks):
-    return partial(Sinks, {name: lambda sink=sink: sink for name, sink in sinks.items()}, tell)
+def opened(warn=print, **sinks):
+    return partial(Sinks, {name: lambda sink=sink: sink for name, sink in sinks.items()}, warn)
 
 
 def wait_for(condition):

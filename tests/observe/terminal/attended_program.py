@@ -4,7 +4,7 @@ import asyncio
 import os
 import sys
 
-from grpo.observe.terminal.job_control import attended, terminal_behind
+from grpo.observe.terminal.job_control import foreground_terminal, terminal_behind
 
 
 class Viewer:
@@ -25,7 +25,7 @@ class Viewer:
 
 async def main():
     viewer = Viewer()
-    with attended(viewer, terminal_behind(sys.stdout, sys.stdin)):
+    with foreground_terminal(viewer, terminal_behind(sys.stdout, sys.stdin)):
         await viewer.ended.wait()
 
 

@@ -5,7 +5,7 @@ import math
 from rich.console import Console
 
 from grpo.observe.terminal.display import LiveDisplay, PlainDisplay, make_display
-from grpo.observe.terminal.view import Glance, Sample
+from grpo.observe.terminal.view import RunStatus, Sample
 from grpo.types import EvaluationReport
 
 
@@ -133,7 +133,7 @@ async def test_the_live_view_looks_at_the_services_and_a_pipe_does_not():
 
     def look():
         looks.append(1)
-        return Glance()
+        return RunStatus()
 
     await PlainDisplay(console(), 10, 1).watch(look)
     assert not looks

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo.observe.terminal.job_control import Terminal, attended, terminal_behind
+from grpo.observe.terminal.job_control import Terminal, foreground_terminal, terminal_behind
 from grpo.utils.aio import Signal
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +59,7 @@ def waits_for_lines(descriptor):
 async def test_keys_arrive_without_enter_and_unseen_and_the_terminal_is_as_before(pseudo):
     ours, theirs = pseudo
     before, viewer = termios.tcgetattr(theirs), Viewer()
-    with attended(viewer, Terminal(theirs, theirs)):
+    with foreground_terminal(viewer, Terminal(theirs, theirs)):
         os.write(ours, b"s")
         await viewer.until_told("show", "s")
         assert termios.tcgetattr(theirs)[3] & termios.ISIG  # Ctrl-C still interrupts
@@ -72,7 +72,7 @@ async def test_an_error_leaves_the_terminal_and_the_signals_as_before_too(pseudo
     _, theirs = pseudo
     numbers = (signal.SIGTTIN, signal.SIGTTOU, signal.SIGTSTP, signal.SIGCONT)
     mode, handlers, viewer = termios.tcgetattr(theirs), list(map(signal.getsignal, numbers)), Viewer()
-    with suppress(ValueError), attended(viewer, Terminal(theirs, theirs)):
+    with suppress(ValueError), foreground_terminal(viewer, Terminal(theirs, theirs)):
         assert not waits_for_lines(theirs)
         raise ValueError("broken")
     assert viewer.told == ["show", "hide"]
@@ -83,7 +83,7 @@ async def test_an_error_leaves_the_terminal_and_the_signals_as_before_too(pseudo
 async def test_a_screen_without_a_keyboard_is_drawn_on_and_left_in_its_mode(pseudo):
     _, theirs = pseudo
     viewer = Viewer()
-    with attended(viewer, Terminal(theirs, None)):
+    with foreground_terminal(viewer, Terminal(theirs, None)):
         assert waits_for_lines(theirs)
     assert viewer.told == ["show", "hide"]
 
@@ -91,7 +91,7 @@ async def test_a_screen_without_a_keyboard_is_drawn_on_and_left_in_its_mode(pseu
 async def test_a_terminal_that_is_gone_is_read_once(pseudo, monkeypatch):
     ours, theirs = pseudo
     reads, read, viewer = [], os.read, Viewer()
-    with attended(viewer, Terminal(theirs, theirs)):
+    with foreground_terminal(viewer, Terminal(theirs, theirs)):
         monkeypatch.setattr(
             "grpo.observe.terminal.job_control.os.read", lambda *args: reads.append(args) or read(*args)
         )
@@ -107,7 +107,7 @@ async def test_in_the_background_the_terminal_is_left_alone_until_the_process_is
     group = os.getpgrp() + 1
     monkeypatch.setattr("grpo.observe.terminal.job_control.os.tcgetpgrp", lambda _: group)
     viewer = Viewer()
-    with attended(viewer, Terminal(theirs, theirs)):
+    with foreground_terminal(viewer, Terminal(theirs, theirs)):
         assert viewer.told == []
         assert waits_for_lines(theirs)
         group = os.getpgrp()

@@ -7,8 +7,8 @@ from pathlib import Path
 SCRIPT = """
 import os, subprocess, sys
 from pathlib import Path
-from grpo.observe.terminal.output import chatter_to
-with chatter_to(Path(sys.argv[1])) as console:
+from grpo.observe.terminal.output import redirect_output
+with redirect_output(Path(sys.argv[1])) as console:
     print("chatter of python")
     os.write(2, b"chatter of native code\\n")
     subprocess.run(["echo", "chatter of a child"])
@@ -30,8 +30,8 @@ def test_only_the_console_reaches_the_terminal(tmp_path: Path):
 BROKEN = """
 import sys, time
 from pathlib import Path
-from grpo.observe.terminal.output import chatter_to
-with chatter_to(Path(sys.argv[1])) as console:
+from grpo.observe.terminal.output import redirect_output
+with redirect_output(Path(sys.argv[1])) as console:
     for i in range(3000):
         console.print("progress in one line", highlight=False)
     print("the work went on")
@@ -54,9 +54,9 @@ import asyncio
 import sys
 from pathlib import Path
 from grpo.observe.terminal.display import make_display
-from grpo.observe.terminal.output import chatter_to
+from grpo.observe.terminal.output import redirect_output
 async def main():
-    with chatter_to(Path(sys.argv[1])) as console, make_display(console, 10, 1) as display:
+    with redirect_output(Path(sys.argv[1])) as console, make_display(console, 10, 1) as display:
         print("chatter to stdout")
         print("chatter to stderr", file=sys.stderr)
         display.warn("look here")

@@ -5,7 +5,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from grpo.observe.terminal.view import Glance, Sample, View, Warned, sparkline, visible, who_waits_in_short
+from grpo.observe.terminal.view import LastWarning, RunStatus, Sample, View, sparkline, visible, who_waits_in_short
 
 METRICS = {
     "step": 60,
@@ -33,7 +33,7 @@ def glance(**others):
         "generator-1": figures("starting", 0, latency_s=None),
         "generator-2": figures("stopped"),
     }
-    return Glance(
+    return RunStatus(
         {"generator": generators, **{name: {name: figures()} for name in alone}},
         {"generator-0": 1, "generator-1": 1},
         {
@@ -52,7 +52,7 @@ def view():
     view.trained(METRICS, sparkline([i / 60 for i in range(60)]))
     view.held_out = "0.500 ± 0.020  after step 50"
     view.glance = glance()
-    view.warned = Warned("no checkpoint of step 50: the disk is full, " + "so " * 40, 50, time.perf_counter() - 12)
+    view.warned = LastWarning("no checkpoint of step 50: the disk is full, " + "so " * 40, 50, time.perf_counter() - 12)
     view.sample = Sample(58, "which?\n" * 30, ("right " * 90, "\x1b[2Jwrong", "漢字" * 200), (1.0, 0.25, 0.0))
     view.help = True
     return view
