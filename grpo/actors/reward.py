@@ -11,7 +11,7 @@ from grpo.actors.marks import batched
 from grpo.config.schema import RunConfig
 from grpo.models.tokenizer import load_tokenizer, tokens_as_json
 from grpo.rewards.process_pool import ProcessPool
-from grpo.rewards.scoring import Parts, Scorer
+from grpo.tasks.scoring import Parts, Scorer
 from grpo.telemetry.recording import measure
 from grpo.types import Completion, Detail, Prompt, Scores
 

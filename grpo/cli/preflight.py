@@ -25,8 +25,8 @@ from grpo.models.lora import ADAPTER_CONFIG, adapted_base, check_peft, check_tar
 from grpo.models.tokenizer import load_tokenizer
 from grpo.observe.run_dir import RunDirectory
 from grpo.observe.sinks.fanout import check_sinks
-from grpo.rewards.scoring import reward_function
 from grpo.tasks.base import PromptEncoder, Task, make_task
+from grpo.tasks.scoring import reward_function
 from grpo.utils.imports import check_arguments, import_target
 from grpo.utils.torch_utils import gpus_here
 

@@ -7,7 +7,7 @@ import pytest
 
 from grpo.errors import ConfigError, RewardTimeout
 from grpo.rewards.process_pool import ProcessPool
-from grpo.rewards.scoring import reward_function
+from grpo.tasks.scoring import reward_function
 from grpo.types import Problem
 
 
