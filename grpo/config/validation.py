@@ -87,6 +87,7 @@ def _unknown(cls: Any, names: Sequence[str]) -> str:
     known = [field.name for field in dataclasses.fields(owner)]
     alike = difflib.get_close_matches(names[-1], known, n=1)
     prefix = "".join(f"{name}." for name in names[:-1])
-    return "no such key; " + (
+    fix = f"did you mean {prefix}{alike[0]}?" if alike else f"it takes {', '.join(known) or 'none'}"
+    return f"no such key; {fix}"
         f"did you mean {prefix}{alike[0]}?" if alike else f"it takes {', '.join(known) or 'none'}"
     )
