@@ -89,5 +89,3 @@ def _unknown(cls: Any, names: Sequence[str]) -> str:
     prefix = "".join(f"{name}." for name in names[:-1])
     fix = f"did you mean {prefix}{alike[0]}?" if alike else f"it takes {', '.join(known) or 'none'}"
     return f"no such key; {fix}"
-        f"did you mean {prefix}{alike[0]}?" if alike else f"it takes {', '.join(known) or 'none'}"
-    )
