@@ -9,8 +9,7 @@ from pathlib import Path
 
 from grpo.actors.specs import evaluation_specs
 from grpo.cli import preflight
-from grpo.cli.lifecycle import drive
-from grpo.cli.train import plan_table
+from grpo.cli.lifecycle import Interrupts, outcome_of_run, ray_beside
 from grpo.cluster.launch import launch_actors
 from grpo.config.schema import RunConfig
 from grpo.driver.evaluation import evaluate, held_out_prompts
@@ -36,11 +35,11 @@ def evaluate_model(config: RunConfig, folder: Path) -> int:
     Raises GRPOError for what is wrong before the cluster is started.
     """
     if config.eval.prompts == 0:
-        raise ConfigError("is 0, there is nothing to evaluate: say how many held-out prompts", key="eval.prompts")
+        raise ConfigError("must be > 0 (number of held-out prompts)", key="eval.prompts")
     console = PipeSafeConsole(soft_wrap=True, highlight=False)
     task = preflight.check(config, evaluation_specs(config), partial(console.print, markup=False))
     if config.dry_run:
-        PipeSafeConsole().print(plan_table(evaluation_specs(config)))
+        PipeSafeConsole().print(preflight.plan_table(evaluation_specs(config)))
         return EXIT_CODES["completed"]
     config, run_dir = preflight.open_run(config, task, folder)
     try:
@@ -52,22 +51,26 @@ def evaluate_model(config: RunConfig, folder: Path) -> int:
 def _evaluate_model(config: RunConfig, run_dir: RunDirectory) -> int:
     with redirect_output(run_dir.path / "run.log") as console:
         console.print("starting Ray and the actors ...", style="dim")
-        status, error = drive(
-            config.cluster,
-            partial(preflight.check_runnable, config),
-            lambda shutdown: _run(config, run_dir, console, shutdown),
-            lambda: console.print("stopping; press Ctrl-C again to stop at once", style="yellow"),
-            partial(console.print, markup=False, highlight=False, soft_wrap=True),
-        )
-    if error is not None:
-        message = f"error: {type(error).__name__}: {error}"
+        say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+        check = partial(preflight.check_runnable, config)
+        with outcome_of_run() as outcome, ray_beside(check, config.cluster, say):
+            asyncio.run(_run(config, run_dir, console))
+    if outcome.error is not None:
+        message = f"error: {type(outcome.error).__name__}: {outcome.error}"
         PipeSafeConsole(stderr=True, soft_wrap=True, highlight=False).print(message, markup=False)
-    PipeSafeConsole(soft_wrap=True, highlight=False).print(f"{status}; run folder: {run_dir.path}", markup=False)
-    return EXIT_CODES[status]
+    console = PipeSafeConsole(soft_wrap=True, highlight=False)
+    console.print(f"{outcome.status}; run folder: {run_dir.path}", markup=False)
+    return EXIT_CODES[outcome.status]
 
 
-async def _run(config: RunConfig, run_dir: RunDirectory, console: PipeSafeConsole, shutdown: asyncio.Event) -> None:
+async def _run(config: RunConfig, run_dir: RunDirectory, console: PipeSafeConsole) -> None:
+    """Start the actors, answer the prompts, and take the actors down again."""
     async with AsyncExitStack() as stack:
+        shutdown = stack.enter_context(
+            Interrupts().listening(
+                lambda: console.print("stopping; press Ctrl-C again to stop at once", style="yellow")
+            )
+        )
         failures = Failures(config.recovery)
         launched = launch_actors(evaluation_specs(config), config, failures)
         services = EvaluationServices(**await run_until_set(shutdown, stack.enter_async_context(launched)))

@@ -8,7 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from grpo.actors.specs import ActorSpec
+from rich.console import Console
+from rich.table import Table
+
+from grpo.actors.specs import ActorSpec, actor_specs
 from grpo.checkpoint.resume import ResumePoint, archive_newer_checkpoints, check_compatible, is_completed
 from grpo.checkpoint.store import checkpoints
 from grpo.cluster.connect import check_dashboard, wait_for_room
@@ -210,3 +213,32 @@ def _found(load: Callable[[ModelConfig], T], config: ModelConfig) -> T:
             f"can't load {path!r} from the hub or this machine ({first_line}); name a folder or a reachable model",
             key="model.path",
         ) from error
+
+
+def print_plan(config: RunConfig, console: Console) -> None:
+    """Print the actors that the run would start, and how far its rollouts may run ahead of the trainer."""
+    console.print(plan_table(actor_specs(config)))
+    running = min(config.most_rollouts, config.ticket_capacity)
+    batch = config.trainer.groups_per_step
+    console.print(
+        f"rollouts        {config.rollout.concurrency} coroutines, {running} of them can run at once\n"
+        f"tickets         {config.ticket_capacity} = (max_policy_age {config.buffer.max_policy_age} + 1) x "
+        f"{batch} groups per step\n"
+        f"staleness       at most {config.age_bound} versions\n"
+        f"train step      {batch} groups x {config.rollout.group_size} completions"
+        f"{f', shared by {config.trainer.ranks} ranks' if config.trainer.ranks > 1 else ''}\n"
+        f"steps           {config.trainer.max_steps}",
+        highlight=False,
+    )
+    if config.uses_adapters:
+        console.print(f"trained         adapters of rank {config.lora.rank}; the base is frozen", highlight=False)
+    if config.uses_adapters and config.loss.beta > 0:
+        console.print("reference       the trainer's model with its adapters off", highlight=False)
+
+
+def plan_table(specs: Sequence[ActorSpec]) -> Table:
+    """Return a table with one row per actor: its processes and what each of them reserves."""
+    table = Table("actor", "processes", "CPUs each", "GPUs each", title="plan", title_justify="left")
+    for spec in specs:
+        table.add_row(spec.name, str(spec.processes), f"{spec.num_cpus:g}", f"{spec.num_gpus:g}")
+    return table

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from grpo.cli import hydra_jobs as command_line
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -58,7 +56,6 @@ def type_in(tmp_path, tiny_model_path, monkeypatch, capsys):
     def type_in(script, *words, model=None):
         args = ["model=hf", f"model.path={tiny_model_path}"] if model is None else model
         monkeypatch.setattr(sys, "argv", [str(ROOT / "scripts" / script), *words, *args])
-        monkeypatch.setattr(command_line, "_jobs", [])
         monkeypatch.setenv("HYDRA_FULL_ERROR", "")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         monkeypatch.chdir(tmp_path)

@@ -118,7 +118,7 @@ def test_what_can_not_be_written_leaves_nothing(run, tmp_path, monkeypatch):
         folder.mkdir()
         raise ValueError("two\nlines")
 
-    monkeypatch.setattr("grpo.cli.export.export_model", failing)
+    monkeypatch.setattr("grpo.models.export.export_model", failing)
     with pytest.raises(CheckpointError, match="exported can't be written: two lines"):
         export(run, tmp_path / "exported", torch.bfloat16)
     assert not (tmp_path / "exported").exists()
