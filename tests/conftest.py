@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from grpo.observe.terminal.display import PlainDisplay
 from grpo.services.failures import Failures
 from tests.ray_nodes import RayNodes
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job, or some CI: the tests' children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # there is another worker for the other core
 
