@@ -14,7 +14,8 @@ from grpo.driver.pacing import Pacer
 from grpo.errors import RewardError, ZeroVarianceGroup
 from grpo.observe.loop_lag import LoopLag
 from grpo.observe.metrics import FinishedGroups, GeneratorRates, History, Startup, Stopwatch, recovery_of
-from grpo.observe.run_dir import Events, RunDirectory, as_record, as_rows
+from grpo.observe.renamed_metrics import RENAMED_NOTICE, with_old_names
+from grpo.observe.run_dir import Events, RunDirectory, rollout_record, rollout_rows
 from grpo.observe.sinks.fanout import Sinks
 from grpo.observe.terminal.display import Display
 from grpo.observe.terminal.view import RunStatus, Sample
@@ -93,6 +94,7 @@ class Recorder:
     def training_begins(self, generators: Sequence[GeneratorStats]) -> None:
         """Rates count from here; `wall_s` counts from the construction, the launch included."""
         self.startup.ended("weights")
+        log.info("%s", RENAMED_NOTICE)
         self._step_began = time.perf_counter()
         self._generators = GeneratorRates(generators, self._step_began)
         self._waiting.take(self._step_began)
@@ -102,11 +104,11 @@ class Recorder:
         self._finished.add(rollout, filtered=dropped is not None)
         scores = rollout.scores
         if scores.texts:
-            self.sinks.text(self.step, "rollouts", as_rows(rollout))
+            self.sinks.text(self.step, "rollouts", rollout_rows(rollout))
             question = rollout.group.prompt.problem.question
             self._display.sampled(Sample(self.step, question, scores.texts, scores.rewards))
             tokens = {"tokens": scores.tokens} if scores.tokens else {}
-            self.run_dir.append("rollouts.jsonl", as_record(self.step, rollout, dropped), **tokens)
+            self.run_dir.append("rollouts.jsonl", rollout_record(self.step, rollout, dropped), **tokens)
 
     def group_dropped(self, ticket: Ticket, error: RewardError | ZeroVarianceGroup) -> None:
         """Called while its ticket is still out."""
@@ -191,14 +193,14 @@ class Recorder:
             **trained.metrics,
             **trained.times.seconds,
             "time/step_s": step_s,
-            **self._generators.take(generators, now),
-            **self._finished.take(),
+            **self._generators.update(generators, now),
+            **self._finished.drain(),
             "recovery/restarts": len(self.failures.deaths),
             "recovery/groups_requeued": self.pacer.requeued.total(),
             "buffer/groups_waiting": batch.groups_waiting,
             "rollout/tickets_in_use": self.pacer.outstanding,
             "rollout/concurrency": self.pacer.concurrency.limit,
-            **self.loop_lag.take(),
+            **self.loop_lag.drain(),
             **{f"driver/waiting/{group}/{what}": n for (group, what), n in self._waiting.take(now).items()},
         }
         self.step = step
@@ -207,7 +209,7 @@ class Recorder:
         try:
             yield
         finally:
-            metrics |= self._for_next_line | self.measured.take()
+            metrics = with_old_names(metrics | self._for_next_line | self.measured.take())
             self._for_next_line = {}
             self.run_dir.append("metrics.jsonl", metrics)
             self._display.step(metrics)
@@ -236,6 +238,7 @@ class Recorder:
             "sinks": self.sinks.counts(),
             "error": None if error is None else f"{type(error).__name__}: {error}",
         }
+        summary = with_old_names(summary)
         self.run_dir.write_json("summary.json", summary)
         self.sinks.summary({name: value for name, value in summary.items() if isinstance(value, (str, int, float))})
         return summary

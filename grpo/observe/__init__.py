@@ -1,1 +1,1 @@
-"""What a run shows and leaves behind."""
+"""Observation of a run: metrics, the run's folder, the timeline, sinks and the terminal."""

@@ -1,4 +1,4 @@
-"""Brings together what the actors and the driver have recorded: spans into the timeline, metrics into the next line."""
+"""Collect what the actors and the driver recorded: spans go into the timeline, metrics into the next line."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from grpo.telemetry.recording import Recording, TelemetryBatch, record_in
 from grpo.utils.aio import Signal, cancel_and_wait, gather_or_cancel
 
 log = logging.getLogger(__name__)
-_AT_MOST_EVERY_S = 2.0
-_LAST_S = 5.0  # how long the last answers are waited for
+_MIN_INTERVAL_S = 2.0
+_LAST_TIMEOUT_S = 5.0  # for the last batches, when the run ends
 
 
 class Source(Protocol):
@@ -30,7 +30,7 @@ class Source(Protocol):
 
 class Sources(Protocol):
     def processes(self) -> Iterable[Source]:
-        """Those that answer at the moment."""
+        """Return the processes that answer at the moment."""
         ...
 
 
@@ -38,10 +38,9 @@ class Sources(Protocol):
 async def collecting(
     services: Sources, step_trained: Signal, metrics: MetricSet, timeline: Timeline | None
 ) -> AsyncIterator[None]:
-    """Record the block and all actors; their metrics are merged into `metrics`, spans go into the timeline if there is.
+    """Record the block and all actors; metrics are merged into `metrics`, spans written to the timeline, if any.
 
-    One call per process and step at most, and not more often than every 2 s. A process that dies takes with it what it
-    had not delivered.
+    A process is asked at most once per step and every 2 s. What a process recorded since then is lost when it dies.
     """
     collector = _Collector(services, metrics, timeline)
     await collector.collect()
@@ -51,10 +50,10 @@ async def collecting(
     finally:
         await cancel_and_wait([task])
         try:
-            async with asyncio.timeout(_LAST_S):
+            async with asyncio.timeout(_LAST_TIMEOUT_S):
                 await collector.collect(last=True)
         except TimeoutError:
-            log.warning("the end of the timeline is missing: an actor did not deliver it within %g s", _LAST_S)
+            log.warning("the end of the timeline is missing: an actor sent nothing within %g s", _LAST_TIMEOUT_S)
         if timeline is not None:
             timeline.close()
 
@@ -66,8 +65,15 @@ class _Collector:
         record_in(self._driver)
 
     async def run(self, step_trained: Signal) -> NoReturn:
+        """Collect after each step.
+
+        Consumes: the telemetry of the driver and of every process that answers.
+        Waits for: 2 s, then the next trained step.
+        Unblocked by: `step_trained`.
+        Ends when: cancelled at the end of the run.
+        """
         while True:
-            await asyncio.sleep(_AT_MOST_EVERY_S)
+            await asyncio.sleep(_MIN_INTERVAL_S)
             await step_trained.wait()
             await self.collect()
 
@@ -76,20 +82,20 @@ class _Collector:
         await gather_or_cancel(
             *(self._collect_from(source, keep_recording=keep_recording) for source in self._services.processes())
         )
-        self._take("driver", self._driver.drain(keep_recording=keep_recording))
+        self._store("driver", self._driver.drain(keep_recording=keep_recording))
 
     async def _collect_from(self, source: Source, *, keep_recording: bool) -> None:
         asked_s = time.perf_counter()
         try:
-            drain = await source.drain(keep_recording=keep_recording)
-        except InfrastructureError as error:  # its service sees to that
-            log.info("nothing recorded comes from %s: %s", source.name, error)
+            batch = await source.drain(keep_recording=keep_recording)
+        except InfrastructureError as error:  # its service replaces it
+            log.info("no telemetry from %s: %s", source.name, error)
             return
         if self._timeline is not None:
-            self._timeline.clocks.answered(source.name, asked_s, drain.clock_s, time.perf_counter())
-        self._take(source.name, drain)
+            self._timeline.clocks.answered(source.name, asked_s, batch.clock_s, time.perf_counter())
+        self._store(source.name, batch)
 
-    def _take(self, process: str, drain: TelemetryBatch) -> None:
-        self._metrics.merge(drain.metrics)
+    def _store(self, process: str, batch: TelemetryBatch) -> None:
+        self._metrics.merge(batch.metrics)
         if self._timeline is not None:
-            self._timeline.add(process, drain)
+            self._timeline.add(process, batch)

@@ -1,4 +1,4 @@
-"""How late the event loop is, the driver's own pulse, and what held it up."""
+"""Lag of the driver's event loop, and the code that blocks it."""
 
 from __future__ import annotations
 
@@ -22,23 +22,29 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 class LoopLag:
-    """Sleeps and measures by how much each sleep overran: that long no other coroutine could run either."""
+    """Measure by how much short sleeps overrun: for that long no other coroutine could run either."""
 
     def __init__(self) -> None:
         self._lags_s: list[float] = []
         self._blocked = 0
 
     async def watch(self, slow_callback_ms: float, warn: Callable[[str], None]) -> NoReturn:
-        """Measure until cancelled. `warn` hears of every place that blocked the loop for longer than that, once."""
+        """Measure, and call `warn` once for every place that blocks the loop for longer than `slow_callback_ms`.
+
+        Consumes: nothing.
+        Waits for: a sleep of 20 ms, over and over.
+        Unblocked by: the clock.
+        Ends when: cancelled.
+        """
         loop = asyncio.get_running_loop()
+        warned: set[str] = set()
 
         def blocked(message: str) -> None:
             self._blocked += 1
-            if message not in told:
-                told.add(message)
+            if message not in warned:
+                warned.add(message)
                 warn(message)
 
-        told: set[str] = set()
         watcher = SlowCallbacks(slow_callback_ms, lambda message: loop.call_soon_threadsafe(blocked, message))
         try:
             while True:
@@ -49,24 +55,24 @@ class LoopLag:
         finally:
             watcher.close()
 
-    def take(self) -> dict[str, float]:
-        """Lag in milliseconds, and how often a callback was too slow, since the last call."""
+    def drain(self) -> dict[str, float]:
+        """Return the lag in milliseconds and the number of slow callbacks since the last call."""
         lags_s, self._lags_s = self._lags_s or [0.0], []
         blocked, self._blocked = self._blocked, 0
-        p50, p99, most = (float(value) * 1000 for value in np.percentile(lags_s, (50, 99, 100)))
+        p50, p99, largest = (float(value) * 1000 for value in np.percentile(lags_s, (50, 99, 100)))
         return {
             "driver/loop_lag_p50_ms": p50,
             "driver/loop_lag_p99_ms": p99,
-            "driver/loop_lag_max_ms": most,
+            "driver/loop_lag_max_ms": largest,
             "driver/slow_callbacks": blocked,
         }
 
 
 class SlowCallbacks:
-    """A thread that looks at what the thread at hand does while its next beat is late."""
+    """A thread that samples the stack of the constructing thread whenever its next heartbeat is late."""
 
     def __init__(self, slow_ms: float, blocked: Callable[[str], object]) -> None:
-        """`blocked` is called in the other thread, once for each time that the beat is late by `slow_ms`."""
+        """`blocked` is called in the other thread, once for each heartbeat that is late by `slow_ms`."""
         self._slow_ms, self._blocked = slow_ms, blocked
         self._watched = threading.get_ident()
         self._due_s = float("inf")
@@ -75,7 +81,7 @@ class SlowCallbacks:
         self._thread.start()
 
     def expect_beat(self, seconds: float) -> None:
-        """It is due in so many seconds, and called late from `slow_ms` after that on."""
+        """Note that the next heartbeat is due in `seconds`; it counts as late `slow_ms` after that."""
         self._due_s = time.perf_counter() + seconds
 
     def close(self) -> None:
@@ -83,13 +89,14 @@ class SlowCallbacks:
         self._thread.join()
 
     def _watch(self) -> None:
-        told_of = float("inf")
+        reported = float("inf")  # the heartbeat that was reported last, by its due time
         while not self._closed.wait(self._slow_ms / 4000):
             due_s = self._due_s
-            if due_s != told_of and (time.perf_counter() - due_s) * 1000 > self._slow_ms:
-                told_of = due_s
+            if due_s != reported and (time.perf_counter() - due_s) * 1000 > self._slow_ms:
+                reported = due_s
                 frame = sys._current_frames().get(self._watched)
-                if frame is not None and frame.f_code.co_filename != selectors.__file__:  # else the machine is late
+                # In select() the loop is idle: then the machine is late, not a callback.
+                if frame is not None and frame.f_code.co_filename != selectors.__file__:
                     self._report(frame)
 
     def _report(self, frame: FrameType) -> None:
@@ -99,5 +106,5 @@ class SlowCallbacks:
         log.warning("the event loop is blocked:\n%s", "".join(traceback.format_list(stack)))
         self._blocked(
             f"the event loop was blocked for more than {self._slow_ms:g} ms (driver.slow_callback_ms) in {place.name}, "
-            f"{Path(place.filename).name}:{place.lineno}; the whole stack is in run.log"
+            f"{Path(place.filename).name}:{place.lineno}; the full stack is in run.log"
         )

@@ -1,8 +1,4 @@
-"""How long the stages of a step take."""
-
-# MERGED: What the generators did since the last step, and what the groups were like that they finished.
-# MERGED: Where the time from the command to the first trained step goes.
-# MERGED: What is remembered of a whole run: for its summary, and for the run that goes on with it.
+"""The driver's own numbers: of a step (durations, generator rates, finished groups) and of a whole run (totals)."""
 
 from __future__ import annotations
 
@@ -19,9 +15,22 @@ from grpo.services.failures import Death
 from grpo.telemetry.recording import span
 from grpo.types import EvaluationReport, GenerationReport, GeneratorStats, Rollout, evaluation_report
 
+_IMPORTED_S = time.perf_counter()
+_KEPT_OF_A_STEP = (
+    "reward/mean", "policy_age/max", "time/step_s", "time/trainer_wait_s", "time/weight_sync_s",
+    "generator/busy_fraction",
+)  # fmt: skip
+
 
 class Stopwatch:
-    """Named durations in seconds, spans of the timeline too: `with stopwatch("time/train_step_s"): ...`."""
+    """Measure named durations in seconds; each is a span of the timeline too.
+
+    Example:
+        times = Stopwatch()
+        with times("time/train_step_s", step=3):
+            metrics = await trainer.train_step(batch)
+        times.seconds  # {"time/train_step_s": 0.41}
+    """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.seconds: dict[str, float] = {}
@@ -38,14 +47,14 @@ class Stopwatch:
 
 
 class GeneratorRates:
-    """Made of counters that only grow. Evaluations by these generators are part of it."""
+    """Rates of the generators between two train steps, from counters that only grow. Evaluations count too."""
 
     def __init__(self, generators: Sequence[GeneratorStats], now_s: float) -> None:
         self._before = {stats.process: stats for stats in generators}
         self._before_s = now_s
 
-    def take(self, generators: Sequence[GeneratorStats], now_s: float) -> dict[str, float]:
-        """Since the last call."""
+    def update(self, generators: Sequence[GeneratorStats], now_s: float) -> dict[str, float]:
+        """Return the rates since the last call."""
         elapsed_s, self._before_s = now_s - self._before_s, now_s
         busy_s = tokens = 0.0
         for stats in generators:
@@ -61,19 +70,22 @@ class GeneratorRates:
 
 
 class FinishedGroups:
-    """All that finished, those dropped included; `reward/mean` is of those that were trained on."""
+    """Statistics of all groups that finished since the last step, dropped ones included.
+
+    `reward/mean`, in contrast, covers only the groups trained on.
+    """
 
     def __init__(self) -> None:
-        self._groups: list[_Numbers] = []
+        self._groups: list[_GroupNumbers] = []
         self._filtered = 0
 
     def add(self, rollout: Rollout, *, filtered: bool) -> None:
-        """`filtered`: it is dropped for having nothing to learn from."""
-        self._groups.append(_Numbers(rollout.report, rollout.scores.rewards, rollout.shaped_rewards))
+        """Count a group; a `filtered` one is dropped because its rewards have no variance."""
+        self._groups.append(_GroupNumbers(rollout.report, rollout.scores.rewards, rollout.shaped_rewards))
         self._filtered += filtered
 
-    def take(self) -> dict[str, float]:
-        """Since the last call."""
+    def drain(self) -> dict[str, float]:
+        """Return the metrics since the last call, and start over."""
         groups, self._groups = self._groups, []
         filtered, self._filtered = self._filtered, 0
         metrics: dict[str, float] = {"rollout/zero_variance_dropped": filtered}
@@ -88,26 +100,23 @@ class FinishedGroups:
         return metrics
 
 
-class _Numbers(NamedTuple):
-    """Of a group: its tokens must not be held on to."""
+class _GroupNumbers(NamedTuple):
+    """The numbers of one group, without its tokens: they would stay in memory."""
 
     report: GenerationReport
     rewards: tuple[float, ...]
     shaped_rewards: tuple[float, ...]
 
 
-_IMPORTED_S = time.perf_counter()
-
-
 class Startup:
-    """Stages that end one after another, from the begin of the process on."""
+    """Seconds of each stage between the start of the process and the first trained step."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._before_s = 0.0
 
     def ended(self, stage: str) -> None:
-        """Once for each stage: one that has ended before is passed over."""
+        """Note the end of a stage; a stage that ended before is ignored."""
         if stage not in self.seconds:
             now_s = process_age_s()
             self.seconds[stage] = now_s - self._before_s
@@ -115,23 +124,21 @@ class Startup:
 
 
 def process_age_s() -> float:
-    """Seconds since this process began; on systems without /proc, since this module was imported."""
+    """Return seconds since this process started; on systems without /proc, since this module was imported."""
     try:
         fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        began_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5), counted from the boot
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - began_s
+        started_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5), counted from the boot
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started_s
     except (OSError, AttributeError):
         return time.perf_counter() - _IMPORTED_S
 
 
-_OF_A_STEP = (
-    "reward/mean", "policy_age/max", "time/step_s", "time/trainer_wait_s", "time/weight_sync_s",
-    "generator/busy_fraction",
-)  # fmt: skip
-
-
 class History:
-    """Grows with the run. Of a step it keeps what `totals` needs: a run may have a million, whose lines are on disk."""
+    """Totals of a run, for its summary and its checkpoints.
+
+    It grows with the run. Of a step it keeps only what `totals` needs: a run may have a million steps, whose lines are
+    on disk.
+    """
 
     def __init__(self) -> None:
         self.evaluations: list[EvaluationReport] = []
@@ -142,15 +149,15 @@ class History:
         self._resumed_at: list[int] = []
 
     def add_step(self, line: Mapping[str, float]) -> None:
-        """`line` is that of metrics.jsonl."""
-        self._steps.append({name: line[name] for name in _OF_A_STEP})
+        """Add a step by its line of metrics.jsonl."""
+        self._steps.append({name: line[name] for name in _KEPT_OF_A_STEP})
 
     def add_evaluation(self, report: EvaluationReport) -> None:
         self.evaluations.append(report)
         self.evaluating = None
 
     def totals(self) -> dict[str, Any]:
-        """Rewards at the start and the end are means over a tenth of the steps."""
+        """Return the run's totals; the first and last reward are means over a tenth of the steps."""
         steps = self._steps
         tenth = max(1, len(steps) // 10)
         total_s = sum(step["time/step_s"] for step in steps)
@@ -170,9 +177,9 @@ class History:
         }
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a run that is resumed after `step` needs, as JSON can hold it; the steps stand in metrics.jsonl.
+        """Return, as JSON can hold it, the part that a run resumed after `step` can't read from metrics.jsonl.
 
-        An evaluation of an earlier step that still runs is skipped there: its weights are gone.
+        An evaluation of an earlier step that still runs counts as skipped there: its weights are gone by then.
         """
         lost = self.evaluating not in (None, step)
         return {
@@ -182,7 +189,7 @@ class History:
         }
 
     def restore(self, step: int, state: Mapping[str, Any], lines: Iterable[Mapping[str, float]]) -> None:
-        """Go on after `step` from a `state`; `lines` are those of metrics.jsonl."""
+        """Resume after `step` from a `state` and the `lines` of metrics.jsonl."""
         self._steps = []
         for line in lines:
             if line["step"] <= step:
@@ -193,9 +200,9 @@ class History:
 
 
 def recovery_of(deaths: Sequence[Death], run_s: Callable[[float], float]) -> dict[str, Any]:
-    """The deaths of actors, and the seconds until their replacements served and until the next trained step.
+    """Summarize the deaths of actors: seconds until the replacement served, and until the next trained step.
 
-    `run_s` makes a time on the run's clock of one of time.perf_counter.
+    `run_s` converts a time of time.perf_counter to the run's clock.
     """
     records = [dataclasses.asdict(death) for death in deaths]
     summary: dict[str, Any] = {"deaths": [{"at_s": run_s(record.pop("at")), **record} for record in records]}

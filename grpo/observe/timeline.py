@@ -1,7 +1,7 @@
-"""The run's timeline: what every coroutine waited for and every actor was busy with, for https://ui.perfetto.dev.
+"""The run's timeline: what every coroutine waited for and every actor did, for https://ui.perfetto.dev.
 
-`timeline.json` is Chrome's trace format, an array of events with times in microseconds. It grows while the run goes
-on, so that one which is killed leaves a file without the closing bracket; Perfetto reads that too.
+`timeline.json` is Chrome's trace format, an array of events with times in microseconds. It grows during the run, so a
+run that is killed leaves a file without the closing bracket; Perfetto reads that too.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _DRIVER = "driver"
 
 
 class Clocks:
-    """How far the clocks of other machines are from the driver's, estimated as NTP does: an answer's clock was read
-    about half-way between question and answer. The quickest answer of a process counts.
+    """Offsets between the clocks of the processes and the driver's, estimated as NTP does.
 
-    A difference that the time of the answer can explain is none: processes of one machine share their clock.
+    An answer's clock was read about half-way between question and answer; the quickest answer of a process counts.
+    An offset that the round trip can explain is taken as 0: processes of one machine share their clock.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Clocks:
         self._best[process] = min(self._best.get(process, (round_trip_s, offset_s)), (round_trip_s, offset_s))
 
     def offset_s(self, process: str) -> float:
-        """To be added to the times of that process."""
+        """Return the seconds to add to the times of a process."""
         return self._best[process][1] if process in self._best else 0.0
 
 
@@ -44,10 +44,7 @@ class Timeline:
     """Writes spans as events until the file has `most_mb` megabytes; `full` from then on."""
 
     def __init__(self, run_dir: RunDirectory, zero_s: float, most_mb: float, warn: Callable[[str], None]) -> None:
-        """`zero_s` is the driver's time.perf_counter at which the run's `wall_s` was zero.
-
-        `warn` hears of what is missing from the file.
-        """
+        """`zero_s`: the driver's time.perf_counter at which `wall_s` was 0. `warn` is called when spans are missing."""
         self.clocks = Clocks()
         self._lost, self._warn = 0, warn
         self._run_dir, self._zero_s, self._most_bytes = run_dir, zero_s, most_mb * 1e6
@@ -58,13 +55,13 @@ class Timeline:
     def full(self) -> bool:
         return self._bytes >= self._most_bytes
 
-    def add(self, process: str, drain: TelemetryBatch) -> None:
-        """What a process has recorded since its last harvest. The driver's goes by the name of `driver`."""
-        self._lost += drain.lost
+    def add(self, process: str, batch: TelemetryBatch) -> None:
+        """Write the spans that a process recorded since its last batch. The driver's name is `driver`."""
+        self._lost += batch.lost
         offset_s = self.clocks.offset_s(process) - self._zero_s
         events: list[Mapping[str, Any]] = []
-        for span in sorted(drain.spans, key=lambda each: (each.begin_s, -each.end_s)):
-            pid, tid = self._place(process, span, events)
+        for span in sorted(batch.spans, key=lambda each: (each.begin_s, -each.end_s)):
+            pid, tid = self._track(process, span, events)
             begin_us, end_us = ((at + offset_s) * 1e6 for at in (span.begin_s, span.end_s))
             args = span.args | ({"failed": True} if span.failed else {})
             at = {"pid": pid, "tid": tid, "ts": round(begin_us, 1)}
@@ -76,12 +73,15 @@ class Timeline:
 
     def close(self) -> None:
         if self._lost:
-            self._warn(f"{NAME} lacks {self._lost} spans: more came between two steps than are kept")
+            self._warn(f"{NAME} lacks {self._lost} spans: more were recorded between two steps than are kept")
         if self._bytes:
             self._run_dir.append_text(NAME, "\n]\n")
 
-    def _place(self, process: str, span: Span, events: list[Mapping[str, Any]]) -> tuple[int, int]:
-        """Numbers of the track; named in an event the first time. They follow from the names: a resumed run goes on."""
+    def _track(self, process: str, span: Span, events: list[Mapping[str, Any]]) -> tuple[int, int]:
+        """Return the pid and tid of a span's track; the first time, add the events that name it.
+
+        Both are hashes of the names, so a resumed run continues the same tracks.
+        """
         track = span.track or process
         name = f"{track} ({span.lane + 1})" if span.lane else track
         pid = 0 if process == _DRIVER else zlib.crc32(process.encode()) >> 1
@@ -100,11 +100,11 @@ class Timeline:
         self._bytes += len(text)
         self._run_dir.append_text(NAME, text)
         if self._bytes >= self._most_bytes:
-            self._warn(f"{NAME} ends here: it has as many megabytes as it may (observe.timeline_mb)")
+            self._warn(f"{NAME} ends here: it has reached its size limit (observe.timeline_mb)")
 
 
 def _arrows(span: Span, at: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """From the group that a ticket was for, begun with its prompt, to the train step that took it."""
+    """Return flow events from the group of a ticket, at its prompt, to the train step that consumed it."""
     common = {"name": "group", "cat": "ticket", **at}
     if span.name == "group" and not span.failed:
         return [{"ph": "s", "id": span.args["ticket"], **common}]

@@ -28,7 +28,7 @@ from grpo.driver.pacing import Pacer
 from grpo.driver.recorder import Recorder, TrainedStep
 from grpo.observe.metrics import GeneratorRates, Stopwatch
 from grpo.observe.run_dir import RunDirectory
-from grpo.observe.terminal.display import Silent
+from grpo.observe.terminal.display import Display
 from grpo.services.failures import Failures
 from grpo.services.local import launch_local
 from grpo.tuning.actors import simulated_actors
@@ -129,7 +129,7 @@ class _Recorder(Recorder):
     """Reads the virtual clock, and keeps only what an outcome is made of."""
 
     def __init__(self, run_dir: RunDirectory, pacer: Pacer, failures: Failures) -> None:
-        super().__init__(run_dir, Silent(), pacer, failures)
+        super().__init__(run_dir, Display(), pacer, failures)
         self.lines: list[Metrics] = []
         self._before_s = 0.0
         self._rates = GeneratorRates((), 0.0)
@@ -152,7 +152,7 @@ class _Recorder(Recorder):
     def metrics_line(self, trained: TrainedStep, generators: Sequence[GeneratorStats]) -> Iterator[None]:
         now_s = asyncio.get_running_loop().time()
         step_s, self._before_s = now_s - self._before_s, now_s
-        rates = self._rates.take(generators, now_s)
+        rates = self._rates.update(generators, now_s)
         self.lines.append({**trained.metrics, **trained.times.seconds, **rates, "time/step_s": step_s})
         self.step = trained.number
         self.failures.step_trained()

@@ -29,7 +29,7 @@ from grpo.config.schema import (
     RunConfig,
     TrainerConfig,
 )
-from grpo.observe.terminal.display import Silent
+from grpo.observe.terminal.display import Display
 from grpo.services.failures import Failures
 from grpo.services.handle import ActorHandle
 from grpo.types import Group, Prompt, SamplingParams, Ticket
@@ -145,7 +145,7 @@ def _specs(latency_s: float, mixed_latency_s: float) -> list[ActorSpec]:
     ]
 
 
-class _Watch(Silent):
+class _Watch(Display):
     """Notes the time, and the process's CPU time, of every step."""
 
     def __init__(self) -> None:

@@ -25,7 +25,7 @@ from grpo.config.schema import (
     TrainerConfig,
 )
 from grpo.models.tiny import character_tokenizer, tiny_llama
-from grpo.observe.terminal.display import Silent
+from grpo.observe.terminal.display import Display
 from grpo.services.failures import Failures
 from grpo.services.handle import ActorHandle
 
@@ -164,7 +164,7 @@ def _config(folder: str, steps: int, age: int, even: bool) -> RunConfig:
     )
 
 
-class _Watch(Silent):
+class _Watch(Display):
     def __init__(self) -> None:
         self._at_s: list[float] = []
         self._waits_s: list[float] = []

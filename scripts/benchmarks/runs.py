@@ -13,12 +13,12 @@ from grpo.driver.loop import train_loop
 from grpo.driver.pacing import Pacer
 from grpo.driver.recorder import Recorder
 from grpo.observe.run_dir import RunDirectory
-from grpo.observe.terminal.display import Silent
+from grpo.observe.terminal.display import Display
 from grpo.services.failures import Failures
 from grpo.services.handle import ActorHandle, Services
 
 
-async def run_on(actors: Mapping[str, ActorHandle], config: RunConfig, failures: Failures, watch: Silent) -> Pacer:
+async def run_on(actors: Mapping[str, ActorHandle], config: RunConfig, failures: Failures, watch: Display) -> Pacer:
     """A run from the start with the recorder that every run has; `watch` sees its steps. `actors` by their nouns."""
     await actors["replay_buffer"].restore.call_one((), 0)
     with tempfile.TemporaryDirectory() as folder:

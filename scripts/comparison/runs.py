@@ -18,6 +18,7 @@ from grpo.config.schema import RunConfig
 from grpo.driver.context import make_pacer
 from grpo.driver.loop import train_loop
 from grpo.driver.recorder import Recorder
+from grpo.observe.terminal.display import Display
 from grpo.observe.terminal.view import RunStatus, Sample
 from grpo.services.failures import Failures
 from grpo.services.local import launch_local
@@ -26,7 +27,7 @@ from grpo.types import EvaluationReport
 Record = dict[str, Any]
 
 
-class Watch:
+class Watch(Display):
     """A display that shows nothing: it remembers, and ends the run when the target is reached, or all of them."""
 
     def __init__(self, target: float, stop: Event) -> None:

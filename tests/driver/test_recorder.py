@@ -329,3 +329,45 @@ def test_the_timeline_of_a_resumed_run_goes_on_where_it_was(tiny_config, make_re
     recorder.run_dir.close()
     (event,) = [e for e in json.loads((recorder.run_dir.path / "timeline.json").read_text()) if e["ph"] == "X"]
     assert event["ts"] == pytest.approx(recorder.wall_s * 1e6, abs=60e6)
+
+
+def test_lines_sinks_and_the_summary_carry_old_names_beside_the_new_ones(tiny_config, make_recorder, caplog):
+    sent = []
+
+    class Sink:
+        def scalars(self, step, values):
+            sent.append(values)
+
+        def histogram(self, step, name, values): ...
+
+        def summary(self, values): ...
+
+        def close(self): ...
+
+    caplog.set_level("INFO")
+    recorder = make_recorder(tiny_config)
+    recorder.sinks = Sinks({"sink": Sink}, print)
+    recorder.training_begins([GeneratorStats(0.0, 0)])
+    recorder.measured.record("generator/batch_size", 3.0)
+    hand_out_tickets(recorder)
+    trained = {"loss": 0.1, "policy_age/max": 0, "policy_age/mean": 0.0}
+    trained |= {"mismatch/logprob_abs_diff": 0.25, "mismatch/age_2/kl_k1": 0.5}
+    times = recorder.stopwatch()
+    for name in ("time/trainer_wait_s", "time/train_step_s", "time/weight_sync_s", "time/weight_load_s"):
+        with times(name):
+            pass
+    with recorder.metrics_line(TrainedStep(1, trained, batch_of(Ticket(1), 0.5), times), [GeneratorStats(0.1, 10)]):
+        pass
+    summary = recorder.write_summary("completed")
+    recorder.sinks.close()
+    (line,) = lines(recorder)
+    assert sent == [line]
+    assert (line["mismatch/behavior_abs"], line["mismatch/age_2/behavior_k1"]) == (0.25, 0.5)
+    assert line["time/weights_live_s"] == line["time/weight_load_s"]
+    assert line["generator/rows/mean"] == line["generator/batch_size/mean"] == 3.0
+    assert line["rollout/outstanding"] == line["rollout/tickets_in_use"] == 30
+    assert line["rollout/zero_advantage_dropped"] == line["recovery/groups_begun_again"] == 0
+    assert summary["groups_begun_again"] == summary["groups_requeued"]
+    notices = [record.message for record in caplog.records if "new names" in record.message]
+    assert len(notices) == 1
+    assert "rollout/outstanding -> rollout/tickets_in_use" in notices[0]

@@ -75,7 +75,7 @@ async def test_it_brings_together_what_the_driver_and_the_actors_did(run_dir):
 
 
 async def test_it_asks_after_a_step_and_not_all_the_time(run_dir, monkeypatch):
-    monkeypatch.setattr(collector, "_AT_MOST_EVERY_S", 0.0)
+    monkeypatch.setattr(collector, "_MIN_INTERVAL_S", 0.0)
     actor, trained = Actor("trainer"), Signal()
     async with collecting(Actors(actor), trained, MetricSet(), Timeline(run_dir, 0.0, 1.0, print)):
         assert actor.asked == 1
@@ -98,14 +98,14 @@ async def test_one_that_died_is_no_error(run_dir):
 
 
 async def test_one_that_hangs_does_not_hold_up_the_end(run_dir, monkeypatch, caplog):
-    monkeypatch.setattr(collector, "_LAST_S", 0.02)
+    monkeypatch.setattr(collector, "_LAST_TIMEOUT_S", 0.02)
     async with collecting(Actors(Hung("trainer")), Signal(), MetricSet(), Timeline(run_dir, 0.0, 1.0, print)):
         pass
     assert "the end of the timeline is missing" in caplog.text
 
 
 async def test_when_the_file_is_full_nobody_records_any_more(run_dir, monkeypatch):
-    monkeypatch.setattr(collector, "_AT_MOST_EVERY_S", 0.0)
+    monkeypatch.setattr(collector, "_MIN_INTERVAL_S", 0.0)
     actor, trained = Actor("trainer"), Signal()
     async with collecting(Actors(actor), trained, MetricSet(), Timeline(run_dir, 0.0, 1e-6, print)):
         await actor.work("forward")

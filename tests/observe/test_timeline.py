@@ -94,13 +94,13 @@ def test_a_resumed_run_goes_on_with_the_file(write):
 def test_it_does_not_grow_without_end(write, told):
     text = write(*(("driver", [make_span()] * 10) for _ in range(100)), most_mb=0.01)
     assert 10_000 <= len(text) < 13_000
-    assert told == ["timeline.json ends here: it has as many megabytes as it may (observe.timeline_mb)"]
+    assert told == ["timeline.json ends here: it has reached its size limit (observe.timeline_mb)"]
     assert of_kind(text, "X")
 
 
 def test_what_is_missing_is_told(write, told):
     write(("driver", [make_span()]), ("trainer", [make_span()]), lost=3)
-    assert told == ["timeline.json lacks 6 spans: more came between two steps than are kept"]
+    assert told == ["timeline.json lacks 6 spans: more were recorded between two steps than are kept"]
 
 
 def test_a_run_in_which_nothing_was_recorded_leaves_none(write):

@@ -1,1 +1,1 @@
-"""Where a run's numbers can be sent besides its folder: TensorBoard, Weights & Biases, Trackio, a class of your own."""
+"""Sinks: destinations of a run's metrics outside of its folder."""

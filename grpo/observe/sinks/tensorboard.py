@@ -1,91 +1,78 @@
-"""TensorBoard's event files, written with the tensorboard package alone: torch's writer imports far more."""
+"""TensorBoard: event files in the run's folder, written by torch's SummaryWriter."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from grpo.observe.sinks.base import HISTOGRAM_BINS, Rows, finite, table_of
 
-_BINS = 30
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class TensorBoardSink:
-    """Writes `tensorboard/` in the run's folder: `tensorboard --logdir` of that, or of many runs."""
+    """Writes `tensorboard/` in the run's folder; open it, or many runs at once, with `tensorboard --logdir`."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], /, *, subfolder: str = "tensorboard") -> None:
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard import SummaryWriter, summary
 
-        self._event, self._summary = event_pb2, summary_pb2
-        (folder / subfolder).mkdir(parents=True, exist_ok=True)
-        # Read in the order of their names; the process tells apart what began in the same second.
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
-        self._writer = RecordWriter((folder / subfolder / name).open("wb"))
-        self._write(file_version="brain.Event:2")
-        self._step: int | None = None
-        self._config: str | None = f"```\n{json.dumps(config, indent=2, default=str)}\n```"
+        self._make_writer, self._text_summary = SummaryWriter, summary.text
+        self._folder = folder / subfolder
+        self._config = f"```\n{json.dumps(config, indent=2, default=str)}\n```"
+        self._open_writer: SummaryWriter | None = None
+        self._step = 0
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._add(step, [self._summary.Summary.Value(tag=k, simple_value=v) for k, v in values.items()])
+        writer = self._writer(step)
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
 
     def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
-        numbers = np.asarray(values, dtype=np.float64)
-        if not (numbers := numbers[np.isfinite(numbers)]).size:
-            return
-        counts, edges = np.histogram(numbers, bins=_BINS)
-        histogram = self._summary.HistogramProto(
-            min=numbers.min(),
-            max=numbers.max(),
-            num=numbers.size,
-            sum=numbers.sum(),
-            sum_squares=numbers @ numbers,
-            bucket_limit=edges,
-            bucket=[0, *counts],  # a bucket has only its right edge: an empty one gives the first its left
-        )
-        self._add(step, [self._summary.Summary.Value(tag=name, histo=histogram)])
+        if (numbers := finite(values)).size:
+            writer = self._writer(step)
+            writer.add_histogram(name, numbers, step, bins=HISTOGRAM_BINS)
+            writer.flush()
 
-    def text(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    def text(self, step: int, name: str, rows: Rows) -> None:
         if rows:
-            self._add(step, [self._text(name, _table(rows))])
+            self._add_text(step, name, _markdown(rows))
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        shown = [{"": name, "value": value} for name, value in values.items()]
-        self._add(self._step or 0, [self._text("summary", _table(shown))])
+        self._add_text(self._step, "summary", _markdown([{"": name, "value": each} for name, each in values.items()]))
 
     def close(self) -> None:
-        self._writer.close()
+        if self._open_writer is not None:
+            self._open_writer.close()
 
-    def _add(self, step: int, values: list[Any]) -> None:
-        if self._step is None:
-            # What an earlier process of this run wrote of this step and later ones is not shown any more.
-            start = self._event.SessionLog(status=self._event.SessionLog.START)
-            self._write(step=step, session_log=start)
-            values = [self._text("config", self._config or ""), *values]
-        self._step, self._config = step, None
-        self._write(step=step, summary=self._summary.Summary(value=values))
+    def _writer(self, step: int) -> SummaryWriter:
+        """Return the writer, opened at the first step, whose number it needs.
 
-    def _write(self, **fields: Any) -> None:
-        self._writer.write(self._event.Event(wall_time=time.time(), **fields).SerializeToString())
-        self._writer.flush()
+        `purge_step` hides what an earlier process of this run wrote of this step and later ones.
+        """
+        self._step = step
+        if self._open_writer is None:
+            self._open_writer = self._make_writer(self._folder, purge_step=step)
+            self._add_text(step, "config", self._config)
+        return self._open_writer
 
-    def _text(self, name: str, markdown: str) -> Any:
-        plugin = self._summary.SummaryMetadata.PluginData(plugin_name="text")
-        value = self._summary.Summary.Value(tag=name, metadata=self._summary.SummaryMetadata(plugin_data=plugin))
-        value.tensor.dtype = 7  # DT_STRING
-        value.tensor.string_val.append(markdown.encode())
-        value.tensor.tensor_shape.dim.add(size=1)
-        return value
+    def _add_text(self, step: int, name: str, markdown: str) -> None:
+        writer = self._writer(step)
+        summary = self._text_summary(name, markdown)
+        summary.value[0].tag = name  # add_text would append "/text_summary"
+        writer._get_file_writer().add_summary(summary, step)
+        writer.flush()
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with the same keys as a table of Markdown."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)] if rows else []
+def _markdown(rows: Rows) -> str:
+    """Format rows with the same keys as a Markdown table."""
+    if not rows:
+        return ""
+    table = table_of(rows)
+    lines = [table["columns"], ["---"] * len(table["columns"]), *table["data"]]
     return "\n".join(f"| {' | '.join(_cell(value) for value in line)} |" for line in lines)
 
 

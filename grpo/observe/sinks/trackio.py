@@ -1,4 +1,4 @@
-"""Trackio: a local database with a page of its own, `trackio show`; or a Hugging Face Space."""
+"""Trackio: a local database with its own dashboard, `trackio show`; or a Hugging Face Space."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from grpo.observe.sinks.base import run_name
-
-_BINS = 30
+from grpo.observe.sinks.base import Rows, histogram_of, run_name, table_of
 
 
 class TrackioSink:
-    """One Trackio run per folder: a resumed run goes on with it. It lies where TRACKIO_DIR says, or in the home.
+    """One Trackio run per folder, which a resumed run continues. Data is stored in TRACKIO_DIR, or in the home folder.
 
-    Steps that a resumed run makes again stand there twice.
+    Steps that a resumed run repeats are stored twice.
     """
 
     def __init__(
@@ -30,7 +26,7 @@ class TrackioSink:
         group: str | None = None,
         space_id: str | None = None,
     ) -> None:
-        """`space_id` is the Space that it goes to; null: nothing leaves this machine."""
+        """`space_id` is the Space to upload to; null: nothing leaves this machine."""
         import trackio
 
         self._trackio = trackio
@@ -41,7 +37,7 @@ class TrackioSink:
             space_id=space_id,
             config=dict(config),
             resume="allow",
-            embed=False,  # in a notebook it would show itself
+            embed=False,  # no dashboard in a notebook
         )
         self._step = 0
 
@@ -49,18 +45,16 @@ class TrackioSink:
         self._log(step, values)
 
     def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
-        numbers = np.asarray(values, dtype=np.float64)
-        if (numbers := numbers[np.isfinite(numbers)]).size:
-            self._log(step, {name: self._trackio.Histogram(np_histogram=np.histogram(numbers, bins=_BINS))})
+        if histogram := histogram_of(values):
+            self._log(step, {name: self._trackio.Histogram(np_histogram=histogram)})
 
-    def text(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    def text(self, step: int, name: str, rows: Rows) -> None:
         if rows:
-            data = [list(row.values()) for row in rows]
-            self._log(step, {name: self._trackio.Table(columns=list(rows[0]), data=data)})
+            self._log(step, {name: self._trackio.Table(**table_of(rows))})
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        data = [[name, str(value)] for name, value in values.items()]
-        self._log(self._step, {"summary": self._trackio.Table(columns=["name", "value"], data=data)})
+        rows = [{"name": name, "value": str(value)} for name, value in values.items()]
+        self.text(self._step, "summary", rows)
 
     def close(self) -> None:
         self._run.finish()

@@ -8,19 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from grpo.observe.sinks.base import run_name
+from grpo.observe.sinks.base import Rows, histogram_of, run_name, table_of
 
 _ID_FILE = "wandb_id"
-_FINISH_S = 8.0  # for uploads at the end; what is not sent by then stays in the folder for `wandb sync`
-_RETRIES = 3  # W&B's own are days: without a network, the process would not end
+_FINISH_S = 8.0  # for uploads at the end; the rest stays in the folder for `wandb sync`
+_RETRIES = 3  # W&B's default takes days: without a network, the process would not end
 
 
 class WandbSink:
-    """One W&B run per folder: a resumed run goes on with it.
+    """One W&B run per folder, which a resumed run continues.
 
-    Its x axis is the metric `step`, because W&B's own step never goes back, as a run that resumes does.
+    Its x axis is the metric `step`: W&B's own step can't go back, as that of a resumed run does.
     """
 
     def __init__(
@@ -36,7 +34,7 @@ class WandbSink:
         group: str | None = None,
         tags: Sequence[str] = (),
     ) -> None:
-        """`mode` is online, offline or disabled; left out, as WANDB_MODE says, or online."""
+        """`mode` is online, offline or disabled; the default is WANDB_MODE, or else online."""
         if "offline" in (mode, os.environ.get("WANDB_MODE")):
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it reports its own errors over the network
         import wandb
@@ -54,7 +52,7 @@ class WandbSink:
             group=group,
             tags=list(tags),
             settings=wandb.Settings(
-                silent=True,  # no questions about keys either: the terminal shows the run
+                silent=True,  # no prompts for keys either: the terminal shows the run
                 console="off",
                 finish_timeout=_FINISH_S,
                 x_graphql_retry_max=_RETRIES,
@@ -66,14 +64,12 @@ class WandbSink:
         self._log(step, values)
 
     def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
-        numbers = np.asarray(values, dtype=np.float64)
-        if (numbers := numbers[np.isfinite(numbers)]).size:
-            self._log(step, {name: self._wandb.Histogram(np_histogram=np.histogram(numbers, bins=30))})
+        if histogram := histogram_of(values):
+            self._log(step, {name: self._wandb.Histogram(np_histogram=histogram)})
 
-    def text(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    def text(self, step: int, name: str, rows: Rows) -> None:
         if rows:
-            table = self._wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
-            self._log(step, {name: table})
+            self._log(step, {name: self._wandb.Table(**table_of(rows))})
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self._run.summary.update(dict(values))
@@ -87,7 +83,7 @@ class WandbSink:
 
 
 def run_id(folder: Path) -> str:
-    """The W&B id of the run in this folder, made up and kept there the first time."""
+    """Return the W&B id of the run in this folder, created and stored there the first time."""
     file = folder / _ID_FILE
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)

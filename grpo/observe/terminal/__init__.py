@@ -1,1 +1,1 @@
-"""The live view in a terminal, and plain lines elsewhere."""
+"""Display of a run in the terminal: a live view, or plain lines for pipes."""

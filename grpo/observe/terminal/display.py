@@ -1,7 +1,4 @@
-"""What a person sees while the run goes on: a live view in a terminal, plain lines elsewhere."""
-
-# MERGED: The live view of a run in a terminal.
-# MERGED: What a person sees of an evaluation without a training: how far it is, and what came out.
+"""Progress of a run or an evaluation: a live view in a terminal, plain lines in a pipe or a file."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import NoReturn, Protocol, Self
+from typing import Self
 
 from rich.console import Console
 from rich.control import Control
@@ -33,29 +30,35 @@ from grpo.observe.terminal.view import (
 )
 from grpo.types import EvaluationReport
 
+_REFRESH_STATUS_S = 1.0
+_PROGRESS_LINES = 10  # of an evaluation where stdout is no terminal
 
-class Display(Protocol):
-    """Shows steps and warnings. A context manager, so that a live view leaves the terminal as it was."""
 
-    def __enter__(self) -> Self: ...
+class Display:
+    """Shows steps and warnings; this base class shows nothing. A context manager that restores the terminal."""
+
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        """Nothing to restore."""
 
-    def step(self, metrics: Mapping[str, float]) -> None: ...
+    def step(self, metrics: Mapping[str, float]) -> None:
+        """Show a trained step."""
 
-    def evaluated(self, report: EvaluationReport) -> None: ...
+    def evaluated(self, report: EvaluationReport) -> None:
+        """Show an evaluation."""
 
     def sampled(self, sample: Sample) -> None:
-        """A group has been finished of which there are texts."""
-        ...
+        """Show a finished group whose texts were kept."""
 
-    def warn(self, message: str) -> None: ...
+    def warn(self, message: str) -> None:
+        """Show a warning."""
 
     async def watch(self, look: Callable[[], RunStatus]) -> None:
-        """Call `look` for what the run does at the moment, as often as it is shown, until cancelled."""
-        ...
+        """Call `look` for the run's status as often as it is shown, until cancelled."""
 
 
 def make_display(console: Console, max_steps: int, log_every: int) -> Display:
@@ -64,40 +67,17 @@ def make_display(console: Console, max_steps: int, log_every: int) -> Display:
     return PlainDisplay(console, max_steps, log_every)
 
 
-class Silent:
-    """Shows nothing."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Nothing to tidy up."""
-
-    def step(self, metrics: Mapping[str, float]) -> None: ...
-
-    def evaluated(self, report: EvaluationReport) -> None: ...
-
-    def sampled(self, sample: Sample) -> None: ...
-
-    def warn(self, message: str) -> None: ...
-
-    async def watch(self, look: Callable[[], RunStatus]) -> None: ...
-
-
-class PlainDisplay:
-    """One line every `log_every` steps, for pipes and log files."""
+class PlainDisplay(Display):
+    """One line every `log_every` steps, for pipes and log files. Samples are in rollouts.jsonl."""
 
     def __init__(self, console: Console, max_steps: int, log_every: int) -> None:
         self._console, self._max_steps, self._log_every = console, max_steps, log_every
         self._started = time.perf_counter()
-        self._steps = 0  # of this process: a resumed run begins in the middle
+        self._steps = 0  # of this process: a resumed run starts in the middle
 
     def __enter__(self) -> Self:
         self._started = time.perf_counter()
         return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Nothing to tidy up."""
 
     def step(self, metrics: Mapping[str, float]) -> None:
         step = int(metrics["step"])
@@ -112,54 +92,45 @@ class PlainDisplay:
     def evaluated(self, report: EvaluationReport) -> None:
         self._print(f"held-out reward {held_out(report)}")
 
-    def sampled(self, sample: Sample) -> None:
-        """They stand in rollouts.jsonl."""
-
     def warn(self, message: str) -> None:
         self._print(f"warning: {message}")
-
-    async def watch(self, look: Callable[[], RunStatus]) -> None:
-        """A pipe gets steps only."""
 
     def _print(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-_LOOK_EVERY_S = 1.0
+class LiveDisplay(Display):
+    """Progress, reward curve, services and waiting coroutines, drawn four times a second by a thread.
 
-
-class LiveDisplay:
-    """Progress, the curve of the reward, every service and who waits, drawn four times a second by a thread.
-
-    The event loop only sets what is to be drawn: a terminal that takes nothing, after Ctrl-S say, holds up no step.
+    The event loop only sets attributes of the view: a terminal that is blocked, by Ctrl-S say, delays no step.
     """
 
     def __init__(self, console: Console, max_steps: int, terminal: Terminal | None = None) -> None:
-        """With a `terminal`, it is shown only while the process is in front there, and reads keys."""
+        """With a `terminal`, draw only while the process is in its foreground, and read keys."""
         self._console, self._terminal = console, terminal
         self._view = View(max_steps)
         self._view.help = terminal is not None and terminal.keyboard is not None
         self._rewards: list[float] = []
         self._step = 0
         self._live: Live | None = None
-        self._attention = ExitStack()
+        self._attached = ExitStack()
 
     def __enter__(self) -> Self:
         self._view.start()
-        self._attention.enter_context(
-            self._shown() if self._terminal is None else foreground_terminal(self, self._terminal)
+        self._attached.enter_context(
+            self._always_shown() if self._terminal is None else foreground_terminal(self, self._terminal)
         )
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._view.help = False  # what stays on the screen takes no keys
-        self._attention.close()
+        self._view.help = False  # the last frame stays on the screen, where keys do nothing
+        self._attached.close()
 
     def show(self) -> None:
-        # What was typed before was echoed: the first line would begin behind it, and be too long.
+        # Text typed before was echoed: the first line would start behind it and be too long.
         self._console.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)))
-        # A new one every time: it would take the lines that others have written meanwhile for its own.
-        # Rich would take over sys.stdout and sys.stderr too, and bring the chatter back onto the screen.
+        # A new Live every time: an old one would overwrite lines that other programs have written meanwhile.
+        # Rich must not redirect sys.stdout and sys.stderr: that would bring the log back onto the screen.
         self._live = Live(
             self._view, console=self._console, refresh_per_second=4, redirect_stdout=False, redirect_stderr=False
         )
@@ -186,16 +157,23 @@ class LiveDisplay:
         self._view.sample = sample
 
     def warn(self, message: str) -> None:
-        self._view.warned = LastWarning(message, self._step, time.perf_counter())
+        self._view.last_warning = LastWarning(message, self._step, time.perf_counter())
         self._console.print(f"warning: {message}", markup=False, highlight=False, style="yellow")
 
-    async def watch(self, look: Callable[[], RunStatus]) -> NoReturn:
+    async def watch(self, look: Callable[[], RunStatus]) -> None:
+        """Refresh the run's status.
+
+        Consumes: `look()`.
+        Waits for: a second between two looks.
+        Unblocked by: the clock.
+        Ends when: cancelled.
+        """
         while True:
-            self._view.glance = look()
-            await asyncio.sleep(_LOOK_EVERY_S)
+            self._view.status = look()
+            await asyncio.sleep(_REFRESH_STATUS_S)
 
     @contextmanager
-    def _shown(self) -> Iterator[None]:
+    def _always_shown(self) -> Iterator[None]:
         self.show()
         try:
             yield
@@ -203,11 +181,8 @@ class LiveDisplay:
             self.hide()
 
 
-_LINES = 10  # where stdout is no terminal
-
-
 class AnswerProgress:
-    """Prompts answered so far: a bar in a terminal, a line for every tenth of them elsewhere."""
+    """Prompts answered so far in an evaluation: a bar in a terminal, else a line for every tenth of them."""
 
     def __init__(self, console: Console, total: int) -> None:
         self._console, self._total, self._done = console, total, 0
@@ -221,7 +196,7 @@ class AnswerProgress:
             console=console,
             expand=True,
             disable=not console.is_terminal,
-            redirect_stdout=False,  # stdout leads into the log, and stays there
+            redirect_stdout=False,  # stdout is redirected into the log already
             redirect_stderr=False,
         )
         self._task = self._bar.add_task("answers", total=total)
@@ -236,13 +211,13 @@ class AnswerProgress:
     def advance(self) -> None:
         self._done += 1
         self._bar.advance(self._task)
-        tenths = self._done * _LINES // self._total
-        if not self._console.is_terminal and tenths > (self._done - 1) * _LINES // self._total:
+        lines = self._done * _PROGRESS_LINES // self._total
+        if not self._console.is_terminal and lines > (self._done - 1) * _PROGRESS_LINES // self._total:
             self._console.print(f"prompts {self._done}/{self._total}", highlight=False)
 
 
 def evaluation_table(report: EvaluationReport) -> Table:
-    """The numbers of an evaluation, one a row."""
+    """Return a table with one number of the evaluation per row."""
     table = Table("held-out", "", show_header=False)
     table.add_row("reward", f"{report.reward_mean:.3f} ± {report.reward_stderr:.3f} (standard error)")
     for k, value in report.pass_at.items():

@@ -1,4 +1,4 @@
-"""Keeps the terminal for progress: Ray's, the actors' and the libraries' own chatter goes into a file."""
+"""Keep the terminal for progress: send the output of Ray, the actors and the libraries into a file."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from rich.console import Console
 
 
 class PipeSafeConsole(Console):
-    """A console that falls silent when its reader goes away: `| head` must not end a training."""
+    """A console that falls silent when its reader closes the pipe: `| head` must not end a training."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.file.fileno())
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.file.fileno())
+        os.close(null)
 
 
 @contextmanager
 def redirect_output(path: Path) -> Iterator[PipeSafeConsole]:
-    """Send everything written to stdout and stderr into `path`; yields a console on the real stdout.
+    """Send everything written to stdout and stderr into `path`; yield a console on the real stdout.
 
-    It is done on file descriptors, because much of the chatter comes from native code and child processes.
+    It redirects file descriptors, because much of the output comes from native code and child processes.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -36,6 +36,7 @@ def redirect_output(path: Path) -> Iterator[PipeSafeConsole]:
         try:
             yield PipeSafeConsole(file=screen)
         finally:
+            # Restore both descriptors, after what Python still buffers has gone into the file.
             sys.stdout.flush()
             sys.stderr.flush()
             os.dup2(stdout, 1)

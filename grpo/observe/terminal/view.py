@@ -1,4 +1,4 @@
-"""What the live view is made of: as many lines as the terminal has room for, none longer than it is wide."""
+"""The live view's content: as many lines as the terminal is high, none longer than it is wide."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from grpo.types import EvaluationReport
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _SPARKS = 48
 _LABEL = 14  # columns
-_HELP = "s: the last samples   Ctrl-C: finish this step and end"
-Waiting = Mapping[tuple[str, str], float]  # group of coroutines and what they wait for -> how many, on average
+_HELP = "s: last samples   Ctrl-C: finish this step and stop"
+Waiting = Mapping[tuple[str, str], float]  # (group of coroutines, wait) -> how many wait there, on average
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What the run does at this moment: figures of every replica by service, restarts by replica, who waits."""
+    """A snapshot of the run: statistics of every replica by service, restarts by replica, waiting coroutines."""
 
     replicas: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     restarts: Mapping[str, int] = field(default_factory=dict)
@@ -32,7 +32,7 @@ class RunStatus:
 
 @dataclass(frozen=True)
 class Sample:
-    """A finished group: `step` is the last one that was trained by then."""
+    """A finished group; `step` is the last trained step at that time."""
 
     step: int
     prompt: str
@@ -47,21 +47,21 @@ class LastWarning(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """Lines that are shown together or not at all; where there is no room, those of the highest rank go first."""
+    """Lines that are shown together or not at all; when there is no room, the highest rank is left out first."""
 
     rank: int
     lines: Sequence[RenderableType]
 
 
 class View:
-    """Drawn in one thread from what another sets: every attribute is replaced as a whole."""
+    """Renders in one thread the attributes that another thread sets; each is replaced as a whole, never changed."""
 
     def __init__(self, max_steps: int) -> None:
         self.metrics: Mapping[str, float] = {}
         self.curve = ""  # of the reward
         self.held_out = ""
-        self.glance = RunStatus()
-        self.warned: LastWarning | None = None
+        self.status = RunStatus()
+        self.last_warning: LastWarning | None = None
         self.sample: Sample | None = None
         self.shows_sample = False
         self.help = False
@@ -77,7 +77,7 @@ class View:
         self._task = self._progress.add_task("train", total=max_steps, start=False)
 
     def start(self) -> None:
-        """Time counts from the first call on."""
+        """Start the clock; further calls do nothing."""
         self._progress.start_task(self._task)
 
     def trained(self, metrics: Mapping[str, float], curve: str) -> None:
@@ -92,7 +92,7 @@ class View:
         if self.shows_sample:
             left = room - sum(len(block.lines) for block in (*blocks, *end))
             middle = [_Block(2, _sample_lines(self.sample, console, width, max(3, left)))]
-        for block in _that_fit([*blocks, *middle, *end], room):
+        for block in _fitting([*blocks, *middle, *end], room):
             for line in block.lines:
                 yield _cut(line, width) if isinstance(line, Text) else line
 
@@ -109,26 +109,26 @@ class View:
         return shown
 
     def _services(self) -> _Block:
-        replicas = self.glance.replicas
-        lines = [_service_line(name, replicas[name], self.glance.restarts, self.metrics) for name in replicas]
+        replicas = self.status.replicas
+        lines = [_service_line(name, replicas[name], self.status.restarts, self.metrics) for name in replicas]
         head = Text(f"{'':{_LABEL}}{'up':>5}{'calls':>7}{'mean':>8}", style="dim")
         return _Block(4, [head, *lines] if lines else [])
 
     def _waiting(self) -> _Block:
-        said = who_waits_in_short(self.glance.waiting)
-        return _Block(7, [_labelled("waiting", said)] if said else [])
+        waiting = waiting_line(self.status.waiting)
+        return _Block(7, [_labelled("waiting", waiting)] if waiting else [])
 
     def _warning(self) -> _Block:
-        if self.warned is None:
+        if self.last_warning is None:
             return _Block(5, [])
-        ago = _long(time.perf_counter() - self.warned.at_s)
-        line = _labelled("warning", f"step {self.warned.step}, {ago} ago: {visible(self.warned.message)}")
+        ago = _long(time.perf_counter() - self.last_warning.at_s)
+        line = _labelled("warning", f"step {self.last_warning.step}, {ago} ago: {visible(self.last_warning.message)}")
         line.stylize("yellow")
         return _Block(5, [line])
 
 
 def as_facts(metrics: Mapping[str, float]) -> dict[str, str]:
-    """The numbers of a step that matter most."""
+    """Return the main numbers of a step, formatted."""
     return {
         "reward": f"{metrics['reward/mean']:.3f}",
         "loss": f"{metrics['loss']:+.4f}",
@@ -142,28 +142,28 @@ def tokens_per_s(metrics: Mapping[str, float]) -> str:
 
 
 def held_out(report: EvaluationReport) -> str:
-    """One evaluation in a line: mean and standard error, the largest k of pass@k, and when."""
+    """Format an evaluation: mean and standard error, pass@k of the largest k, and the step."""
     k = max(report.pass_at)
     passed = f"  pass@{k} {report.pass_at[k]:.3f}" if k > 1 else ""
     return f"{report.reward_mean:.3f} ± {report.reward_stderr:.3f}{passed}  after step {report.step}"
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """The last values as block characters between the smallest and the largest of them all."""
+    """Draw the last values as block characters, scaled to the minimum and maximum of all values."""
     low, high = min(values), max(values)
     scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BLOCKS[round((value - low) * scale)] for value in values[-_SPARKS:])
 
 
 def visible(text: str) -> str:
-    """On one line, with what would move a cursor or change a colour written out as its escape sequence."""
+    """Escape line breaks and control characters, which would move the cursor or change colours."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-def who_waits_in_short(waiting: Waiting) -> str:
-    """`training: 0.7 trainer.train_step; rollouts: 14 generator.generate, 9.8 ticket`: the smallest group first.
+def waiting_line(waiting: Waiting) -> str:
+    """Format the two most frequent waits of each group of coroutines, the smallest group first.
 
-    Of each group the two that most wait for.
+    For example: `training: 0.7 trainer.train_step; rollouts: 14 generator.generate, 9.8 ticket`.
     """
     groups: dict[str, list[tuple[float, str]]] = {}
     for (group, what), count in waiting.items():
@@ -182,23 +182,23 @@ def _count(mean: float) -> str:
 def _service_line(
     name: str, replicas: Mapping[str, Mapping[str, Any]], restarts: Mapping[str, int], metrics: Mapping[str, float]
 ) -> Text:
-    """Replicas that serve and that there should be, calls under way, mean seconds of a call, and what is special."""
-    figures = [each for each in replicas.values() if each["state"] != "stopped"]
-    up = sum(each["state"] == "healthy" for each in figures)
-    requests = sum(each["requests"] for each in figures)
-    busy_s = sum((each["latency_s"] or 0.0) * each["requests"] for each in figures)
+    """Format a service: replicas up and wanted, calls in flight, mean seconds of a call, restarts, own metrics."""
+    stats = [each for each in replicas.values() if each["state"] != "stopped"]
+    up = sum(each["state"] == "healthy" for each in stats)
+    requests = sum(each["requests"] for each in stats)
+    busy_s = sum((each["latency_s"] or 0.0) * each["requests"] for each in stats)
     mean = _short(busy_s / requests) if requests else ""
-    line = _labelled(name, f"{f'{up}/{len(figures)}':>5}{sum(each['in_flight'] for each in figures):>7}{mean:>8}")
-    if up < len(figures):
-        states = sorted({each["state"] for each in figures if each["state"] != "healthy"})
+    line = _labelled(name, f"{f'{up}/{len(stats)}':>5}{sum(each['in_flight'] for each in stats):>7}{mean:>8}")
+    if up < len(stats):
+        states = sorted({each["state"] for each in stats if each["state"] != "healthy"})
         line.append(f"  {', '.join(states)}", style="yellow")
     if count := sum(restarts.get(replica, 0) for replica in replicas):
         line.append(f"  {count} restart{'s' if count > 1 else ''}", style="yellow")
-    return line.append("".join(f"  {fact}" for fact in _special(name, metrics)))
+    return line.append("".join(f"  {fact}" for fact in _service_facts(name, metrics)))
 
 
-def _special(name: str, metrics: Mapping[str, float]) -> Sequence[str]:
-    """What one service alone is asked for."""
+def _service_facts(name: str, metrics: Mapping[str, float]) -> Sequence[str]:
+    """Return the metrics that belong to one service."""
     if not metrics:
         return ()
     if name == "generator":
@@ -206,14 +206,14 @@ def _special(name: str, metrics: Mapping[str, float]) -> Sequence[str]:
     if name == "trainer":
         return (f"busy {metrics['time/train_step_s'] / metrics['time/step_s']:.0%}",)
     if name == "replay_buffer":
-        return (f"{metrics['buffer/groups_waiting']:.0f} groups wait",)
+        return (f"{metrics['buffer/groups_waiting']:.0f} groups waiting",)
     return ()
 
 
 def _sample_lines(sample: Sample | None, console: Console, width: int, room: int) -> Sequence[Text]:
-    """The prompt, the best and the worst completion: each gets a third of the room, or all that others leave."""
+    """Return the prompt, the best and the worst completion: a third of the lines each, or what the others leave."""
     if sample is None:
-        return [_labelled("sample", "none yet: see observe.rollouts_every")]
+        return [_labelled("sample", "none yet (observe.rollouts_every)")]
     best, worst = (choose(range(len(sample.rewards)), key=sample.rewards.__getitem__) for choose in (max, min))
     texts = [("prompt", sample.prompt)]
     if sample.rewards[best] == sample.rewards[worst]:
@@ -228,9 +228,9 @@ def _sample_lines(sample: Sample | None, console: Console, width: int, room: int
 
 
 def _wrapped(label: str, text: str, console: Console, width: int, most: int) -> Sequence[Text]:
-    """At most so many lines; the last ends in an ellipsis where there is more."""
+    """Wrap text to `most` lines at most; the last ends in an ellipsis if text is cut off."""
     inner = max(1, width - _LABEL)
-    shown = visible(text[: inner * (most + 1)])  # no more than could be shown is wrapped
+    shown = visible(text[: inner * (most + 1)])  # wrapping a long text is slow
     lines = list(Text(shown).wrap(console, inner, overflow="fold"))[: most + 1] or [Text()]
     if len(lines) > most:
         lines = lines[:most]
@@ -238,7 +238,7 @@ def _wrapped(label: str, text: str, console: Console, width: int, most: int) -> 
     return [_labelled("" if i else label, line.plain.rstrip()) for i, line in enumerate(lines)]
 
 
-def _that_fit(blocks: Sequence[_Block], room: int) -> Sequence[_Block]:
+def _fitting(blocks: Sequence[_Block], room: int) -> Sequence[_Block]:
     fit = [block for block in blocks if block.lines]
     while len(fit) > 1 and sum(len(block.lines) for block in fit) > room:
         fit.remove(max(fit, key=lambda block: block.rank))

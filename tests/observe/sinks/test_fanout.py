@@ -87,7 +87,7 @@ def test_one_that_keeps_raising_is_switched_off_and_the_others_go_on():
     sinks.close()
     assert [call[0] for call in dead.calls] == ["scalars"] * 3 + ["close"]
     assert len(alive.calls) == 10
-    assert told == ["sink dead: OSError: no net", "sink dead is switched off: the training goes on without it"]
+    assert told == ["sink dead: OSError: no net", "sink dead is switched off: the training continues without it"]
 
 
 def test_errors_that_are_not_in_a_row_are_counted_and_told_once():
@@ -110,7 +110,10 @@ def test_one_that_cannot_be_opened_is_done_without():
     sinks = Sinks({"broken": broken}, told.append)
     sinks.scalars(1, {})
     sinks.close()
-    assert told == ["sink broken: RuntimeError: no key", "sink broken is switched off: the training goes on without it"]
+    assert told == [
+        "sink broken: RuntimeError: no key",
+        "sink broken is switched off: the training continues without it",
+    ]
 
 
 def test_one_that_lacks_methods_is_an_error_like_others():
@@ -124,7 +127,7 @@ def test_one_that_lacks_methods_is_an_error_like_others():
 def test_a_slow_one_holds_up_nobody_and_what_finds_no_room_is_left_out():
     told, gate = [], threading.Event()
     slow, quick = Remembers(gate), Remembers()
-    sinks = opened(told.append, slow=slow, quick=quick)(room=4)
+    sinks = opened(told.append, slow=slow, quick=quick)(queue_size=4)
     sinks.scalars(0, {})
     assert slow.called.wait(5)  # it has taken the first one out of its queue
     for step in range(1, 11):
@@ -135,7 +138,7 @@ def test_a_slow_one_holds_up_nobody_and_what_finds_no_room_is_left_out():
     sinks.close()
     assert [call[1] for call in slow.calls[:-1]] == [0, 1, 2, 3, 4]
     assert [call[1] for call in quick.calls[:-1]] == list(range(11))
-    assert told == ["sink slow is too slow: what finds no room in its queue is left out"]
+    assert told == ["sink slow is too slow: calls that find its queue full are dropped"]
 
 
 def test_one_that_hangs_is_left_behind():
@@ -148,7 +151,7 @@ def test_one_that_hangs_is_left_behind():
     started = time.perf_counter()
     sinks.close()
     assert time.perf_counter() - started < 2
-    assert told == ["sink hung did not close in time and was left behind"]
+    assert told == ["sink hung did not close in time and was abandoned"]
     gate.set()
     wait_for(lambda: ("close",) in hung.calls)
     assert len(hung.calls) == 2  # the second was given up

@@ -37,7 +37,7 @@ def test_one_of_your_own(tmp_path):
         ({"no_such_module:Sink": {}}, "observe.sinks: can't import 'no_such_module:Sink'"),
         ({"wandb": {"projekt": "x"}}, "observe.sinks.wandb: 'projekt' is not one of project, name, mode"),
         ({"wandb": {"folder": "x"}}, "observe.sinks.wandb: 'folder' is not one of"),
-        ({"tensorboard": True}, "observe.sinks.tensorboard: is True, must be its options, {} for none"),
+        ({"tensorboard": True}, "observe.sinks.tensorboard: is True, must be a mapping of options, {} for none"),
     ],
 )
 def test_what_cannot_be_is_refused(sinks, message):

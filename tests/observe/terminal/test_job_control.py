@@ -17,7 +17,7 @@ import pytest
 from grpo.observe.terminal.job_control import Terminal, foreground_terminal, terminal_behind
 from grpo.utils.aio import Signal
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 class Viewer:

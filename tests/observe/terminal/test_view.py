@@ -5,7 +5,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from grpo.observe.terminal.view import LastWarning, RunStatus, Sample, View, sparkline, visible, who_waits_in_short
+from grpo.observe.terminal.view import LastWarning, RunStatus, Sample, View, sparkline, visible, waiting_line
 
 METRICS = {
     "step": 60,
@@ -51,8 +51,10 @@ def view():
     view.start()
     view.trained(METRICS, sparkline([i / 60 for i in range(60)]))
     view.held_out = "0.500 ± 0.020  after step 50"
-    view.glance = glance()
-    view.warned = LastWarning("no checkpoint of step 50: the disk is full, " + "so " * 40, 50, time.perf_counter() - 12)
+    view.status = glance()
+    view.last_warning = LastWarning(
+        "no checkpoint of step 50: the disk is full, " + "so " * 40, 50, time.perf_counter() - 12
+    )
     view.sample = Sample(58, "which?\n" * 30, ("right " * 90, "\x1b[2Jwrong", "漢字" * 200), (1.0, 0.25, 0.0))
     view.help = True
     return view
@@ -68,7 +70,7 @@ def test_every_service_has_a_line(view):
     lines = drawn(view)
     assert "generator       1/2     12  400 ms  starting  2 restarts  busy 93%  4,854 tokens/s" in lines
     assert "reward          1/1      0   20 ms" in lines
-    assert "replay_buffer   1/1      0   20 ms  5 groups wait" in lines
+    assert "replay_buffer   1/1      0   20 ms  5 groups waiting" in lines
     assert "trainer         1/1      0   20 ms  busy 75%" in lines
 
 
@@ -79,7 +81,7 @@ def test_the_numbers_the_waits_and_the_last_warning_are_in_view(view):
     assert "held-out      0.500 ± 0.020  after step 50" in text
     assert "waiting       training: 0.7 trainer.train_step; rollouts: 14 generator.generate, 9.8 ticket" in text
     assert "warning       step 50, 12 s ago: no checkpoint of step 50" in text
-    assert "s: the last samples" in text
+    assert "s: last samples" in text
 
 
 @pytest.mark.parametrize("shows_sample", [False, True])
@@ -102,7 +104,7 @@ def test_what_matters_less_goes_first_where_there_is_little_room(view):
     text = "\n".join(drawn(view, 60, 15))
     for kept in ("60/150", "0.945", "loss", "generator ", "trainer ", "warning"):
         assert kept in text
-    assert "s: the last samples" not in text
+    assert "s: last samples" not in text
     assert "step" in drawn(view, 60, 1)[0]
 
 
@@ -131,7 +133,7 @@ def test_what_a_completion_holds_can_do_nothing_to_the_terminal(view):
 def test_before_the_first_step_there_is_the_progress_and_whoever_is_up():
     view = View(max_steps=150)
     assert [line.split()[:2] for line in drawn(view)] == [["step", "0/150"]]
-    view.glance, view.shows_sample = glance(), True
+    view.status, view.shows_sample = glance(), True
     assert any(line.startswith("sample        none yet") for line in drawn(view))
     view.shows_sample = False
     assert "trainer         1/1      0   20 ms" in drawn(view)
@@ -139,7 +141,7 @@ def test_before_the_first_step_there_is_the_progress_and_whoever_is_up():
 
 def test_the_two_waits_of_each_group_that_matter_most_are_told():
     waiting = {("a", "x"): 0.04, ("a", "y"): 0.06, ("b", "x"): 1.0, ("b", "z"): 120.4, ("b", "w"): 0.5}
-    assert who_waits_in_short(waiting) == "a: 0.1 y; b: 120 z, 1.0 x"
+    assert waiting_line(waiting) == "a: 0.1 y; b: 120 z, 1.0 x"
 
 
 def test_sparkline_spans_its_own_range_and_survives_a_flat_line():
