@@ -1,1 +1,1 @@
-"""What a run has left, as one page for a browser: reading it, making the page, and the page's own files in `page/`."""
+"""The report of a run or of several: one HTML page, made from the run's folder and the files in `page/`."""

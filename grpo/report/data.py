@@ -1,4 +1,4 @@
-"""What a run's folder says of the run, also of one that was killed half-way through a line."""
+"""Read a run's folder, also of a run that still goes on or was killed half-way through a line."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from grpo.errors import NothingTrained, ReportError
+from grpo.observe.renamed_metrics import with_new_names
 
 Record = dict[str, Any]
 _EXAMPLE = "outputs/2026-01-31/12-00-00"
@@ -22,33 +23,33 @@ _EXAMPLE = "outputs/2026-01-31/12-00-00"
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The files of a run, parsed. `notes` says what was missing or broken."""
+    """The parsed files of a run. `notes` lists what was missing or broken."""
 
     folder: Path
     steps: list[Record]
     summary: Record
     config: Record  # flat: "trainer.lr" -> 0.0003
     config_text: str
-    overrides: Record  # what was typed for it: "trainer.lr" -> 0.0003, "loss" -> "dapo"
-    events: list[Record]  # deaths of processes and the like
+    overrides: Record  # from the command line: "trainer.lr" -> 0.0003, "loss" -> "dapo"
+    events: list[Record]  # lines of events.jsonl
     notes: list[str]
 
     @property
     def evaluations(self) -> list[Record]:
-        """From the summary, or, of a run without one, from the lines of its steps."""
+        """The evaluations in the summary; without a summary, those in the lines of the steps."""
         if "evaluations" in self.summary:
             return list(self.summary["evaluations"])
         return [_under(step, "eval/") for step in self.steps if "eval/step" in step]
 
     @property
     def deaths(self) -> list[Record]:
-        """Each with when its replacement served and when the next step was trained, in seconds after it, if ever."""
+        """Deaths of processes, with the seconds until the replacement served and until the next step, if any."""
         died = [event | {"back_s": None} for event in self.events if event.get("event") == "died"]
         for event in self.events:
-            if event.get("event") == "back":  # of its last death: a place is taken by one process after another
-                of_it = [death for death in died if death["actor"] == event["actor"] and death["at_s"] <= event["at_s"]]
-                if of_it:
-                    of_it[-1]["back_s"] = event["after_s"]
+            if event.get("event") == "back":  # after the latest of possibly several deaths of this actor
+                own = [death for death in died if death["actor"] == event["actor"] and death["at_s"] <= event["at_s"]]
+                if own:
+                    own[-1]["back_s"] = event["after_s"]
         return [death | self._next_step(death["at_s"]) for death in died]
 
     @property
@@ -56,7 +57,7 @@ class RunRecord:
         return [event["step"] for event in self.events if event.get("event") == "resumed"]
 
     def _next_step(self, at_s: float) -> Record:
-        """The step that was under way, and how long it still took; the last one when none came after."""
+        """Return the step in progress at a time and the seconds until its end; the last step when none followed."""
         after = next((step for step in self.steps if (step.get("wall_s") or 0.0) > at_s), None)
         if after is None:
             return {"step": self.steps[-1]["step"], "next_step_s": None}
@@ -64,18 +65,18 @@ class RunRecord:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Raises ReportError when this is no run's folder, and NothingTrained when it is one, but of no step yet."""
+    """Read a run. Raises ReportError for a folder without a run, and NothingTrained for a run without a step."""
     run = read_attempt(folder)
     if not run.steps:
-        raise NothingTrained(f"{folder}: no step was trained yet; --serve waits for the first")
+        raise NothingTrained(f"{folder}: no step was trained yet; --serve waits for the first one")
     return run
 
 
 def read_attempt(folder: Path) -> RunRecord:
-    """Also of a run that has not trained a step: one of a sweep that failed. Raises ReportError for no run's folder."""
+    """Read a run even without a step, such as a failed one of a sweep. Raises ReportError as `read_run`."""
     check_folder(folder)
     notes: list[str] = []
-    steps = [line for line in read_jsonl(folder / "metrics.jsonl", notes) if "step" in line]
+    steps = [with_new_names(line) for line in read_jsonl(folder / "metrics.jsonl", notes) if "step" in line]
     events = [event for event in read_jsonl(folder / "events.jsonl", notes) if "at_s" in event]
     text = _text(folder / "config.yaml")
     overrides = _overrides(_text(folder / ".hydra" / "overrides.yaml"), notes)
@@ -83,7 +84,7 @@ def read_attempt(folder: Path) -> RunRecord:
 
 
 def runs_of(folder: Path) -> list[Path]:
-    """The runs that a folder stands for: those in it, where it is a sweep's; itself, where it is anything else."""
+    """Return the runs of a sweep's folder in order; any other folder stands for itself."""
     if _is_run(folder) or not folder.is_dir():
         return [folder]
     runs = [inner for inner in folder.iterdir() if inner.is_dir() and _is_run(inner)]
@@ -91,7 +92,7 @@ def runs_of(folder: Path) -> list[Path]:
 
 
 def is_sweep(runs: Sequence[RunRecord]) -> bool:
-    """Whether Hydra made these runs, or some of them, with one command, and has noted what was typed."""
+    """Tell whether some of these runs come from one Hydra multirun whose overrides are on record."""
     parents = {run.folder.resolve().parent for run in runs}
     return len(parents) == 1 and (parents.pop() / "multirun.yaml").is_file() and any(run.overrides for run in runs)
 
@@ -101,32 +102,34 @@ def _is_run(folder: Path) -> bool:
 
 
 def _natural(folder: Path) -> list[tuple[bool, int, str]]:
-    """In the order of people: 2 before 10."""
+    """Sort key that puts 2 before 10."""
     parts = re.split(r"(\d+)", folder.name)
     return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ReportError when this is no run's folder."""
+    """Raise ReportError when the folder holds no run."""
     if not folder.is_dir():
         wrong = "is a file" if folder.exists() else "no such folder"
         raise ReportError(f"{folder}: {wrong}; name the folder of a run, as in {_EXAMPLE}")
     if not _is_run(folder):
-        raise ReportError(f"{folder} holds no metrics.jsonl: it is no run's folder; name one, as in {_EXAMPLE}")
+        raise ReportError(
+            f"{folder} holds no metrics.jsonl, so it is not the folder of a run; name one, as in {_EXAMPLE}"
+        )
 
 
 def read_rollouts(folder: Path, notes: list[str], most: int = 3000, most_bytes: int = 12_000_000) -> list[Record]:
-    """The sampled groups; where there are too many for a page, evenly chosen ones, the last among them.
+    """Return the sampled groups; too many for a page are thinned out evenly, the last one always included.
 
-    `most_bytes` are for texts, and as many again for tokens: fewer groups may have theirs.
+    `most_bytes` limits the texts, and the tokens separately: fewer groups may come with their tokens.
     """
     groups = read_jsonl(folder / "rollouts.jsonl", notes)
     tokens = [group.pop("tokens", None) for group in groups]
-    kept = _evenly(groups, most, most_bytes)
+    kept = _thinned(groups, most, most_bytes)
     if len(kept) < len(groups):
-        notes.append(f"The page holds {len(kept):,} of {len(groups):,} sampled groups, evenly spread over the run.")
+        notes.append(f"The page holds {len(kept):,} of {len(groups):,} sampled groups, spread evenly over the run.")
     known = [place for place in kept if tokens[place]]
-    shown = [known[place] for place in _evenly([tokens[place] for place in known], most, most_bytes)]
+    shown = [known[place] for place in _thinned([tokens[place] for place in known], most, most_bytes)]
     if len(shown) < len(known):
         notes.append(f"The page holds the tokens of {len(shown):,} of {len(known):,} groups; rollouts.jsonl has all.")
     for place in shown:
@@ -134,8 +137,8 @@ def read_rollouts(folder: Path, notes: list[str], most: int = 3000, most_bytes: 
     return [groups[place] for place in kept]
 
 
-def _evenly(records: Sequence[Any], most: int, most_bytes: int) -> list[int]:
-    """Places of as many records as there is room for, the last among them."""
+def _thinned(records: Sequence[Any], most: int, most_bytes: int) -> list[int]:
+    """Return evenly spaced indices of as many records as there is room for, the last one included."""
     sample = records[:: max(1, len(records) // 50)]
     size = len(records) * fmean(len(json.dumps(record)) for record in sample) if sample else 0
     keep = min(most, len(records), max(1, int(len(records) * most_bytes / max(1, size))))
@@ -144,7 +147,7 @@ def _evenly(records: Sequence[Any], most: int, most_bytes: int) -> list[int]:
 
 
 def read_jsonl(file: Path, notes: list[str]) -> list[Record]:
-    """The records of a file, none if it is not there. A line that can't be read is passed over and noted."""
+    """Return the records of a file, none if it doesn't exist. Unreadable lines are skipped and noted."""
     records, broken = [], 0
     for line in _text(file).split("\n"):
         try:
@@ -154,19 +157,19 @@ def read_jsonl(file: Path, notes: list[str]) -> list[Record]:
         if isinstance(record, dict):
             records.append(record)
     if broken:
-        notes.append(f"{file.name}: {broken} broken {'line was' if broken == 1 else 'lines were'} passed over.")
+        notes.append(f"{file.name}: {broken} broken {'line was' if broken == 1 else 'lines were'} skipped.")
     return records
 
 
 def figures(run: RunRecord) -> Record:
-    """What the header and the table of several runs show. Where there is no summary, from the steps."""
+    """Return the numbers for the overview and the comparison table, from the summary or else from the steps."""
     rewards = [step["reward/mean"] for step in run.steps if step.get("reward/mean") is not None]
     tenth, seconds = max(1, len(rewards) // 10), total(run, "time/step_s")
     evaluations = [each["reward_mean"] for each in run.evaluations if each.get("reward_mean") is not None]
     last = run.steps[-1] if run.steps else {"step": 0}
-    began = run.steps or run.config_text
+    started = run.steps or run.config_text
     found: Record = {
-        "status": "no summary: it still runs, or was killed" if began else "failed",
+        "status": "no summary: still running, or killed" if started else "failed",
         "steps": last["step"],
         "wall_s": last.get("wall_s"),
         "reward_first": fmean(rewards[:tenth]) if rewards else None,
@@ -176,7 +179,7 @@ def figures(run: RunRecord) -> Record:
         "trainer_wait_fraction": total(run, "time/trainer_wait_s") / seconds if seconds else None,
         "generator_busy_fraction": _weighted(run, "generator/busy_fraction"),
         "restarts": {"": last.get("recovery/restarts", 0)},
-        "error": None if began else "it never began: its settings were refused, or it was stopped before",
+        "error": None if started else "never started: its settings were refused, or it was stopped before",
     }
     found |= {name: run.summary[name] for name in found if name in run.summary}
     groups = run.config.get("trainer.groups_per_step")
@@ -189,15 +192,15 @@ def figures(run: RunRecord) -> Record:
 
 
 def differing(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
-    """Settings in which the runs differ, with the value of each run: of a sweep those that were typed, else any.
+    """Return the settings in which the runs differ, with the value of each run; of a sweep only overridden ones.
 
-    Where the runs came from is none.
+    `resume` and `checkpoint.dir` don't count.
     """
-    typed = is_sweep(runs)
-    keys = dict.fromkeys(key for run in runs for key in (run.overrides if typed else run.config))
+    overridden = is_sweep(runs)
+    keys = dict.fromkeys(key for run in runs for key in (run.overrides if overridden else run.config))
     values = {key: [run.config.get(key, run.overrides.get(key)) for run in runs] for key in keys}
-    passed_over = ("resume", "checkpoint.dir")
-    return {key: each for key, each in values.items() if key not in passed_over and len(set(map(repr, each))) > 1}
+    ignored = ("resume", "checkpoint.dir")
+    return {key: each for key, each in values.items() if key not in ignored and len(set(map(repr, each))) > 1}
 
 
 def total(run: RunRecord, name: str) -> float:
@@ -205,7 +208,7 @@ def total(run: RunRecord, name: str) -> float:
 
 
 def _weighted(run: RunRecord, name: str) -> float | None:
-    """A mean over time, not over steps."""
+    """Return a mean over time, not over steps."""
     pairs = [(step[name], step.get("time/step_s") or 0.0) for step in run.steps if step.get(name) is not None]
     seconds = sum(weight for _, weight in pairs)
     return sum(value * weight for value, weight in pairs) / seconds if seconds else None
@@ -247,7 +250,7 @@ def _overrides(text: str, notes: list[str]) -> Record:
 
 
 def _value(text: str) -> Any:
-    """As Hydra would read it, in the main: `1e-4` is a number."""
+    """Parse a value nearly as Hydra does: `1e-4` is a number."""
     return OmegaConf.from_dotlist([f"value={text}"])["value"]
 
 

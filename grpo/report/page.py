@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing else: styles, scripts, Plotly and the data of the runs stand in it."""
+"""Write the report as one self-contained HTML file: styles, scripts, Plotly and the data of the runs are inlined."""
 
 from __future__ import annotations
 
@@ -21,23 +21,25 @@ _MOST_POINTS = 4000  # of a curve
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None, *, from_s: float = 0.0) -> Path:
-    """Write the page of one run, or of several; the timeline from `from_s` on. Raises ReportError.
+    """Write the page of one run, with its timeline from `from_s` on, or of several. Raises ReportError.
 
-    The folder of a sweep stands for its runs. Among several, one that never trained a step stands as failed.
+    The folder of a sweep stands for its runs. Among several, a run without a step is shown as failed.
     """
     folders = named_runs(folders)
     if len(folders) == 1:
         run = read_run(folders[0])
-        return _write(one(run, timeline_of(run.folder, from_s)), out or run.folder / "report.html")
-    return _write(several([read_attempt(folder) for folder in folders]), out or _common(folders) / "comparison.html")
+        return _write(run_data(run, timeline_of(run.folder, from_s)), out or run.folder / "report.html")
+    return _write(
+        comparison_data([read_attempt(folder) for folder in folders]), out or _common(folders) / "comparison.html"
+    )
 
 
 def named_runs(folders: Sequence[Path]) -> list[Path]:
-    """The runs that are meant by folders of runs, or of sweeps. Raises ReportError when there are none."""
+    """Expand the folders of sweeps to their runs. Raises ReportError when no run is named."""
     if len(folders) > 1:
-        folders = [folder for folder in folders if not folder.is_file()]  # a sweep's `*` names files too
+        folders = [folder for folder in folders if not folder.is_file()]  # a shell's `sweep/*` names files too
     if not folders:
-        raise ReportError("no folder of a run was named")
+        raise ReportError("no run folder given")
     return [run for folder in folders for run in runs_of(folder)]
 
 
@@ -50,9 +52,9 @@ def _write(data: Record, out: Path) -> Path:
 
 
 def page(data: Mapping[str, Any]) -> str:
-    """Places of the template are filled in one pass: what the data holds is never taken for a place.
+    """Fill the placeholders of the template, in one pass: data that looks like a placeholder is left alone.
 
-    Data that is `live` comes from a server, which the page asks for more; any other page asks nobody for anything.
+    A page with `live` data asks its server for updates; any other page makes no requests.
     """
     parts = {
         "connect": "'self'" if data.get("live") else "'none'",
@@ -61,14 +63,14 @@ def page(data: Mapping[str, Any]) -> str:
         "data": _json(data),
         "script": _inline("\n".join(_asset(name) for name in _SCRIPTS)),
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _asset("report.html"))
+    return re.sub(r"\{\{(\w+)\}\}", lambda placeholder: parts[placeholder[1]], _asset("report.html"))
 
 
-def one(run: RunRecord, timeline: Record | None) -> Record:
-    """Everything about one run."""
+def run_data(run: RunRecord, timeline: Record | None) -> Record:
+    """Return the page's data for one run."""
     notes = list(run.notes)
     rollouts = read_rollouts(run.folder, notes)
-    return {"runs": [_of_run(run, name_of(run.folder), notes)], "rollouts": rollouts, "timeline": timeline}
+    return {"runs": [_run_entry(run, name_of(run.folder), notes)], "rollouts": rollouts, "timeline": timeline}
 
 
 def timeline_of(folder: Path, from_s: float) -> Record | None:
@@ -80,21 +82,21 @@ def name_of(folder: Path) -> str:
     return f"{folder.parent.name}/{folder.name}"
 
 
-def several(runs: Sequence[RunRecord]) -> Record:
-    """The curves and figures of several runs, and the settings in which they differ."""
+def comparison_data(runs: Sequence[RunRecord]) -> Record:
+    """Return the page's data for several runs: curves, figures and the settings in which they differ."""
     runs = in_order(runs)
     settings, common = differing(runs), _common([run.folder for run in runs])
     names = [str(run.folder.resolve().relative_to(common)) for run in runs]
     labels = [name + _settings(settings, place) for place, name in enumerate(names)]
     return {
-        "runs": [_of_run(run, label, list(run.notes)) for run, label in zip(runs, labels, strict=True)],
+        "runs": [_run_entry(run, label, list(run.notes)) for run, label in zip(runs, labels, strict=True)],
         "differing": settings,
         "title": name_of(common),
     }
 
 
 def in_order(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """Of a sweep over one number in its order, else as they come."""
+    """Sort runs that differ in one number by that number; leave others in their order."""
     settings = differing(runs)
     values, *others = settings.values() or [[]]
     if others or not all(isinstance(value, (int, float)) for value in values):
@@ -102,7 +104,7 @@ def in_order(runs: Sequence[RunRecord]) -> list[RunRecord]:
     return [run for _, run in sorted(zip(values, runs, strict=False), key=lambda pair: pair[0])] or list(runs)
 
 
-def _of_run(run: RunRecord, name: str, notes: list[str]) -> Record:
+def _run_entry(run: RunRecord, name: str, notes: list[str]) -> Record:
     every = max(1, math.ceil(len(run.steps) / _MOST_POINTS))
     if every > 1:
         notes.append(f"Each point of the curves is the mean of {every} steps.")
@@ -119,7 +121,7 @@ def _of_run(run: RunRecord, name: str, notes: list[str]) -> Record:
 
 
 def columns(steps: Sequence[Record], every: int = 1) -> dict[str, list[float | None]]:
-    """Each metric over the steps; means of `every` steps where there are too many for a plot."""
+    """Return each metric over the steps; for long runs, means of `every` steps."""
     names = dict.fromkeys(name for step in steps for name in step if not name.startswith("eval/"))
     blocks = [steps[place : place + every] for place in range(0, len(steps), every)]
     thinned = {name: [_mean(block, name) for block in blocks] for name in names}
@@ -132,7 +134,7 @@ def _mean(block: Sequence[Record], name: str) -> float | None:
 
 
 def _settings(settings: Mapping[str, Sequence[Any]], place: int) -> str:
-    """Few enough to stand in a legend."""
+    """Format the differing settings of a run for a legend; empty when there are more than two."""
     if len(settings) > 2:
         return ""
     return "".join(f" · {key.rpartition('.')[2]}={values[place]}" for key, values in settings.items())
@@ -151,10 +153,10 @@ def _plotly() -> str:
 
 
 def _inline(script: str) -> str:
-    """What may stand in a script element."""
+    """Escape what would end a script element."""
     return re.sub(r"<(?=/script|!--)", r"\\x3C", script, flags=re.IGNORECASE)
 
 
 def _json(data: Mapping[str, Any]) -> str:
-    """JSON in a script element: no sign in it can end the element."""
+    """Serialize to JSON that can't end a script element."""
     return to_json(data).replace("<", "\\u003c")

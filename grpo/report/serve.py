@@ -1,4 +1,4 @@
-"""A run that goes on, in a browser: a page that is made of what its folder holds whenever it is asked for."""
+"""Serve the report of a running run: each request is answered with the current contents of its folder."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from urllib.parse import parse_qs, urlsplit
 from grpo.errors import NothingTrained, ReportError
 from grpo.observe.run_dir import to_json
 from grpo.report.data import Record, check_folder, read_run, read_summary
-from grpo.report.page import name_of, one, page, timeline_of
+from grpo.report.page import name_of, page, run_data, timeline_of
 from grpo.report.timeline import MOST_SPANS
 
 _FILES = ("config.yaml", "metrics.jsonl", "rollouts.jsonl", "events.jsonl", "timeline.json", "summary.json")
 
 
 class LiveRun:
-    """What the page shows of a run's folder now, read again when one of its files has changed."""
+    """The page's data for a run's folder, read again when one of its files has changed."""
 
     def __init__(self, folder: Path, from_s: float = 0.0) -> None:
-        """Raises ReportError when this is no run's folder; one of a run that has yet to begin is fine."""
+        """Raises ReportError when the folder holds no run; a run that has not started yet is fine."""
         check_folder(folder)
         self._folder, self._from_s = folder, from_s
-        self._lock = threading.Lock()  # browsers ask side by side, and reading is work for one core
+        self._lock = threading.Lock()  # requests are concurrent; reading the same files twice is wasted work
         self._stamp = ""
         self._data: Record = {}
         self._timeline: Record | None = None
 
     def data(self) -> Record:
-        """As for a page, with `live`: a `stamp` of the files while the run goes on, nothing once it has ended.
+        """Return the page's data with `live`: a `stamp` of the files during the run, None after its end.
 
-        A run without a step is only a name, and what is waited for.
+        Of a run without a step the data has only its name and a message.
         """
         with self._lock:
             stamp = self._stamp_now()
@@ -49,10 +49,10 @@ class LiveRun:
             run = read_run(self._folder)
         except NothingTrained:
             return {"runs": [], "name": name_of(self._folder), "waiting": self._waiting()}
-        return one(run, self._read_timeline())
+        return run_data(run, self._read_timeline())
 
     def _read_timeline(self) -> Record | None:
-        """One that the page has no more room for is not read over and over."""
+        """Read the timeline; one that fills the page already is read again only at the end of the run."""
         is_full = self._timeline is not None and len(self._timeline["spans"]) >= MOST_SPANS
         if not is_full or self._has_ended():
             self._timeline = timeline_of(self._folder, self._from_s)
@@ -60,32 +60,32 @@ class LiveRun:
 
     def _waiting(self) -> str:
         if not self._has_ended():
-            return "waits for the first train step: the run is starting"
+            return "waiting for the first train step: the run is starting"
         return f"no step was trained: {read_summary(self._folder, []).get('error') or 'the run has ended'}"
 
     def _has_ended(self) -> bool:
         return (self._folder / "summary.json").exists()
 
     def _stamp_now(self) -> str:
-        found = [file.stat() for name in _FILES if (file := self._folder / name).exists()]
-        return f"{zlib.crc32(repr([(each.st_size, each.st_mtime_ns) for each in found]).encode()):08x}"
+        stats = [file.stat() for name in _FILES if (file := self._folder / name).exists()]
+        return f"{zlib.crc32(repr([(each.st_size, each.st_mtime_ns) for each in stats]).encode()):08x}"
 
 
 class ReportServer(ThreadingHTTPServer):
-    """The page at `/`, its data at `/data?stamp=...`: nothing when the stamp is still that of the files."""
+    """Serves the page at `/` and its data at `/data?stamp=...`, or 204 when the stamp is still current."""
 
     daemon_threads = True
 
     def __init__(self, run: LiveRun, host: str, port: int) -> None:
-        """Raises ReportError when it can't listen there."""
+        """Raises ReportError when it can't listen on this address."""
         self.run = run
         try:
             super().__init__((host, port), _Handler)
         except OSError as error:
-            wrong = f"can't listen on {host}, port {port}: {error.strerror}; see --host and --port"
+            message = f"can't listen on {host}, port {port}: {error.strerror}; see --host and --port"
             if error.errno == errno.EADDRINUSE:
-                wrong = f"port {port} is in use; name another with --port, or 0 for any that is free"
-            raise ReportError(wrong) from error
+                message = f"port {port} is in use; name another with --port, or 0 for any free port"
+            raise ReportError(message) from error
 
     @property
     def url(self) -> str:
@@ -109,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, text: str = "", kind: str = "text/plain") -> None:
         body = text.encode()
-        with suppress(ConnectionError):  # the browser was closed meanwhile
+        with suppress(ConnectionError):  # the browser was closed
             self.send_response(status)
             self.send_header("Content-Type", f"{kind}; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
@@ -118,4 +118,4 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, *about: Any) -> None:
-        """The terminal is not told of every request."""
+        """Keep requests out of the terminal."""

@@ -1,4 +1,4 @@
-"""What came out of several runs, those of a sweep in particular: a table for the terminal, and the page."""
+"""Compare several runs, such as those of a sweep: a table for the terminal, and the page."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from grpo.report.data import Record, RunRecord, differing, figures, read_attempt
 from grpo.report.page import in_order, write_report
 
 log = logging.getLogger(__name__)
-_WIDE = 200  # columns, where stdout is no terminal
-_NARROW, _SETTING = 100, 8
+_WIDE = 200  # columns where stdout is no terminal
+_NARROW, _SETTING_WIDTH = 100, 8
 
 
 def show_sweep(folder: Path) -> None:
-    """Print the table and leave `comparison.html`; where no run began, the errors have said all."""
+    """Print the table and write `comparison.html`; do nothing if no run started, since the errors say it all."""
     folders = runs_of(folder)
     if not any((run / "config.yaml").exists() for run in folders):
         return
     print_table(folders)
     try:
         print(f"comparison: {write_report([folder])}")
-    except Exception as error:  # the runs are not failed by their report
-        log.exception("no comparison")
-        print(f"warning: no comparison: {error}; scripts/report.py {folder} makes one", file=sys.stderr)
+    except Exception as error:  # a broken report must not fail the runs
+        log.exception("comparison failed")
+        print(f"warning: comparison failed: {error}; run scripts/report.py {folder} to make one", file=sys.stderr)
 
 
 def print_table(folders: Sequence[Path]) -> None:
-    """Raises ReportError when one of them is no run's."""
+    """Print the table. Raises ReportError when a folder holds no run."""
     screen = PipeSafeConsole() if sys.stdout.isatty() else PipeSafeConsole(width=_WIDE)
     screen.print(table_of([read_attempt(run) for run in folders], narrow=screen.width < _NARROW))
 
 
 def table_of(runs: Sequence[RunRecord], *, narrow: bool = False) -> Table:
-    """A run a row: what was typed for it and for no other, and how it went."""
+    """Return a table with a row per run: the settings that differ, and the outcome."""
     runs = in_order(runs)
     settings = differing(runs)
     table = Table(box=SIMPLE_HEAD, padding=0 if narrow else (0, 1), pad_edge=False)
     table.add_column("run", no_wrap=True)
     for name in settings:
-        table.add_column(_short(name, settings), overflow="fold", min_width=_SETTING)
+        table.add_column(_short(name, settings), overflow="fold", min_width=_SETTING_WIDTH)
     for name in ("status", "steps", "reward", "held-out", "s/step", "trainer waits", "tokens/s"):
         table.add_column(name.replace(" ", "\n"), justify="left" if name == "status" else "right", no_wrap=True)
     for place, run in enumerate(runs):
@@ -56,20 +56,20 @@ def table_of(runs: Sequence[RunRecord], *, narrow: bool = False) -> Table:
 
 
 def _short(name: str, names: Iterable[str]) -> str:
-    """`trainer.lr` as `lr`, where no other is called so."""
+    """Shorten `trainer.lr` to `lr` if that is unambiguous."""
     last = name.rpartition(".")[2]
     return last if sum(each.rpartition(".")[2] == last for each in names) == 1 else name
 
 
-def _cells(found: Record) -> list[str]:
+def _cells(result: Record) -> list[str]:
     return [
-        found["status"].partition(":")[0],
-        str(found["steps"]),
-        _change(found["reward_first"], found["reward_last"]),
-        _change(found["eval_first"], found["eval_last"]),
-        _number(found["step_s"], ".2f"),
-        _number(found["trainer_wait_fraction"], ".0%"),
-        _number(found["tokens_per_s"], ",.0f"),
+        result["status"].partition(":")[0],
+        str(result["steps"]),
+        _change(result["reward_first"], result["reward_last"]),
+        _change(result["eval_first"], result["eval_last"]),
+        _number(result["step_s"], ".2f"),
+        _number(result["trainer_wait_fraction"], ".0%"),
+        _number(result["tokens_per_s"], ",.0f"),
     ]
 
 

@@ -1,7 +1,7 @@
-"""`timeline.json` as the page wants it: tracks, spans, the moments at which a coroutine ran, and where groups went.
+"""Convert `timeline.json` for the page: tracks, spans, and the switches of the event loop between coroutines.
 
-A coroutine runs from the end of one of its waits to the begin of its next one. That is a `switch` of the event loop.
-If another coroutine ran meanwhile, the first one must have waited for something that was not recorded.
+A coroutine runs from the end of one of its waits to the start of the next. That interval is a `switch`. If another
+coroutine ran in between, the first one must have waited for something that was not recorded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 MOST_SPANS = 40_000
 _MOST_BYTES = 128_000_000
 _DRIVER = 0
-# Tracks in this order; rollouts after the others.
+# Tracks are shown in this order, rollouts last.
 _FIRST = ("training", "weights", "evaluation", "trainer", "generator", "reward")
 _LANE = re.compile(r" \(\d+\)$")
 _SEPARATORS = re.compile(r"[\s,\[]*")
@@ -37,7 +37,7 @@ class _Span:
 
 
 def read_timeline(file: Path, most: int = MOST_SPANS, from_s: float = 0.0) -> dict[str, Any] | None:
-    """None when there is no timeline, or nothing in it. Of the spans from `from_s` on, the first `most` are kept."""
+    """Return the first `most` spans from `from_s` on, with tracks and switches; None without a timeline or spans."""
     if not file.is_file():
         return None
     with file.open(encoding="utf-8", errors="replace") as opened:
@@ -67,7 +67,7 @@ def read_timeline(file: Path, most: int = MOST_SPANS, from_s: float = 0.0) -> di
 
 
 def parse(text: str) -> Iterator[dict[str, Any]]:
-    """The events, whatever surrounds them, up to the first that is broken: a run that is killed stops anywhere."""
+    """Yield the events of either form of the file, up to the first broken one: a killed run may stop anywhere."""
     decoder = json.JSONDecoder()
     found = re.search(r'"traceEvents"\s*:', text) if text.lstrip().startswith("{") else None
     place = found.end() if found else 0
@@ -80,7 +80,7 @@ def parse(text: str) -> Iterator[dict[str, Any]]:
 
 
 def _tracks(events: Sequence[dict[str, Any]]) -> dict[tuple[Any, Any], tuple[str, str]]:
-    """Process and name by pid and tid, in the order of the page: coroutines, then actors."""
+    """Return process and name by pid and tid, in the order of the page: coroutines, then actors."""
     processes = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
     named = {(e["pid"], e.get("tid")): e["args"]["name"] for e in events if e.get("name") == "thread_name"}
     used = {(e["pid"], e.get("tid")) for e in events if e.get("ph") == "X"}
@@ -104,7 +104,7 @@ def _spans(events: Sequence[dict[str, Any]], tracks: dict[tuple[Any, Any], tuple
 
 
 def _nest(spans: Sequence[_Span]) -> None:
-    """Say of each span how many others of its track it lies in. They are in order of their begin."""
+    """Set each span's depth: how many other spans of its track contain it. `spans` are in order of their begin."""
     around: dict[int, list[_Span]] = defaultdict(list)
     for span in spans:
         open_ones = around[span.track]
@@ -115,7 +115,7 @@ def _nest(spans: Sequence[_Span]) -> None:
 
 
 def _switches(spans: Sequence[_Span], tracks: Sequence[tuple[str, str]]) -> list[list[Any]]:
-    """[begin, end, track, the span that ended, the span that began, whether it ran all the time] in order."""
+    """Return [begin, end, track, ended span, started span, whether no other coroutine ran in between], in order."""
     names = {name: number for number, (_, name) in enumerate(tracks)}
     of_coroutine: dict[int, list[int]] = defaultdict(list)
     for number, span in enumerate(spans):
@@ -130,7 +130,7 @@ def _switches(spans: Sequence[_Span], tracks: Sequence[tuple[str, str]]) -> list
 
 
 def _leaves(spans: Sequence[_Span], numbers: Sequence[int]) -> list[int]:
-    """The waits, and stages of which no wait was recorded: an evaluation's, say. In order of their begin."""
+    """Return the waits, and the stages without a recorded wait, such as an evaluation's, in order of their begin."""
     waits = [spans[number] for number in numbers if spans[number].kind == "wait"]
     begins = [wait.begin for wait in waits]
     leaves = []
@@ -144,8 +144,8 @@ def _leaves(spans: Sequence[_Span], numbers: Sequence[int]) -> list[int]:
 
 
 def _gaps(spans: Sequence[_Span], track: int, waits: Sequence[int]) -> Iterator[list[Any]]:
-    """Where none of a coroutine's waits goes on. It may wait for several things side by side."""
-    last: int | None = None  # of the waits so far, the one that ends last
+    """Yield the gaps in which a coroutine waits for nothing. It may wait for several things in parallel."""
+    last: int | None = None  # the wait so far that ends last
     for number in waits:
         if last is not None and spans[number].begin >= spans[last].end:
             yield [round(spans[last].end, 1), round(spans[number].begin, 1), track, last, number]

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from grpo.errors import ReportError
+from grpo.observe.renamed_metrics import with_old_names
 from grpo.report.data import differing, figures, read_jsonl, read_rollouts, read_run
 from grpo.report.page import columns, page, write_report
 from tests.report.made_runs import NASTY, make_run, write_jsonl
@@ -28,7 +29,7 @@ def test_a_whole_run(tmp_path):
 def test_a_run_without_a_summary_is_read_from_its_steps(tmp_path):
     run = read_run(make_run(tmp_path / "run", summary=False))
     found = figures(run)
-    assert "still runs" in found["status"]
+    assert "still running" in found["status"]
     assert (found["steps"], found["eval_first"], found["restarts"]) == (12, 0.3, 1)
     assert found["reward_last"] == pytest.approx(12 / 20)
     assert [each["step"] for each in run.evaluations] == [1, 10]
@@ -40,7 +41,19 @@ def test_a_broken_last_line_is_passed_over(tmp_path):
         file.write('{"step": 13, "rew')
     run = read_run(folder)
     assert run.steps[-1]["step"] == 12
-    assert run.notes == ["metrics.jsonl: 1 broken line was passed over."]
+    assert run.notes == ["metrics.jsonl: 1 broken line was skipped."]
+
+
+def test_runs_of_earlier_versions_are_read_under_the_new_names(tmp_path):
+    folder = make_run(tmp_path / "run")
+    lines = read_jsonl(folder / "metrics.jsonl", [])
+    expected = read_run(folder).steps
+    write_jsonl(folder / "metrics.jsonl", [with_old_names(line) for line in lines])
+    assert read_run(folder).steps == expected
+    old = {"mismatch/logprob_abs_diff": "mismatch/behavior_abs"}
+    write_jsonl(folder / "metrics.jsonl", [{old.get(k, k): v for k, v in line.items()} for line in lines])
+    assert read_run(folder).steps == expected
+    assert "mismatch/behavior_abs" not in columns(read_run(folder).steps)
 
 
 def test_other_broken_files_are_notes(tmp_path):

@@ -90,7 +90,7 @@ def test_groups_are_searched_filtered_and_walked_through(browser, report):
     assert browser.text("#groups-count") == "1 of 6"
     assert browser.text(".completion mark") == "first"
     browser.choose("#groups-search", "nowhere")
-    assert browser.text("#group") == "No group is like that."
+    assert browser.text("#group") == "No group matches."
 
 
 def test_scores_stand_beside_a_completion(browser, report):
@@ -157,7 +157,7 @@ def test_the_lanes_are_painted(browser, report):
 def test_what_a_run_lacks_is_left_out(browser, tmp_path):
     browser.open(write_report([make_run(tmp_path / "bare", groups=False, timeline=False, summary=False)]))
     assert browser.text("#nav") == "OverviewCurves"
-    assert "still runs" in browser.text("#status")
+    assert "still running" in browser.text("#status")
 
 
 def test_a_run_of_one_step(browser, tmp_path):
@@ -179,7 +179,7 @@ def test_runs_side_by_side(browser, tmp_path):
     browser.open(write_report(sorted((tmp_path / "sweep").iterdir())), height=6000)
     assert browser.text("#title").endswith("/sweep: 4 runs")
     assert browser.evaluate("document.querySelector('#runs-table tbody tr').innerText").startswith("0\tfailed\t0\t0\t–")
-    assert "0 · concurrency=0: it never began" in browser.text("#error")
+    assert "0 · concurrency=0: never started" in browser.text("#error")
     assert "rollout.concurrency" in browser.text("#runs-table thead")
     browser.until(f"{CHARTS}.every(plot => plot.data?.length)")
     sweep = "document.querySelector('#sweep .plot').data[0]"

@@ -46,7 +46,7 @@ def test_a_run_is_watched_from_before_its_first_step_to_its_end(browser, tmp_pat
     make_failed_run(folder, ())
     with serving(folder) as url:
         browser.open(url)
-        assert browser.text("#status") == "livewaits for the first train step: the run is starting"
+        assert browser.text("#status") == "livewaiting for the first train step: the run is starting"
         browser.evaluate(HURRY)
         going_on(folder, steps=3, groups=2, timeline=1)
         browser.until("typeof Loop !== 'undefined' && Loop.timeline && RUNS[0]?.columns.step.length === 3")

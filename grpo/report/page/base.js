@@ -1,11 +1,11 @@
 "use strict";
-// What all sections share: the data, elements, numbers as text, and the theme.
+// Shared by all sections: the data, DOM elements, number formatting and the theme.
 
 let DATA = JSON.parse(document.getElementById("data").textContent);
 let RUNS = DATA.runs;
 const $ = id => document.getElementById(id);
 
-// An element. Text always goes in as a text node: nothing of a run is ever read as HTML.
+// Create an element. Text is always added as a text node: data of a run is never parsed as HTML.
 function h(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -37,7 +37,7 @@ function duration(seconds) {
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 const series = number => css(`s${number % 10}`);
 
-// Colours with an opacity: the palette is written as #rrggbb.
+// Add an opacity to a colour of the palette, #rrggbb.
 function faded(hex, opacity) {
   const [r, g, b] = [1, 3, 5].map(place => parseInt(hex.slice(place, place + 2), 16));
   return `rgba(${r},${g},${b},${opacity})`;
@@ -55,7 +55,7 @@ const Theme = {
   },
   toggle() {
     this.chosen = this.dark ? "light" : "dark";
-    try { localStorage.setItem("report-theme", this.chosen); } catch { /* some browsers have none for files */ }
+    try { localStorage.setItem("report-theme", this.chosen); } catch { /* some browsers have no storage for files */ }
     this.apply();
   },
   start() {
@@ -66,7 +66,7 @@ const Theme = {
   },
 };
 
-// A row of buttons of which one is pressed.
+// Fill an element with buttons of which exactly one is pressed.
 function toggle(element, choices, chosen, choose) {
   const buttons = choices.map(([value, label]) => h("button", {type: "button", "aria-pressed": value === chosen, onclick() {
     buttons.forEach((button, place) => button.setAttribute("aria-pressed", choices[place][0] === value));
@@ -80,7 +80,7 @@ const options = (select, choices) =>
 
 const dot = colour => h("span", {class: "dot", style: `background:${colour}`});
 
-// Which section a key is meant for: the one with the focus, else the one in the middle of the window.
+// The section that a key press is for: the one with the focus, else the one in the middle of the window.
 function sectionOfKeys() {
   const focused = document.activeElement?.closest?.("section");
   if (focused) return focused.id;

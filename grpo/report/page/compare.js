@@ -1,4 +1,4 @@
-// Several runs: a table, a plot over the setting that differs, and the same curve of every run in one chart.
+// Comparison of several runs: a table, plots over the differing setting, and charts with one curve per run.
 
 const COLUMNS = [
   ["steps", each => count(each.steps)],
@@ -21,7 +21,7 @@ function startComparing() {
   const rewards = () => RUNS.flatMap(run => [averaged(run, "reward/mean", escaped(run.name), colourOf(run)),
     {...heldOut(run, "held-out", colourOf(run)), showlegend: false}]).filter(trace => trace?.x);
   const named = [["Loss", "loss"], ["Entropy", "trainer/entropy"], ["Gradient norm", "trainer/grad_norm"], ["Policy age", "policy_age/mean"],
-    ["Mismatch", "mismatch/logprob_abs_diff"], ["Trainer waits, seconds", "time/trainer_wait_s"], ["Seconds per step", "time/step_s"],
+    ["Mismatch", "mismatch/logprob_abs_diff"], ["Trainer wait, seconds", "time/trainer_wait_s"], ["Seconds per step", "time/step_s"],
     ["Tokens per second", "generator/tokens_per_s"], ["Completion length", "generator/completion_tokens_mean"]];
   const cards = named.filter(([, name]) => runs(name).length).map(([title, name]) => Charts.card({title, layout: {showlegend: false}}, many(name, averaged)));
   $("charts").append(h("div", {class: "grid"}, Charts.card(reward, rewards), cards, anyMetric(runs)));
@@ -51,7 +51,7 @@ function table() {
     h("tbody", {}, rows)));
 }
 
-// Throughput and waiting over a number that the runs differ in.
+// Throughput, trainer wait and reward over a numeric setting in which the runs differ.
 function sweep() {
   const keys = Object.keys(DATA.differing).filter(key => new Set(DATA.differing[key].filter(isNumber)).size > 1);
   if (!keys.length) return;
@@ -70,8 +70,8 @@ function sweep() {
     }};
     return Charts.card(spec, () => [over(name, series(number))]);
   };
-  $("sweep").append(h("h3", {}, "Over ", pick), h("div", {class: "grid-sweep"}, chart("Groups per second", "groups_per_s", 0),
-    chart("Share of the time the trainer waits", "trainer_wait_fraction", 1), chart("Reward, last tenth", "reward_last", 4)));
+  $("sweep").append(h("h3", {}, "By ", pick), h("div", {class: "grid-sweep"}, chart("Groups per second", "groups_per_s", 0),
+    chart("Trainer wait, share of the time", "trainer_wait_fraction", 1), chart("Reward, last tenth of the steps", "reward_last", 4)));
 }
 
 function logarithmic(values) {

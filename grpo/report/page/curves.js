@@ -1,11 +1,11 @@
-// Charts over the steps of the runs. A chart is a title and a function that gives Plotly's traces for one run.
+// Charts over the steps of the runs. A chart has a title and a function that returns Plotly's traces for one run.
 
 const Axis = {kind: "step", key() { return this.kind === "step" ? "step" : "wall_s"; }};
 const column = (run, name) => run.columns[name];
 const has = (...names) => run => names.some(name => column(run, name)?.some(isNumber));
 const xs = run => column(run, Axis.key()) ?? column(run, "step");
 
-// Where a step lies on the horizontal axis.
+// The position of a step on the horizontal axis.
 function xOfStep(run, step) {
   if (Axis.kind === "step" || !column(run, "wall_s")) return step;
   const steps = column(run, "step"), walls = column(run, "wall_s");
@@ -14,7 +14,7 @@ function xOfStep(run, step) {
   return walls[place < 0 ? walls.length - 1 : place];
 }
 
-// The mean over a window around each point; shorter at both ends.
+// Moving average over a centred window, which is shorter at both ends.
 function smooth(values, window = Math.max(3, Math.min(25, Math.round(values.length / 12)))) {
   const half = Math.floor(window / 2);
   return values.map((_, place) => {
@@ -42,7 +42,7 @@ function heldOut(run, label, colour) {
 }
 
 const REWARD = {
-  title: "Reward", about: "training batches and their moving average; held-out prompts with standard errors", wide: true,
+  title: "Reward", about: "training batches with moving average; held-out prompts with standard errors", wide: true,
   traces: run => [
     faint(run, "rollout/reward_mean", "all rollouts", css("s9")),
     faint(run, "reward/mean", "batch", css("s0")),
@@ -76,7 +76,7 @@ const PARTS = [
   ["evaluation", "time/eval_s", 6], ["checkpoint", "time/checkpoint_wait_s", 8], ["other", null, 9],
 ];
 
-// Seconds of each part, step by step. An evaluation and a checkpoint that are waited for are not part of `time/step_s`.
+// Seconds of each stage by step. Evaluations and checkpoints that the training waits for are not part of `time/step_s`.
 function timeParts(run) {
   const steps = column(run, "time/step_s") ?? [];
   const of = name => steps.map((_, place) => column(run, name)?.[place] ?? 0);
@@ -93,7 +93,7 @@ function shares(run) {
 const WAITING = "driver/waiting/rollouts/", SHOWN = 7;
 const sum = values => values.reduce((a, b) => a + (b ?? 0), 0);
 
-// How many rollouts wait for each thing; what few ever wait for is one band.
+// How many rollout coroutines are in each wait; rare waits share one band.
 function waits(run) {
   const bands = Object.keys(run.columns).filter(name => name.startsWith(WAITING))
     .map(name => ({name: name.slice(WAITING.length), values: column(run, name)}))
@@ -123,25 +123,25 @@ const CHARTS = [
     withAverage("Entropy", "trainer/entropy", "nats per token", 3),
   ]],
   ["Off-policy", [
-    plain("Trainer against sampler", "nats per token", [
+    plain("Mismatch of trainer and generator", "nats per token", [
       ["mismatch/logprob_abs_diff", "mean |log ratio|"], ["mismatch/logprob_abs_diff_same_version", "same weights"],
       ["mismatch/kl_k1", "k1"], ["mismatch/kl_k3", "k3"]]),
     {title: "Probability ratio", about: "median; 1st to 99th percentile", shown: has("mismatch/ratio_p50"), traces: ratioBand},
     plain("Effective sample size", "share of the tokens", [["mismatch/ess", "ESS"]]),
-    plain("Policy age", "versions between sampling and training", [["policy_age/mean", "mean"], ["policy_age/max", "max"]], {yaxis: {rangemode: "tozero"}}),
-    {title: "Tokens by age", about: "all that were trained on", traces: tokensByAge, shown: run => Object.keys(run.columns).some(name => BY_AGE.test(name)),
+    plain("Policy age", "policy versions between sampling and training", [["policy_age/mean", "mean"], ["policy_age/max", "max"]], {yaxis: {rangemode: "tozero"}}),
+    {title: "Tokens by age", about: "tokens trained on, over the whole run", traces: tokensByAge, shown: run => Object.keys(run.columns).some(name => BY_AGE.test(name)),
      layout: {xaxis: {title: {text: "versions", font: {size: 11.5}, standoff: 6}, dtick: 1}, bargap: 0.3, hovermode: "closest", showlegend: false}, ownAxis: true},
   ]],
   ["Time", [
-    {title: "Where the time of a step went", about: "seconds", wide: true, marks: true, shown: has("time/step_s"),
+    {title: "Time of a step by stage", about: "seconds", wide: true, marks: true, shown: has("time/step_s"),
      layout: {barmode: "stack", bargap: 0.12, legend: {traceorder: "normal"}, yaxis: {rangemode: "tozero"}},
      traces: run => timeParts(run).filter(part => part.seconds.some(Boolean)).map(part => (
        {type: "bar", x: xs(run), y: part.seconds, name: part.label, marker: {color: part.colour, line: {width: 0}}}))},
-    {title: "What the rollouts wait for", about: "coroutines, mean over a step", wide: true, traces: whoWaits, layout: {legend: {traceorder: "normal"}, yaxis: {rangemode: "tozero"}},
+    {title: "Rollouts by what they wait for", about: "number of coroutines, mean over a step", wide: true, traces: whoWaits, layout: {legend: {traceorder: "normal"}, yaxis: {rangemode: "tozero"}},
      shown: run => Object.keys(run.columns).some(name => name.startsWith(WAITING))},
-    plain("Lag of the event loop", "milliseconds", [["driver/loop_lag_p99_ms", "p99"], ["driver/loop_lag_p50_ms", "median"], ["driver/loop_lag_max_ms", "max"]], {yaxis: {rangemode: "tozero"}}),
-    plain("Groups", "", [["rollout/tickets_in_use", "begun, not yet trained"], ["buffer/groups_waiting", "in the buffer"]], {yaxis: {rangemode: "tozero"}}),
-    {...plain("Lost and begun again", "", [["recovery/restarts", "restarts"], ["recovery/groups_requeued", "groups begun again"]], {yaxis: {rangemode: "tozero"}}),
+    plain("Event-loop lag", "milliseconds", [["driver/loop_lag_p99_ms", "p99"], ["driver/loop_lag_p50_ms", "median"], ["driver/loop_lag_max_ms", "max"]], {yaxis: {rangemode: "tozero"}}),
+    plain("Groups", "", [["rollout/tickets_in_use", "tickets in use"], ["buffer/groups_waiting", "waiting in the replay buffer"]], {yaxis: {rangemode: "tozero"}}),
+    {...plain("Lost and requeued", "", [["recovery/restarts", "restarts"], ["recovery/groups_requeued", "groups requeued"]], {yaxis: {rangemode: "tozero"}}),
      shown: run => ["recovery/restarts", "recovery/groups_requeued"].some(name => column(run, name)?.some(Boolean)), marks: true},
   ]],
   ["Generation", [
@@ -149,11 +149,11 @@ const CHARTS = [
     withAverage("Generators busy", "generator/busy_fraction", "share of the time", 3),
     withAverage("Completion length", "generator/completion_tokens_mean", "tokens", 6),
     withAverage("Truncated", "generator/truncated_fraction", "share of the completions", 2),
-    withAverage("Groups without a signal", "trainer/zero_advantage_fraction", "all completions rewarded alike", 9),
+    withAverage("Zero-variance groups", "trainer/zero_advantage_fraction", "share of the completions with advantage 0", 9),
   ]],
 ];
 
-// Where a moment of the run lies on the horizontal axis: between two steps, most often.
+// The position of a time on the horizontal axis, usually between two steps.
 function xOfTime(run, seconds) {
   const steps = column(run, "step"), walls = column(run, "wall_s");
   if (Axis.kind !== "step" || !walls) return seconds;
@@ -163,7 +163,7 @@ function xOfTime(run, seconds) {
   return step + (steps[place] - step) * Math.max(0, Math.min(1, (seconds - wall) / (walls[place] - wall)));
 }
 
-// Failures and resumptions as vertical lines; what follows a failure, until a new process serves, is shaded.
+// Deaths and resumptions as vertical lines; the time until a replacement serves is shaded.
 function marks(run) {
   return [
     ...run.deaths.map(({actor, at_s, back_s}) => ({x: xOfTime(run, at_s), until: isNumber(back_s) ? xOfTime(run, at_s + back_s) : null,
@@ -191,16 +191,16 @@ function layoutOf(chart, found) {
     showlegend: true, ...own,
     legend: {orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: {size: 12}, ...own.legend},
     xaxis: {...axis, showgrid: false, zeroline: false, title, ...own.xaxis}, yaxis: {...axis, ...own.yaxis},
-    shapes: found.flatMap(shapesOf), uirevision: chart.ownAxis ? "own" : Axis.kind,  // new data does not undo a zoom
+    shapes: found.flatMap(shapesOf), uirevision: chart.ownAxis ? "own" : Axis.kind,  // keeps the zoom when new data arrives
     annotations: found.slice(0, 12).map((mark, place) => ({x: mark.x, yref: "paper", y: 1 - 0.08 * (place % 4), text: escaped(mark.label), showarrow: false,
       xanchor: "left", xshift: 4, font: {size: 11, color: mark.colour}, bgcolor: css("card"), opacity: 0.9})),
   };
 }
 
-// Plotly reads some tags in names.
+// Plotly interprets some HTML tags in names.
 const escaped = name => name.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 
-// A card with a chart that is drawn when it comes into view, and again when theme or axis change.
+// Cards with charts; a chart is drawn when it scrolls into view, and again when theme, axis or data change.
 const Charts = {
   all: [],
   watcher: null,

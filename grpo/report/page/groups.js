@@ -1,14 +1,14 @@
-// The browser of sampled groups: a list to search, and one group with its completions, scores and, where known, tokens.
+// Browser for sampled groups: a searchable list, and one group with its completions, scores and, if recorded, tokens.
 
 const Groups = {all: [], found: [], at: 0, colouring: "logprob", words: []};
-const ROWS = 300;  // of the list, around the one that is shown
+const ROWS = 300;  // rows of the list in the DOM, around the selected one
 const mean = values => values.length ? values.reduce((a, b) => a + b, 0) / values.length : 0;
 
 const KINDS = [
   ["all", "all groups", () => true],
   ["mixed", "mixed rewards", group => new Set(group.rewards).size > 1],
-  ["high", "best reward by all", group => group.rewards.every(reward => reward >= bestReward())],
-  ["low", "no reward at all", group => group.rewards.every(reward => reward <= 0)],
+  ["high", "all at the best reward", group => group.rewards.every(reward => reward >= bestReward())],
+  ["low", "no reward", group => group.rewards.every(reward => reward <= 0)],
   ["dropped", "dropped", group => Boolean(group.dropped)],
 ];
 const ORDERS = [
@@ -23,12 +23,12 @@ function startGroups() {
   for (const id of ["groups-search", "groups-kind", "groups-order"]) $(id).addEventListener("input", () => filterGroups());
   document.addEventListener("keydown", groupKeys);
   Theme.listeners.push(showGroup);
-  takeGroups();
-  Live.listeners.push(takeGroups);
+  loadGroups();
+  Live.listeners.push(loadGroups);
 }
 
-// Also of a run that goes on: the group that is shown stays.
-function takeGroups() {
+// Load the groups, also again during a live run: the selected group stays selected.
+function loadGroups() {
   const shown = Groups.found[Groups.at], kind = $("groups-kind").value;
   Groups.all = DATA.rollouts ?? [];
   $("groups").hidden = !Groups.all.length;
@@ -52,13 +52,13 @@ function filterGroups(shown) {
   const again = shown ? Groups.found.findIndex(group => group.prompt_serial === shown.prompt_serial && group.step === shown.step) : -1;
   if (again < 0) return goToGroup(0);
   const below = offsetInList();
-  Groups.at = again;  // its text stays as it is, with what may be selected in it
+  Groups.at = again;  // its text is not redrawn: the reader may have selected some of it
   listGroups();
   $("groups-list").scrollTop += offsetInList() - below;
   $("group-place").textContent = placeOfGroup();
 }
 
-// How far the row of the group that is shown lies below the top of what is seen of the list.
+// Distance of the selected row from the top of the visible part of the list.
 const offsetInList = () => ($(`row-${Groups.at}`)?.offsetTop ?? 0) - $("groups-list").scrollTop;
 const placeOfGroup = () => `${Groups.at + 1} of ${count(Groups.found.length)}`;
 
@@ -80,7 +80,7 @@ function listGroups() {
   const begin = Math.max(0, Math.min(Groups.at - ROWS / 2, Groups.found.length - ROWS));
   const rows = Groups.found.slice(begin, begin + ROWS).map((group, place) => row(group, begin + place));
   const left = Groups.found.length - begin - rows.length;
-  $("groups-list").replaceChildren(...rows, ...(left > 0 ? [h("div", {class: "more"}, `${count(left)} more: narrow the search, or go on with j`)] : []));
+  $("groups-list").replaceChildren(...rows, ...(left > 0 ? [h("div", {class: "more"}, `${count(left)} more: narrow the search, or press j to continue`)] : []));
   const selected = $(`row-${Groups.at}`);
   if (selected) {
     $("groups-list").setAttribute("aria-activedescendant", selected.id);
@@ -99,7 +99,7 @@ function row(group, place) {
 
 function showGroup() {
   const group = Groups.found[Groups.at];
-  if (!group) return $("group").replaceChildren(h("p", {class: "muted"}, "No group is like that."));
+  if (!group) return $("group").replaceChildren(h("p", {class: "muted"}, "No group matches."));
   const colouring = group.tokens ? h("span", {class: "toggle", role: "group", "aria-label": "Colour of the tokens"}) : null;
   if (colouring) toggle(colouring, [["logprob", "log-probability"], ["version", "policy version"], ["none", "plain"]], Groups.colouring,
     kind => { Groups.colouring = kind; showGroup(); });
@@ -130,7 +130,7 @@ function completionOf(group, place, versions) {
       : group.completions[place] === "" ? h("span", {class: "muted"}, "(empty)") : found(group.completions[place])));
 }
 
-// Unlikely tokens are strongly coloured; those of nearly probability one not at all.
+// The less likely a token, the stronger its colour; a token of probability 1 has none.
 const surprise = logprob => Math.min(1, Math.sqrt(Math.max(0, -logprob) / 5));
 const tokensOf = (tokens, versions) => tokens.map(([piece, logprob, version]) => {
   const colour = Groups.colouring === "version" ? faded(series(versions.indexOf(version)), 0.34) : faded(css("s2"), 0.75 * surprise(logprob ?? 0));
@@ -145,7 +145,7 @@ function tokenLegend(versions) {
   return h("div", {class: "dots"}, h("span", {class: "scale"}, "certain", h("i", {style: `background:linear-gradient(90deg, transparent, ${faded(red, 0.75)})`}), "surprising: log-probability −5 or less"));
 }
 
-// Text with the words of the search marked.
+// Text with the search words marked.
 function found(content) {
   if (!Groups.words.length) return [content];
   const pattern = new RegExp(`(${Groups.words.map(word => word.replace(/[.*+?^${}()|[\]\\]/g, "\\$&")).join("|")})`, "gi");

@@ -1,4 +1,4 @@
-// The lanes of the timeline on a canvas: one for each coroutine and each actor, for a window of time.
+// The timeline on a canvas: one lane for each coroutine and each actor, over a window of time.
 
 const WAIT_COLOURS = {
   ticket: 9, prompts: 6, "generator.generate": 0, "reward.score": 1, "replay_buffer.add": 3, "dataloader.sample": 8, "reference.score": 5,
@@ -6,7 +6,7 @@ const WAIT_COLOURS = {
   "generator.update_weights": 4, "generator.receive_weights": 4, weights: 4, send: 4, receive: 4, "trainer.snapshot": 7,
   evaluation: 5, prefill: 7, decode: 0, score: 1, train_step: 9, forward: 2, backward: 5, optimizer: 6, publish: 4, load: 4, snapshot: 7, save: 8,
 };
-// The same name has the same colour everywhere; unknown ones get one from their letters.
+// A name has the same colour everywhere; unknown names get one from a hash.
 function waitColour(name) {
   const known = WAIT_COLOURS[name] ?? WAIT_COLOURS[name.split(/[ (]/)[0]];
   return series(known ?? [...name].reduce((sum, letter) => (31 * sum + letter.charCodeAt(0)) % 997, 7));
@@ -90,7 +90,7 @@ class Lanes {
     }
   }
 
-  // Whether one of the spans of the next layer lies in it: they would cover its name.
+  // Whether a span of the next layer lies inside this one: it would cover the caption.
   holds(span, inner) {
     const next = this.spans[inner[this.first(inner, span[BEGIN])]];
     return span[KIND] === "busy" && next !== undefined && next[BEGIN] < span[BEGIN] + span[LENGTH];
@@ -106,7 +106,7 @@ class Lanes {
     pen.fillText(name, Math.max(x, this.left) + 5, y + ROW / 2);
   }
 
-  // The way of a group from the coroutine that made it to the train step that took it.
+  // A line from the coroutine that generated a group to the train step that consumed it.
   flow(ticket) {
     const {pen} = this, group = this.timeline.group[ticket], step = this.timeline.trained[ticket];
     if (!group || !step) return;
@@ -121,7 +121,7 @@ class Lanes {
     for (const [x, y] of [[x0, y0], [x1, y1]]) { pen.beginPath(); pen.arc(x, y, 3.5, 0, 7); pen.fill(); }
   }
 
-  // A line through all lanes; those of the process itself are shaded until a new one serves.
+  // A line through all lanes; the lanes of the dead process are shaded until a replacement serves.
   death({actor, at_s, back_s}) {
     const {pen} = this, x = this.x(at_s * 1e6), until = Math.min(this.width, this.x((at_s + (back_s ?? Infinity)) * 1e6));
     if (x > this.width || until < this.left) return;
@@ -174,33 +174,33 @@ class Lanes {
     pen.beginPath(); pen.moveTo(x - 5, 2); pen.lineTo(x + 5, 2); pen.lineTo(x, 9); pen.fill();
   }
 
-  // The first span of a layer that ends inside of the window or after it.
+  // The index of the first span of a layer that ends at or after a time.
   first(numbers, time = this.from) {
     return lowest(numbers.length, place => this.spans[numbers[place]][BEGIN] + this.spans[numbers[place]][LENGTH] >= time);
   }
 
   firstTick(track) { return lowest(this.ticks[track].length, place => this.timeline.switches[this.ticks[track][place]][1] >= this.from); }
 
-  // What a track does at a moment, the innermost first.
+  // The spans of a track at a time, innermost first.
   at(track, time) {
     return this.layers[track].map(numbers => numbers[this.first(numbers, time)]).filter(number => number !== undefined)
       .filter(number => this.spans[number][BEGIN] <= time).map(number => this.spans[number]).reverse();
   }
 
-  // Whether a coroutine is between two of its waits: after one on record, before another.
+  // Whether a coroutine is between two recorded waits.
   between(track, time) {
     const ticks = this.ticks[track], place = lowest(ticks.length, each => this.timeline.switches[ticks[each]][1] > time);
     return place < ticks.length && this.timeline.switches[ticks[place]][0] <= time;
   }
 
-  // The time and the track under a point.
+  // The time and the track at a point of the canvas.
   under(x, y) {
     const track = this.y.findIndex(top => y >= top && y < top + ROW);
     return {time: this.from + (x - this.left) / this.scale, track: x < this.left || track < 0 ? null : track};
   }
 }
 
-// The lowest place for which something holds that holds for all after it.
+// Binary search: the lowest index for which a monotonic predicate holds.
 function lowest(length, holds) {
   let low = 0, high = length;
   while (low < high) {

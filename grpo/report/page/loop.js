@@ -1,8 +1,8 @@
-// The event loop, step by step: a moment of the run, what ran then, and what all others were waiting for.
+// The event loop, step by step: a point in time, the coroutine that ran, and what the others waited for.
 
 const Loop = {at: 0, window: 600000, switch: -1, playing: false, speed: 0.1, ticket: null, lanes: null, drawn: false};
 const SPEEDS = [0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 20];
-const HEAD = 0.6;  // where in the window the moment stands
+const HEAD = 0.6;  // position of the current time in the window
 
 function startLoop() {
   options($("loop-speed"), SPEEDS.map(speed => [speed, speed === 1 ? "real time" : `× ${speed}`]));
@@ -14,7 +14,7 @@ function startLoop() {
   new ResizeObserver(drawLoop).observe($("lanes"));
 }
 
-// Also of a run that goes on: the moment that is shown stays.
+// Load the timeline, also again during a live run: the time shown stays.
 function showTimeline() {
   const timeline = DATA.timeline, first = !Loop.timeline;
   $("loop").hidden = !timeline;
@@ -24,7 +24,7 @@ function showTimeline() {
   timeline.spans.forEach(span => ticketsOf(span).forEach(ticket => { timeline[span[KIND] === "group" ? "group" : "trained"][ticket] ??= span; }));
   Loop.lanes = new Lanes($("canvas"), timeline, RUNS[0].deaths);
   const shown = timeline.spans.length < timeline.spans_in_all
-    ? `The page holds ${count(timeline.spans.length)} of ${count(timeline.spans_in_all)} spans, ${clock(timeline.begin)} to ${clock(timeline.end)}; scripts/report.py --from SECONDS begins later, and timeline.json holds all of them. ` : "";
+    ? `The page holds ${count(timeline.spans.length)} of ${count(timeline.spans_in_all)} spans, ${clock(timeline.begin)} to ${clock(timeline.end)}; scripts/report.py --from SECONDS starts later; timeline.json has all of them. ` : "";
   $("loop-note").textContent = `${shown}Times count from the start of the run. A gap without a tick is a wait that was not recorded. Click a span to follow its group.`;
   Loop.lanes.repaint();
   legend();
@@ -40,7 +40,7 @@ function repaintLoop() {
   drawLoop();
 }
 
-// A moment at which there is something to see: the first train step.
+// A good time to start at: the first train step.
 function firstTraining(timeline) {
   const span = timeline.spans.find(each => timeline.names[each[NAME]] === "trainer.train_step");
   return span ? span[BEGIN] : timeline.begin;
@@ -51,7 +51,7 @@ function controls() {
   for (const [id, act] of Object.entries(press)) $(id).addEventListener("click", act);
   $("loop-speed").addEventListener("change", () => { Loop.speed = +$("loop-speed").value; });
   $("loop-scrub").addEventListener("input", () => {
-    const {begin, end} = Loop.timeline, share = $("loop-scrub").value / 10000;  // pausing moves the scrubber
+    const {begin, end} = Loop.timeline, share = $("loop-scrub").value / 10000;  // read before pausing, which moves the scrubber
     if (Loop.playing) pause();
     goTo(begin + (end - begin) * share);
   });
@@ -73,13 +73,13 @@ function play() {
   if (Loop.playing) return pause();
   Loop.playing = true;
   $("loop-play").textContent = "Pause";
-  let before = performance.now(), told = 0;
+  let before = performance.now(), described = 0;
   requestAnimationFrame(function frame(now) {
     if (!Loop.playing) return;
     const at = Math.min(Loop.timeline.end, Loop.at + Math.max(0, now - before) * 1000 * Loop.speed);
     before = now;
-    goTo(at, now - told > 120);
-    if (now - told > 120) told = now;
+    goTo(at, now - described > 120);
+    if (now - described > 120) described = now;
     if (at >= Loop.timeline.end) return pause();
     requestAnimationFrame(frame);
   });
@@ -104,11 +104,11 @@ function goToSwitch(number) {
   showLoop();
 }
 
-// Any moment: the switch that counts is the last one before it.
-function goTo(at, tell = true) {
+// Go to any time; the current switch is the last one before it.
+function goTo(at, describe = true) {
   Loop.at = Math.max(Loop.timeline.begin, Math.min(Loop.timeline.end, at));
   Loop.switch = lowest(Loop.timeline.switches.length, place => Loop.timeline.switches[place][0] > Loop.at) - 1;
-  showLoop(tell);
+  showLoop(describe);
 }
 
 function zoom(by) {
@@ -116,14 +116,14 @@ function zoom(by) {
   showLoop(false);
 }
 
-function showLoop(tell = true) {
+function showLoop(describe = true) {
   const {begin, end} = Loop.timeline;
   $("loop-scrub").value = Math.round(10000 * (Loop.at - begin) / Math.max(1, end - begin));
   $("loop-scrub").setAttribute("aria-valuetext", clock(Loop.at));
   $("loop-time").textContent = clock(Loop.at);
   $("loop-window").textContent = duration(Loop.window / 1e6);
   drawLoop();
-  if (tell) { tellSwitch(); tellOthers(); }
+  if (describe) { describeSwitch(); describeOthers(); }
 }
 
 function drawLoop() {
@@ -137,21 +137,21 @@ const trackName = number => Loop.timeline.tracks[number].name;
 const seconds = microseconds => duration(microseconds / 1e6);
 const spoken = span => nameOf(span) === "ticket" ? "a ticket" : nameOf(span);
 
-function tellSwitch() {
+function describeSwitch() {
   const found = Loop.timeline.switches[Loop.switch];
   if (!found) return $("loop-said").replaceChildren("No coroutine has run yet.");
   const [begin, end, track, ended, began, whole] = found, {spans} = Loop.timeline;
   const group = Loop.lanes.at(track, begin).concat(Loop.lanes.at(track, end)).find(span => span[KIND] === "group");
   const next = [h("em", {}, spoken(spans[began]))];
   const middle = whole ? [` after ${seconds(spans[ended][LENGTH])}, ran for ${seconds(end - begin)} and yielded at `, ...next, "."]
-    : [` after ${seconds(spans[ended][LENGTH])}. Its next wait on record, for `, ...next, `, began ${seconds(end - begin)} later; others ran in between.`];
+    : [` after ${seconds(spans[ended][LENGTH])}. Its next recorded wait, for `, ...next, `, started ${seconds(end - begin)} later; other coroutines ran in between.`];
   $("loop-said").replaceChildren(h("b", {}, trackName(track)), group ? ` (ticket ${ticketsOf(group)[0]})` : "",
     " was resumed from ", h("em", {}, spoken(spans[ended])), ...middle,
     h("small", {}, `Switch ${count(Loop.switch + 1)} of ${count(Loop.timeline.switches.length)}, at ${clock(begin, 10)}`));
 }
 
-// What the other coroutines wait for, grouped, the longest queue first.
-function tellOthers() {
+// The waits of the other coroutines, grouped, the most frequent first.
+function describeOthers() {
   const found = Loop.timeline.switches[Loop.switch], groups = new Map(), waiting = new Set();
   Loop.timeline.tracks.forEach((track, number) => {
     if (track.process !== "driver" || number === found?.[2] && Loop.at <= found[1]) return;
@@ -170,8 +170,8 @@ function tellOthers() {
   });
   const unknown = Loop.timeline.tracks.filter((track, number) => Loop.lanes.between(number, Loop.at)
     && number !== found?.[2] && !waiting.has(track.name)).length;
-  if (unknown) rows.push(h("div", {class: "other"}, dot(css("line")), h("span", {class: "what"}, h("b", {}, String(unknown)), " ready to run, or waiting off the record")));
-  $("loop-others").replaceChildren(...(rows.length ? rows : [h("span", {class: "muted"}, "Nobody else waits for anything on record.")]));
+  if (unknown) rows.push(h("div", {class: "other"}, dot(css("line")), h("span", {class: "what"}, h("b", {}, String(unknown)), " ready to run, or in a wait that was not recorded")));
+  $("loop-others").replaceChildren(...(rows.length ? rows : [h("span", {class: "muted"}, "No other coroutine is in a recorded wait.")]));
 }
 
 function legend() {
@@ -182,7 +182,7 @@ function legend() {
     h("ul", {class: "dots", "aria-label": "Colours of work"}, items("busy")));
 }
 
-// Dragging moves the time, hovering tells of a span, a click follows its group.
+// Dragging moves the time, hovering describes a span, a click follows its group.
 function dragging(canvas) {
   let from = null, moved = false;
   const tip = h("div", {class: "tip", hidden: ""});

@@ -1,4 +1,4 @@
-// The page: the overview, and all sections in order.
+// The overview, and the start of all sections.
 
 function startOverview() {
   showOverview();
@@ -41,7 +41,7 @@ function showErrors(single) {
   $("error").textContent = failed.map(each => single ? each.figures.error : `${each.name}: ${each.figures.error}`).join("\n");
 }
 
-// Processes that died, and how long it took until all was well again.
+// Processes that died, and the time until they were replaced and until the next train step.
 function showFailures(run) {
   const heads = ["process", "died at", "in step", "replaced after", "next step after", "error"];
   const rows = run.deaths.map(death => h("tr", {}, h("td", {}, death.actor),
@@ -75,8 +75,8 @@ function tiles(figures) {
 function showShares() {
   const parts = shares(RUNS[0]);
   $("shares").replaceChildren(...(parts.length ? [
-    h("h3", {}, "Where the time of the training went, evaluations and checkpoints included"),
-    h("div", {class: "share", role: "img", "aria-label": "Where the time of the training went"},
+    h("h3", {}, "Training time by stage, evaluations and checkpoints included"),
+    h("div", {class: "share", role: "img", "aria-label": "Training time by stage"},
       parts.map(part => h("span", {style: `flex:${part.share};background:${part.colour}`, title: part.label}))),
     h("ul", {class: "dots"}, parts.map(part => h("li", {}, dot(part.colour), part.label, h("b", {}, percent(part.share))))),
   ] : []));
@@ -94,7 +94,7 @@ function showNavigation() {
   $("nav").replaceChildren(...shown.map(([id, name]) => h("a", {href: `#${id}`}, name)));
 }
 
-// Nothing was trained yet: the page waits for it.
+// No step was trained yet: show what the page waits for.
 function startWaiting() {
   $("curves").hidden = $("axis").hidden = true;
   const show = () => {
