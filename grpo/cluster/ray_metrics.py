@@ -1,4 +1,4 @@
-"""Numbers for Prometheus, through the metrics agent that Ray runs on every node."""
+"""Sink for Prometheus, through the metrics agent that Ray runs on every node."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
-_AGAIN_S = 5.0
+_REPEAT_S = 5.0
 
 
 class RaySink:
-    """The last line of metrics as gauges on this node's metrics port: `ray_grpo_reward_mean{run="..."}`.
+    """The latest metrics as gauges on this node's metrics port: `ray_grpo_reward_mean{run="..."}`.
 
-    Ray's agent forgets a gauge that was not set for some twenty seconds, and a step may take longer: a thread sets all
-    of them again and again until the run has ended.
+    Ray's agent drops a gauge that was not set for about twenty seconds, and a step may take longer: a thread sets all
+    gauges every 5 s until the run ends.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], /, *, run: str | None = None) -> None:
-        """`run` is what the gauges are tagged with; null: the run's folder."""
+        """`run` is the tag of the gauges; null: the name of the run's folder."""
         self._run = run or "/".join(folder.absolute().parts[-2:])
         self._gauges: dict[str, Any] = {}
         self._lock = threading.Lock()  # guards the values and the gauges
@@ -31,8 +31,8 @@ class RaySink:
         self._repeats = threading.Thread(target=self._repeat, name="ray-sink-repeats", daemon=True)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Raises RuntimeError when nobody can ever see them. By the first step the run has joined its cluster."""
-        if not self._gauges:
+        """Set the gauges. Raises RuntimeError when Ray exports no metrics."""
+        if not self._gauges:  # the first step: by now the run has joined its cluster
             _check_agent()
             self._repeats.start()
         with self._lock:
@@ -40,13 +40,13 @@ class RaySink:
             self._set()
 
     def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
-        """Prometheus' histograms count what happens; these are of one step."""
+        """Not exported: a histogram of Prometheus counts events over time, these are of one step."""
 
     def text(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Prometheus holds numbers."""
+        """Not exported: Prometheus stores numbers."""
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """The last line of metrics says as much."""
+        """Not exported: the gauges hold the last metrics."""
 
     def close(self) -> None:
         self._closed.set()
@@ -54,7 +54,7 @@ class RaySink:
             self._repeats.join()
 
     def _repeat(self) -> None:
-        while not self._closed.wait(_AGAIN_S):
+        while not self._closed.wait(_REPEAT_S):
             with self._lock:
                 self._set()
 
@@ -69,7 +69,7 @@ class RaySink:
 
 
 def gauge_name(metric: str) -> str:
-    """A name that Prometheus takes; Ray puts `ray_` before it."""
+    """Return a valid Prometheus name, to which Ray prepends `ray_`."""
     return "grpo_" + re.sub(r"[^a-zA-Z0-9]+", "_", metric).strip("_")
 
 
@@ -79,6 +79,6 @@ def _check_agent() -> None:
     here = ray.get_runtime_context().get_node_id()
     for node in ray.nodes():
         if node["NodeID"] == here and node["MetricsExportPort"] > 0:
-            log.info("for Prometheus: http://%s:%d/metrics", node["NodeManagerAddress"], node["MetricsExportPort"])
+            log.info("Prometheus metrics: http://%s:%d/metrics", node["NodeManagerAddress"], node["MetricsExportPort"])
             return
-    raise RuntimeError("Ray's agent on this node exports no metrics; its Ray needs pip install 'ray[default]'")
+    raise RuntimeError("Ray exports no metrics on this node. Install them with: pip install 'ray[default]'")

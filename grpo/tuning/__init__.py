@@ -1,1 +1,1 @@
-"""What rollout concurrency and policy age do to a run: measured in short runs, or simulated from a timeline."""
+"""Find settings for rollout concurrency and policy age: from short runs, or simulated from the timeline of a run."""

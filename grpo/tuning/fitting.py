@@ -1,4 +1,4 @@
-"""Reads a profile from the timelines of runs: costs by least squares, everything else as means and samples."""
+"""Fit a profile to the timelines of runs: costs by least squares, everything else as means and samples."""
 
 from __future__ import annotations
 
@@ -14,23 +14,27 @@ from grpo.errors import TuningError
 from grpo.tuning.profile import Cost, GroupShape, Profile, Trace, TraceSpan, overlaps, read_trace, service_times
 
 Array = NDArray[np.float64]
-_FEW = 5  # spans that say something about a condition
-_STEPS_TO_WARM_UP = 2  # the first ones load code and pages: not what a step takes
+_MIN_STEPS = 5
+_WARM_UP_STEPS = 2  # not counted: they load code and pages
 
 
 def profile_of(runs: Sequence[Path]) -> Profile:
-    """Of one run, or of several with the same model on the same machines: other settings show other conditions.
+    """Fit a profile to one run, or to several with the same model and machines but different settings.
 
-    Raises TuningError when a run has no timeline, or one that says nothing of what its generators did.
+    Raises TuningError when a run has no timeline, too few steps, or no spans of its generators.
     """
     traces = [read_trace(run) for run in runs]
     decodes = np.array([decode for trace in traces for decode in _decodes(trace)])
     prefills = np.array([prefill for trace in traces for prefill in _prefills(trace)])
     if not len(decodes):
-        raise TuningError(f"{runs[0]} has no decode spans: a profile needs generator.engine=torch, or to be written")
+        raise TuningError(
+            f"{runs[0]} has no decode spans: run it with generator.engine=torch, or write the profile by hand"
+        )
     steps = np.array([step for trace in traces for step in _train_steps(trace)])
-    if len(steps) < _FEW:
-        raise TuningError(f"{len(steps)} train steps are too few: trainer.max_steps={_FEW + _STEPS_TO_WARM_UP} or more")
+    if len(steps) < _MIN_STEPS:
+        raise TuningError(
+            f"{len(steps)} train steps are too few: set trainer.max_steps={_MIN_STEPS + _WARM_UP_STEPS} or more"
+        )
     call, call_driver = _calls(np.array([add for trace in traces for add in _adds(trace)]))
     decode, decode_slowed = _fit(decodes, contended=True)
     train, train_slowed = _fit(steps, contended=True)
@@ -53,51 +57,56 @@ def profile_of(runs: Sequence[Path]) -> Profile:
 
 
 def _groups(trace: Trace) -> list[GroupShape]:
-    """In the order of their tickets."""
-    noted = [span.args for span in trace.rollouts("group") if "lengths" in span.args]
-    if not noted:
-        raise TuningError(f"{trace.run}/timeline.json has no lengths of groups: it is of an older version")
-    noted.sort(key=lambda args: args["ticket"])
-    return [GroupShape(tuple(args["lengths"]), bool(args["signal"])) for args in noted]
+    """Return the groups in the order of their tickets."""
+    finished = [span.args for span in trace.rollouts("group") if "lengths" in span.args]
+    if not finished:
+        raise TuningError(f"{trace.run}/timeline.json has no lengths of groups: it was written by an older version")
+    finished.sort(key=lambda args: args["ticket"])
+    return [GroupShape(tuple(args["lengths"]), bool(args["signal"])) for args in finished]
 
 
 def _decodes(trace: Trace) -> Iterable[tuple[float, ...]]:
-    """Seconds until the next token could follow, completions, those of them that ended with this one, contention."""
+    """Yield for each token: seconds until the next could follow, completions, those that ended, and contention.
+
+    Contention is the share of the time in which the trainer computed.
+    """
     trainer = trace.of("trainer", "train_step", "publish", "snapshot")
     for spans in trace.by_process("generator", "decode", "prefill"):
         pairs = [(span, after) for span, after in pairwise(spans) if span.name == "decode"]
-        ends = [after.begin if after.name == "decode" else span.end for span, after in pairs]  # else it may have idled
-        ends = [min(end, 2 * span.end - span.begin) for (span, _), end in zip(pairs, ends, strict=True)]  # or loaded
+        # A token lasts until the next one starts; before a prefill the generator may have idled. It may also have
+        # loaded weights in between: so at most twice the span counts.
+        ends = [after.begin if after.name == "decode" else span.end for span, after in pairs]
+        ends = [min(end, 2 * span.end - span.begin) for (span, _), end in zip(pairs, ends, strict=True)]
         shares = overlaps([(span.begin, end) for (span, _), end in zip(pairs, ends, strict=True)], trainer)
-        left = _rows_left(spans)
+        remaining = _remaining(spans)
         for (span, _), end, share in zip(pairs, ends, shares, strict=True):
             rows = span.args["rows"]
-            yield end - span.begin, rows, rows - left[span], share
+            yield end - span.begin, rows, rows - remaining[span], share
 
 
-def _rows_left(spans: Sequence[TraceSpan]) -> dict[TraceSpan, int]:
-    """How many completions went on after each decoded token, as the next one tells."""
-    left, joined = {}, 0
+def _remaining(spans: Sequence[TraceSpan]) -> dict[TraceSpan, int]:
+    """Return how many completions continued after each decoded token, from the size of the next batch."""
+    remaining, joined = {}, 0
     before: TraceSpan | None = None
     for span in spans:
         if span.name == "prefill":
             joined += span.args["rows"]
             continue
         if before is not None:
-            left[before] = max(0, min(before.args["rows"], span.args["rows"] - joined))
+            remaining[before] = max(0, min(before.args["rows"], span.args["rows"] - joined))
         before, joined = span, 0
     if before is not None:
-        left[before] = before.args["rows"]
-    return left
+        remaining[before] = before.args["rows"]
+    return remaining
 
 
 def _prefills(trace: Trace) -> Iterable[tuple[float, ...]]:
-    """Seconds, and completions that joined."""
+    """Yield seconds and the completions that joined."""
     return ((span.seconds, span.args["rows"]) for span in trace.of("generator", "prefill"))
 
 
 def _train_steps(trace: Trace) -> Iterable[tuple[float, ...]]:
-    """Seconds, tokens learned from, and the share of the time in which generators computed."""
+    """Yield seconds, tokens trained on, and the share of the time in which generators computed."""
     tokens = {
         span.args["ticket"]: GroupShape(tuple(span.args["lengths"]), span.args["signal"]).tokens_trained
         for span in trace.rollouts("group")
@@ -105,7 +114,7 @@ def _train_steps(trace: Trace) -> Iterable[tuple[float, ...]]:
     }
     generators = list(trace.by_process("generator", "decode", "prefill", "load"))
     stages = {span.args["step"]: span.args["tickets"] for span in trace.driver("train_step", kind="stage")}
-    steps = [s for s in trace.of("trainer", "train_step") if s.args["version"] + 1 in stages][_STEPS_TO_WARM_UP:]
+    steps = [s for s in trace.of("trainer", "train_step") if s.args["version"] + 1 in stages][_WARM_UP_STEPS:]
     times = [(span.begin, span.end) for span in steps]
     shares = np.mean([overlaps(times, spans) for spans in generators], axis=0)
     for span, share in zip(steps, shares, strict=True):
@@ -118,16 +127,16 @@ def _services(trace: Trace, actor: str, name: str, workers: int) -> Iterable[flo
 
 
 def _trainer_services(trace: Trace) -> dict[str, list[float]]:
-    """What each kind of work took of the trainer's one thread."""
-    found: dict[str, list[float]] = defaultdict(list)
+    """Return the seconds of the trainer's one thread by kind of work."""
+    services: dict[str, list[float]] = defaultdict(list)
     for spans in trace.by_process("trainer", "train_step", "publish", "snapshot"):
         for span, seconds in zip(spans, service_times(spans, 1), strict=True):
-            found[span.name].append(seconds)
-    return found
+            services[span.name].append(seconds)
+    return services
 
 
 def _adds(trace: Trace) -> Iterable[tuple[float, float]]:
-    """Seconds of calls that do next to nothing, and how many other calls of rollouts began or ended meanwhile."""
+    """Yield the seconds of calls without work, and how many calls of other rollouts began or ended meanwhile."""
     adds = trace.rollouts("replay_buffer.add")
     calls = [*adds, *trace.rollouts("reward.score"), *trace.rollouts("generator.generate")]
     events = np.sort([time for call in calls for time in (call.begin, call.end)])
@@ -136,17 +145,17 @@ def _adds(trace: Trace) -> Iterable[tuple[float, float]]:
 
 
 def _calls(adds: Array) -> tuple[float, float]:
-    """What a call takes by itself, and what part of that others have to wait for."""
+    """Return the seconds of a call by itself, and the part of them that occupies the driver."""
     cost, _ = _fit(adds)
-    if cost.each == 0:  # one rollout after another: nobody was in the way
+    if cost.each == 0:  # a single rollout at a time: no call delayed another
         return cost.base, min(Profile.call_driver, cost.base)
     return cost.base, min(2 * cost.each, cost.base)
 
 
 def _step_calls(trace: Trace) -> Iterable[float]:
-    """What the calls of the training cost beside the work that was done in them, a mean for each kind."""
+    """Yield the mean overhead of each kind of call of the training, without the work done in it."""
     services = _trainer_services(trace)
-    work = {  # by the names of either transport of weights
+    work = {  # calls by their names in either weight transport
         ("trainer.train_step",): services["train_step"],
         ("trainer.push_weights", "trainer.write_weights"): services["publish"],
         ("generator.update_weights", "generator.receive_weights"): [
@@ -159,26 +168,28 @@ def _step_calls(trace: Trace) -> Iterable[float]:
 
 
 def _fit(measured: Array, *, contended: bool = False) -> tuple[Cost, float]:
-    """Least squares of rows of seconds, sizes and, if so, contention: the cost, and what full contention adds to it.
+    """Fit costs by least squares to rows of seconds, sizes and, if `contended`, contention.
 
-    No coefficient is below 0: what comes out so is left out. The mean is kept in any case.
+    Returns the cost and the relative slowdown at full contention. Coefficients are not negative: a column whose
+    coefficient would be is left out. The mean is preserved.
     """
     seconds, *columns = measured.T
-    kept = [i for i, column in enumerate(columns) if column.std() > 0.02 * abs(column).max()]  # others say nothing
+    kept = [i for i, column in enumerate(columns) if column.std() > 0.02 * abs(column).max()]  # columns that vary
     while True:
         design = np.column_stack([np.ones_like(seconds), *(columns[i] for i in kept)])
-        base, *found = (float(value) for value in np.linalg.lstsq(design, seconds, rcond=None)[0])
-        if all(value >= 0 for value in found):
+        base, *coefficients = (float(value) for value in np.linalg.lstsq(design, seconds, rcond=None)[0])
+        if all(value >= 0 for value in coefficients):
             break
-        kept.pop(int(np.argmin(found)))
-    of = dict(zip(kept, found, strict=True))
-    if base < 0:  # all of it grows with the sizes
-        of, base = {i: value * seconds.mean() / (seconds.mean() - base) for i, value in of.items()}, 0.0
-    slowed = of.pop(len(columns) - 1, 0.0) if contended else 0.0
-    cost = Cost(base, *(of.get(i, 0.0) for i in range(len(columns) - contended)))
+        kept.pop(int(np.argmin(coefficients)))
+    by_column = dict(zip(kept, coefficients, strict=True))
+    if base < 0:  # set it to 0, and scale the coefficients so that the mean stays
+        by_column = {i: value * seconds.mean() / (seconds.mean() - base) for i, value in by_column.items()}
+        base = 0.0
+    slowed = by_column.pop(len(columns) - 1, 0.0) if contended else 0.0
+    cost = Cost(base, *(by_column.get(i, 0.0) for i in range(len(columns) - contended)))
     return cost, slowed / cost(*(float(column.mean()) for column in columns[: len(columns) - contended]))
 
 
 def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return float(np.mean(found)) if found else 0.0
+    listed = list(values)
+    return float(np.mean(listed)) if listed else 0.0

@@ -1,7 +1,7 @@
-"""What the parts of a run take: all that a simulation needs to know. Read by fitting.py, or written by hand."""
+"""The input of a simulation: a profile of costs and group shapes; and the trace of a run, to fit a profile to.
 
-# MERGED: The timeline of a run by actor, and what its intervals say: how far they overlap, how long was
-# really served.
+A profile is fitted by fitting.py, or written by hand.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from grpo.config.composition import from_run
 from grpo.errors import TuningError
 from grpo.report.timeline import parse
 
+_DRIVER = "driver"
+
 
 @dataclass(frozen=True)
 class GroupShape:
-    """The tokens of each completion of a group, and whether there was anything to learn from it."""
+    """The tokens of each completion of a group. `signal`: its rewards differ, so it is trained on."""
 
     lengths: tuple[int, ...]
     signal: bool = True
@@ -33,7 +35,7 @@ class GroupShape:
         return sum(self.lengths) * self.signal
 
     def of_size(self, completions: int) -> GroupShape:
-        """The same with another `rollout.group_size`: its lengths over and over, or the first of them."""
+        """Return the shape with another `rollout.group_size`: the lengths repeated, or the first ones."""
         return replace(self, lengths=tuple(islice(cycle(self.lengths), completions)))
 
 
@@ -47,26 +49,26 @@ class Lengths:
     def draw(self, rng: np.random.Generator, count: int) -> list[int]:
         if self.name == "geometric":
             return [int(n) for n in rng.geometric(1 / self.parameters[0], count)]
-        median, sigma = (*self.parameters, 0.0)[:2]  # fixed: without any spread
+        median, sigma = (*self.parameters, 0.0)[:2]  # fixed: no variance
         return [max(1, round(n)) for n in median * rng.lognormal(0.0, sigma, count)]
 
 
 def parse_lengths(text: str) -> Lengths:
-    """Raises ValueError for what is none."""
+    """Parse a distribution. Raises ValueError for anything else."""
     name, _, numbers = text.partition(":")
     parameters = tuple(float(number) for number in numbers.split(",") if number.replace(".", "").isdigit())
     if {"fixed": 1, "geometric": 1, "lognormal": 2}.get(name) != len(parameters) or parameters[0] < 1:
-        raise ValueError(f"{text} is no distribution of lengths: fixed:64, geometric:200 or lognormal:300,0.8")
+        raise ValueError(f"{text} is no distribution of lengths, such as fixed:64, geometric:200 or lognormal:300,0.8")
     return Lengths(name, parameters)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds, linear in what is done: `base` and so much for each completion or token."""
+    """Seconds, linear in the amount of work: `base`, and `each` for every completion or token."""
 
     base: float
     each: float = 0.0
-    each_finished: float = 0.0  # decoding: for every completion that ends with the token
+    each_finished: float = 0.0  # in decoding, for every completion that ends with this token
 
     def __call__(self, size: float, finished: float = 0.0) -> float:
         return self.base + self.each * size + self.each_finished * finished
@@ -77,25 +79,47 @@ class Cost:
 
 @dataclass(frozen=True)
 class Profile:
-    """Seconds, where nothing else is said."""
+    """Costs of all parts of a run, in seconds, and the shapes of its groups.
 
-    groups: tuple[GroupShape, ...]  # in the order of the run; a longer one begins again with the first
-    decode: Cost  # of one token, by the completions that are decoded together
-    prefill: Cost  # of prompts and first tokens, by the completions that join
-    train: Cost  # of a step, by the tokens that are learned from
-    score: tuple[float, ...]  # of groups, by one worker of a reward replica
-    reference: tuple[float, ...] = (0.0,)  # of groups
+    Example:
+        profile = Profile(
+            groups=(GroupShape((120, 80, 200, 64)),),
+            decode=Cost(0.010, each=0.0002),
+            prefill=Cost(0.020),
+            train=Cost(0.5, each=0.0001),
+            score=(0.05,),
+        )
+        simulate(profile, config, steps=50).trainer_wait
+    """
+
+    groups: tuple[GroupShape, ...]
+    """In the order of the run; a longer run starts over with the first."""
+    decode: Cost
+    """Of one token, by the completions that are decoded together."""
+    prefill: Cost
+    """Of prompts and first tokens, by the completions that join."""
+    train: Cost
+    """Of a step, by the tokens that are trained on."""
+    score: tuple[float, ...]
+    """Of groups, by one worker of a reward replica."""
+    reference: tuple[float, ...] = (0.0,)
+    """Of groups."""
     load: float = 0.0
     publish: float = 0.0
     snapshot: float = 0.0
-    call: float = 0.002  # an empty call, there and back, with nothing else going on
-    call_driver: float = 0.001  # of it, the part in which the driver and Ray do nothing else
-    step_call: float = 0.0  # what a call of the training takes beyond that: batches and weights are brought along
-    decode_slowed: float = 0.0  # by so much more while the trainer computes, where they share cores or memory
-    train_slowed: float = 0.0  # by so much more while all generators compute
+    call: float = 0.002
+    """An empty remote call, there and back, on an idle machine."""
+    call_driver: float = 0.001
+    """The part of `call` that occupies the driver and Ray."""
+    step_call: float = 0.0
+    """Extra time of calls in a train step, which carry batches and weights."""
+    decode_slowed: float = 0.0
+    """Relative slowdown of decoding while the trainer computes, where they share cores or memory."""
+    train_slowed: float = 0.0
+    """Relative slowdown of training while all generators compute."""
 
     def scaled(self, *, generator: float = 1.0, trainer: float = 1.0, reward: float = 1.0) -> Profile:
-        """That of machines so many times as fast."""
+        """Return the profile of machines that are faster by these factors."""
         return replace(
             self,
             decode=self.decode.times(1 / generator),
@@ -105,7 +129,7 @@ class Profile:
         )
 
     def with_lengths(self, lengths: Lengths, most: int) -> Profile:
-        """The same with completions of other lengths, of `most` tokens at most; as many groups have a signal."""
+        """Return the profile with other completion lengths, of at most `most` tokens; signals stay the same."""
         rng = np.random.default_rng(0)
         groups = [
             GroupShape(tuple(min(most, length) for length in lengths.draw(rng, len(group.lengths))), group.signal)
@@ -118,7 +142,7 @@ class Profile:
 
 
 def load_profile(file: Path) -> Profile:
-    """The inverse of `save`. Raises TuningError for a file that is none."""
+    """Load a saved profile. Raises TuningError when the file holds none."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         for name in ("decode", "prefill", "train"):
@@ -127,15 +151,12 @@ def load_profile(file: Path) -> Profile:
         record |= {name: tuple(record[name]) for name in ("score", "reference") if name in record}
         return Profile(**record)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TuningError(f"{file} is no profile: {error}; scripts/tune.py --save-profile makes one") from None
-
-
-_DRIVER = "driver"
+        raise TuningError(f"{file} is no profile: {error}. Make one with scripts/tune.py --save-profile") from None
 
 
 @dataclass(frozen=True, eq=False)
 class TraceSpan:
-    """`begin` and `end` are in seconds."""
+    """A span of a timeline; `begin` and `end` are in seconds."""
 
     process: str
     track: str
@@ -151,7 +172,7 @@ class TraceSpan:
 
 
 class Trace:
-    """Spans in the order in which they began."""
+    """The timeline of a run, with its spans in the order of their begin."""
 
     def __init__(self, run: Path, spans: Iterable[TraceSpan], reward_workers: int) -> None:
         self.run, self.reward_workers = run, reward_workers
@@ -160,12 +181,12 @@ class Trace:
             self._by_name[span.name].append(span)
 
     def of(self, actor: str, *names: str) -> list[TraceSpan]:
-        """Of all replicas of an actor."""
-        found = (span for name in names for span in self._by_name[name])
-        return sorted((s for s in found if s.process.partition("-")[0] == actor), key=lambda span: span.begin)
+        """Return the spans with these names of all replicas of an actor."""
+        spans = (span for name in names for span in self._by_name[name])
+        return sorted((s for s in spans if s.process.partition("-")[0] == actor), key=lambda span: span.begin)
 
     def by_process(self, actor: str, *names: str) -> Iterator[list[TraceSpan]]:
-        """One list for each replica."""
+        """Yield the spans of each replica of an actor."""
         spans: dict[str, list[TraceSpan]] = defaultdict(list)
         for span in self.of(actor, *names):
             spans[span.process].append(span)
@@ -175,12 +196,12 @@ class Trace:
         return [span for span in self._by_name[name] if span.process == _DRIVER and span.kind == kind]
 
     def rollouts(self, name: str) -> list[TraceSpan]:
-        """Of all rollout coroutines."""
+        """Return the spans with this name of all rollout coroutines."""
         return [span for span in self._by_name[name] if span.track.startswith("rollouts")]
 
 
 def read_trace(run: Path) -> Trace:
-    """Raises TuningError when there is no timeline."""
+    """Read the timeline of a run. Raises TuningError when there is none."""
     file = run / "timeline.json"
     if not file.is_file():
         raise TuningError(f"{run} has no timeline.json: name the folder of a run with observe.timeline=true")
@@ -204,7 +225,8 @@ def read_trace(run: Path) -> Trace:
 
 
 def overlaps(intervals: Sequence[tuple[float, float]], busy: Sequence[TraceSpan]) -> list[float]:
-    """The share of each interval in which one of the spans went on."""
+    """Return the share of each interval that is covered by at least one of the `busy` spans."""
+    # Merge the busy spans into disjoint ones.
     merged: list[list[float]] = []
     for span in busy:
         if merged and span.begin <= merged[-1][1]:
@@ -213,6 +235,7 @@ def overlaps(intervals: Sequence[tuple[float, float]], busy: Sequence[TraceSpan]
             merged.append([span.begin, span.end])
     if not merged:
         return [0.0] * len(intervals)
+    # Busy seconds up to a time are piecewise linear between the edges: interpolate at both ends of each interval.
     edges = np.array(merged).ravel()
     busy_s = np.concatenate(([0.0], np.cumsum(np.diff(edges) * (np.arange(len(edges) - 1) % 2 == 0))))
     begin, end = np.array(intervals).reshape(-1, 2).T
@@ -222,11 +245,11 @@ def overlaps(intervals: Sequence[tuple[float, float]], busy: Sequence[TraceSpan]
 
 
 def service_times(spans: Sequence[TraceSpan], workers: int) -> list[float]:
-    """Seconds without the time in line, of spans that count from the arrival, first come first served."""
+    """Return the seconds of service, without queueing, of spans that start on arrival; first come first served."""
     free = [0.0] * workers
     seconds = []
     for span in spans:
-        began = max(span.begin, heapq.heappop(free))
-        seconds.append(max(0.0, span.end - began))
+        started = max(span.begin, heapq.heappop(free))
+        seconds.append(max(0.0, span.end - started))
         heapq.heappush(free, span.end)
     return seconds

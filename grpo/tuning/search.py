@@ -1,7 +1,7 @@
-"""What a run with some settings was like, as far as its pace goes; the same of a real and of a simulated one."""
+"""Search for the smallest policy age, then the smallest rollout concurrency, that keep the trainer from waiting.
 
-# MERGED: The smallest policy age, and then the smallest rollout concurrency, that keep the trainer from waiting.
-# MERGED: What a setting does, measured: a short run with it, as one would type it.
+What a setting does is an `Outcome`, measured in short runs or simulated.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from grpo.config.schema import ticket_capacity
 from grpo.errors import TuningError
 from grpo.types import EXIT_CODES
 
-WARM_UP_STEPS = 5  # that don't count: code and pages are loaded, the first groups all come at once
+WARM_UP_STEPS = 5  # ignored: code and pages are loaded, and the first groups finish all at once
+_PRECISION = 1.15  # ratio of a sufficient to an insufficient concurrency at which to stop: runs vary by more
+_TRAIN = (sys.executable, "-m", "grpo", "train")
+_QUICK = ("eval.prompts=0", "checkpoint.every=0", "observe.report=false")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """`trainer_wait` and `generator_busy` are shares of the time, `policy_age` is in versions."""
+    """The pace of a run. `trainer_wait` and `generator_busy` are shares of the time, `policy_age` is in versions."""
 
     steps_per_s: float
     trainer_wait: float
@@ -30,35 +33,9 @@ class Outcome:
     policy_age: float
 
 
-def read_metrics(run: Path) -> list[dict[str, float]]:
-    """The lines of its metrics.jsonl. Raises TuningError when there is none."""
-    try:
-        text = (run / "metrics.jsonl").read_text(encoding="utf-8")
-    except OSError as error:
-        raise TuningError(f"{run} has no metrics: {error.strerror}") from None
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def outcome_of(lines: Sequence[Mapping[str, float]]) -> Outcome:
-    """From the lines of metrics.jsonl. Raises TuningError when there are too few."""
-    counted = lines[WARM_UP_STEPS:]
-    if not counted:
-        raise TuningError(f"a run of {len(lines)} steps says nothing: the first {WARM_UP_STEPS} don't count")
-    total_s = sum(line["time/step_s"] for line in counted)
-    return Outcome(
-        steps_per_s=len(counted) / total_s,
-        trainer_wait=sum(line["time/trainer_wait_s"] for line in counted) / total_s,
-        generator_busy=fmean(line["generator/busy_fraction"] for line in counted),
-        policy_age=fmean(line["policy_age/mean"] for line in counted),
-    )
-
-
-_CLOSE_ENOUGH = 1.15  # between a concurrency that is enough and one that is not: runs differ by more
-
-
 @dataclass(frozen=True, order=True)
 class Setting:
-    """Of `buffer.max_policy_age` and `rollout.concurrency`."""
+    """Values of `buffer.max_policy_age` and `rollout.concurrency`."""
 
     max_policy_age: int
     concurrency: int
@@ -73,7 +50,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Found:
-    """`enough` says whether the target was reached; else the setting is the one with which the trainer waits least."""
+    """The result of a search. Without `enough`, the target was missed; the trainer waits least with this setting."""
 
     setting: Setting
     outcome: Outcome
@@ -81,10 +58,10 @@ class Found:
 
 
 def search(measure: Callable[[Setting], Outcome], groups_per_step: int, ages: Sequence[int], target: float) -> Found:
-    """`measure` says what a setting does; `target` is the share of its time that the trainer may wait.
+    """Find the setting; `target` is the share of its time that the trainer may wait.
 
-    Younger samples are worth more than fewer rollouts: of the ages, tried in order, the first counts at which all the
-    rollouts that can run at once are enough. Then their number is halved until it is not, and the border narrowed down.
+    Younger samples are worth more than fewer rollouts. The first of the `ages` counts at which the maximal concurrency
+    is enough; then the concurrency is halved until it isn't, and the border is narrowed down by bisection.
     """
     tried: dict[Setting, Outcome] = {}
 
@@ -96,8 +73,8 @@ def search(measure: Callable[[Setting], Outcome], groups_per_step: int, ages: Se
     for age in ages:
         most = Setting(age, ticket_capacity(groups_per_step, age))
         if is_enough(most):
-            found = _fewest(is_enough, most)
-            return Found(found, tried[found], enough=True)
+            fewest = _fewest(is_enough, most)
+            return Found(fewest, tried[fewest], enough=True)
     best = min(tried, key=lambda setting: tried[setting].trainer_wait)
     return Found(best, tried[best], enough=False)
 
@@ -110,7 +87,7 @@ def _fewest(is_enough: Callable[[Setting], bool], enough: Setting) -> Setting:
             enough = half
         else:
             too_few = half.concurrency
-    while enough.concurrency > max(too_few + 1, too_few * _CLOSE_ENOUGH):
+    while enough.concurrency > max(too_few + 1, too_few * _PRECISION):
         middle = Setting(age, (enough.concurrency + too_few) // 2)
         if is_enough(middle):
             enough = middle
@@ -119,29 +96,48 @@ def _fewest(is_enough: Callable[[Setting], bool], enough: Setting) -> Setting:
     return enough
 
 
-_TRAIN = Path(__file__).parents[2] / "scripts" / "train.py"
-_QUICK = ("eval.prompts=0", "checkpoint.every=0", "observe.report=false")
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """Return the lines of a run's metrics.jsonl. Raises TuningError when it can't be read."""
+    try:
+        text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+    except OSError as error:
+        raise TuningError(f"{run} has no metrics: {error.strerror}") from None
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def outcome_of(lines: Sequence[Mapping[str, float]]) -> Outcome:
+    """Compute the outcome from lines of metrics.jsonl. Raises TuningError when there are too few."""
+    counted = lines[WARM_UP_STEPS:]
+    if not counted:
+        raise TuningError(f"a run of {len(lines)} steps is too short: the first {WARM_UP_STEPS} don't count")
+    total_s = sum(line["time/step_s"] for line in counted)
+    return Outcome(
+        steps_per_s=len(counted) / total_s,
+        trainer_wait=sum(line["time/trainer_wait_s"] for line in counted) / total_s,
+        generator_busy=fmean(line["generator/busy_fraction"] for line in counted),
+        policy_age=fmean(line["policy_age/mean"] for line in counted),
+    )
 
 
 @dataclass(frozen=True)
 class ShortRuns:
-    """Runs `scripts/train.py` with `overrides`, each in a folder of its own below `folder`."""
+    """Measures settings by short runs of `grpo train` with `overrides`, each in its own folder below `folder`."""
 
     overrides: Sequence[str]
     steps: int
     folder: Path
 
     def run(self, setting: Setting) -> Path:
-        """Returns the run's folder. Raises TuningError when it failed, KeyboardInterrupt when it was interrupted."""
+        """Train with a setting; return the run's folder. Raises TuningError when it failed, or KeyboardInterrupt."""
         folder = self.folder / f"age{setting.max_policy_age}_concurrency{setting.concurrency}"
         ours = (*setting.overrides, f"trainer.max_steps={self.steps}", *_QUICK, f"hydra.run.dir={folder}")
-        command = [sys.executable, str(_TRAIN), *self.overrides, *ours]
+        command = [*_TRAIN, *self.overrides, *ours]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
         if done.returncode == EXIT_CODES["interrupted"]:
             raise KeyboardInterrupt
         if done.returncode:
             error = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            raise TuningError(f"the run with {setting} failed, {error.removeprefix('error: ')} ({folder})")
+            raise TuningError(f"the run with {setting} failed: {error.removeprefix('error: ')} ({folder})")
         return folder
 
     def measure(self, setting: Setting) -> Outcome:

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from grpo.tuning.machine import Calls, Line, Worker
+from grpo.tuning.machine import Calls, Servers, Worker
 from grpo.tuning.simulation import run_in_virtual_time
 
 
@@ -16,7 +16,7 @@ def test_two_that_share_cores_slow_each_other_while_both_work():
     async def both():
         first = Worker(lambda: 0.5 if second.busy else 1.0)
         second = Worker(lambda: 0.5 if first.busy else 1.0)
-        first.felt_by, second.felt_by = [second], [first]
+        first.slows, second.slows = [second], [first]
         ends = {}
 
         async def work(name, worker, begin, seconds):
@@ -50,13 +50,13 @@ def test_work_that_is_interrupted_says_how_much_was_done():
 
 def test_a_line_serves_in_order():
     async def all_served():
-        line, ends = Line(2), []
+        servers, ends = Servers(2), []
 
-        async def served(seconds):
-            await line.served(seconds)
+        async def serve(seconds):
+            await servers.serve(seconds)
             ends.append(now())
 
-        await asyncio.gather(served(2), served(3), served(2))
+        await asyncio.gather(serve(2), serve(3), serve(2))
         return ends
 
     assert run_in_virtual_time(all_served()) == [2, 3, 4]
