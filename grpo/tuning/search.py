@@ -19,7 +19,7 @@ from grpo.types import EXIT_CODES
 
 WARM_UP_STEPS = 5  # ignored: code and pages are loaded, and the first groups finish all at once
 _PRECISION = 1.15  # ratio of a sufficient to an insufficient concurrency at which to stop: runs vary by more
-_TRAIN = (sys.executable, "-m", "grpo", "train")
+_TRAIN = (sys.executable, "-m", "grpo.cli", "train")
 _QUICK = ("eval.prompts=0", "checkpoint.every=0", "observe.report=false")
 
 

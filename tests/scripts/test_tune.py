@@ -37,7 +37,7 @@ def test_a_setting_is_measured_and_then_simulated(run_script, type_in, tmp_path)
         (["--steps", "5"], "error: argument --steps: 5 is too few: the first 5 don't count\n"),
         (["--target", "10"], "error: argument --target: 10 is not between 0 and 1\n"),
         (["--lengths", "fixed:3"], "error: --save-profile, --lengths and --against go with --simulate\n"),
-        (["--simulate", "x", "--lengths", "long"], "long is no distribution of lengths: fixed:64, "),
+        (["--simulate", "x", "--lengths", "long"], "long is no distribution of lengths, such as fixed:64, "),
     ],
 )
 def test_what_is_wrong_is_told(type_in, words, error):
