@@ -1,4 +1,4 @@
-"""Read a run's folder, also of a run that still goes on or was killed half-way through a line."""
+"""Read a run's folder, also while the run is writing to it, or after it was killed half-way through a line."""
 
 from __future__ import annotations
 

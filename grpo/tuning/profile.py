@@ -95,15 +95,15 @@ class Profile:
     groups: tuple[GroupShape, ...]
     """In the order of the run; a longer run starts over with the first."""
     decode: Cost
-    """Of one token, by the completions that are decoded together."""
+    """Time to decode one token, by the completions that are decoded together."""
     prefill: Cost
-    """Of prompts and first tokens, by the completions that join."""
+    """Time of prompts and first tokens, by the completions that join."""
     train: Cost
-    """Of a step, by the tokens that are trained on."""
+    """Time of a train step, by the tokens that are trained on."""
     score: tuple[float, ...]
-    """Of groups, by one worker of a reward replica."""
+    """Times to score a group, in one worker of a reward replica."""
     reference: tuple[float, ...] = (0.0,)
-    """Of groups."""
+    """Times to score a group with the reference model."""
     load: float = 0.0
     publish: float = 0.0
     snapshot: float = 0.0

@@ -91,7 +91,7 @@ def test_sinks_are_named_in_a_group_or_by_their_options(overrides, sinks):
 def test_the_choice_of_a_sink_says_what_the_class_does_by_itself(name, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)  # the class is there without its package
     options = composed(f"sinks={name}").observe.sinks[name]
-    parameters = inspect.signature(SINKS[name].sink).parameters.values()
+    parameters = inspect.signature(check_sinks({name: {}})[name]).parameters.values()
     assert options == {p.name: p.default if p.default != () else [] for p in parameters if p.kind is p.KEYWORD_ONLY}
     check_sinks({name: options})
 

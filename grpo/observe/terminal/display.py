@@ -13,7 +13,7 @@ from typing import Self
 from rich.console import Console
 from rich.control import Control
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.segment import ControlType
 from rich.table import Table
 
@@ -25,6 +25,7 @@ from grpo.observe.terminal.view import (
     View,
     as_facts,
     held_out,
+    progress_columns,
     sparkline,
     tokens_per_s,
 )
@@ -187,12 +188,7 @@ class AnswerProgress:
     def __init__(self, console: Console, total: int) -> None:
         self._console, self._total, self._done = console, total, 0
         self._bar = Progress(
-            TextColumn("[bold]prompts"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=None),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            *progress_columns("prompts"),
             console=console,
             expand=True,
             disable=not console.is_terminal,

@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from grpo.types import EvaluationReport
@@ -65,15 +73,7 @@ class View:
         self.sample: Sample | None = None
         self.shows_sample = False
         self.help = False
-        self._progress = Progress(
-            TextColumn("[bold]step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=None),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            expand=True,
-        )
+        self._progress = Progress(*progress_columns("step"), expand=True)
         self._task = self._progress.add_task("train", total=max_steps, start=False)
 
     def start(self) -> None:
@@ -87,11 +87,12 @@ class View:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width, room = options.max_width, console.height
         blocks = [_Block(0, [self._progress]), *self._numbers(width)]
-        middle = [] if self.shows_sample else [self._services(), self._waiting()]
         end = [self._warning(), _Block(9, [Text(_HELP, style="dim")] if self.help else [])]
         if self.shows_sample:
             left = room - sum(len(block.lines) for block in (*blocks, *end))
             middle = [_Block(2, _sample_lines(self.sample, console, width, max(3, left)))]
+        else:
+            middle = [self._services(), self._waiting()]
         for block in _fitting([*blocks, *middle, *end], room):
             for line in block.lines:
                 yield _cut(line, width) if isinstance(line, Text) else line
@@ -125,6 +126,11 @@ class View:
         line = _labelled("warning", f"step {self.last_warning.step}, {ago} ago: {visible(self.last_warning.message)}")
         line.stylize("yellow")
         return _Block(5, [line])
+
+
+def progress_columns(label: str) -> tuple[ProgressColumn, ...]:
+    left = (TextColumn("left"), TimeRemainingColumn())
+    return TextColumn(f"[bold]{label}"), MofNCompleteColumn(), BarColumn(bar_width=None), TimeElapsedColumn(), *left
 
 
 def as_facts(metrics: Mapping[str, float]) -> dict[str, str]:
