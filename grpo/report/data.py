@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -39,7 +39,8 @@ class RunRecord:
         """The evaluations in the summary; without a summary, those in the lines of the steps."""
         if "evaluations" in self.summary:
             return list(self.summary["evaluations"])
-        return [_under(step, "eval/") for step in self.steps if "eval/step" in step]
+        evaluated = [step for step in self.steps if "eval/step" in step]
+        return [{name[5:]: step[name] for name in step if name.startswith("eval/")} for step in evaluated]
 
     @property
     def deaths(self) -> list[Record]:
@@ -214,10 +215,6 @@ def _weighted(run: RunRecord, name: str) -> float | None:
     return sum(value * weight for value, weight in pairs) / seconds if seconds else None
 
 
-def _under(record: Mapping[str, Any], prefix: str) -> Record:
-    return {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
-
-
 def _text(file: Path) -> str:
     return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
 
@@ -243,15 +240,12 @@ def _config(text: str, notes: list[str]) -> Record:
 def _overrides(text: str, notes: list[str]) -> Record:
     try:
         named = [str(each).lstrip("+") for each in OmegaConf.create(text or "[]") if "=" in str(each)]
-        return {name.partition("=")[0]: _value(name.partition("=")[2]) for name in named}
+        pairs = [each.partition("=") for each in named]
+        # A dotlist is parsed nearly as Hydra parses values: `1e-4` is a number.
+        return {name: OmegaConf.from_dotlist([f"value={text}"])["value"] for name, _, text in pairs}
     except (OmegaConfBaseException, YAMLError):
         notes.append(".hydra/overrides.yaml can't be read.")
         return {}
-
-
-def _value(text: str) -> Any:
-    """Parse a value nearly as Hydra does: `1e-4` is a number."""
-    return OmegaConf.from_dotlist([f"value={text}"])["value"]
 
 
 def _flat(config: Any, prefix: str = "") -> Record:

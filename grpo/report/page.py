@@ -28,10 +28,10 @@ def write_report(folders: Sequence[Path], out: Path | None = None, *, from_s: fl
     folders = named_runs(folders)
     if len(folders) == 1:
         run = read_run(folders[0])
-        return _write(run_data(run, timeline_of(run.folder, from_s)), out or run.folder / "report.html")
-    return _write(
-        comparison_data([read_attempt(folder) for folder in folders]), out or _common(folders) / "comparison.html"
-    )
+        data = run_data(run, read_timeline(run.folder / "timeline.json", from_s=from_s))
+        return _write(data, out or run.folder / "report.html")
+    data = comparison_data([read_attempt(folder) for folder in folders])
+    return _write(data, out or _common(folders) / "comparison.html")
 
 
 def named_runs(folders: Sequence[Path]) -> list[Path]:
@@ -59,8 +59,8 @@ def page(data: Mapping[str, Any]) -> str:
     parts = {
         "connect": "'self'" if data.get("live") else "'none'",
         "style": _asset("report.css"),
-        "plotly": _inline(_plotly()),
-        "data": _json(data),
+        "plotly": _inline((files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")),
+        "data": to_json(data).replace("<", "\\u003c"),  # so that no text can end the script element
         "script": _inline("\n".join(_asset(name) for name in _SCRIPTS)),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda placeholder: parts[placeholder[1]], _asset("report.html"))
@@ -71,10 +71,6 @@ def run_data(run: RunRecord, timeline: Record | None) -> Record:
     notes = list(run.notes)
     rollouts = read_rollouts(run.folder, notes)
     return {"runs": [_run_entry(run, name_of(run.folder), notes)], "rollouts": rollouts, "timeline": timeline}
-
-
-def timeline_of(folder: Path, from_s: float) -> Record | None:
-    return read_timeline(folder / "timeline.json", from_s=from_s)
 
 
 def name_of(folder: Path) -> str:
@@ -148,15 +144,6 @@ def _asset(name: str) -> str:
     return (files("grpo.report") / "page" / name).read_text(encoding="utf-8")
 
 
-def _plotly() -> str:
-    return (files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
-
-
 def _inline(script: str) -> str:
     """Escape what would end a script element."""
     return re.sub(r"<(?=/script|!--)", r"\\x3C", script, flags=re.IGNORECASE)
-
-
-def _json(data: Mapping[str, Any]) -> str:
-    """Serialize to JSON that can't end a script element."""
-    return to_json(data).replace("<", "\\u003c")

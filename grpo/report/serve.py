@@ -14,8 +14,8 @@ from urllib.parse import parse_qs, urlsplit
 from grpo.errors import NothingTrained, ReportError
 from grpo.observe.run_dir import to_json
 from grpo.report.data import Record, check_folder, read_run, read_summary
-from grpo.report.page import name_of, page, run_data, timeline_of
-from grpo.report.timeline import MOST_SPANS
+from grpo.report.page import name_of, page, run_data
+from grpo.report.timeline import MOST_SPANS, read_timeline
 
 _FILES = ("config.yaml", "metrics.jsonl", "rollouts.jsonl", "events.jsonl", "timeline.json", "summary.json")
 
@@ -55,7 +55,7 @@ class LiveRun:
         """Read the timeline; one that fills the page already is read again only at the end of the run."""
         is_full = self._timeline is not None and len(self._timeline["spans"]) >= MOST_SPANS
         if not is_full or self._has_ended():
-            self._timeline = timeline_of(self._folder, self._from_s)
+            self._timeline = read_timeline(self._folder / "timeline.json", from_s=self._from_s)
         return self._timeline
 
     def _waiting(self) -> str:

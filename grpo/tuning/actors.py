@@ -75,13 +75,12 @@ class SimulatedGenerator:
 
     @returns_payload
     async def generate(self, prompt: Prompt, params: SamplingParams) -> tuple[ShapedCompletions, GenerationReport]:
-        await self._world.calls.begin()
-        shape = self._world.shape(prompt.serial)
-        request = _Request(prompt.serial, list(shape.lengths))
-        self._waiting.append(request)
-        self._wake()
-        await request.done
-        await self._world.calls.end()
+        async with self._world.calls.overhead():
+            shape = self._world.shape(prompt.serial)
+            request = _Request(prompt.serial, list(shape.lengths))
+            self._waiting.append(request)
+            self._wake()
+            await request.done
         report = GenerationReport(
             request.oldest_version, self._version, shape.lengths, tuple(False for _ in shape.lengths)
         )
@@ -89,13 +88,12 @@ class SimulatedGenerator:
 
     @replayed_on_join
     async def update_weights(self, weights: Weights) -> GeneratorStats:
-        await self._world.calls.begin()
-        loaded = asyncio.get_running_loop().create_future()
-        self._updates.append((weights.version, loaded))
-        self._wake()
-        await loaded
-        await asyncio.sleep(self._world.profile.step_call)
-        await self._world.calls.end()
+        async with self._world.calls.overhead():
+            loaded = asyncio.get_running_loop().create_future()
+            self._updates.append((weights.version, loaded))
+            self._wake()
+            await loaded
+            await asyncio.sleep(self._world.profile.step_call)
         return GeneratorStats(self.busy_s, self.tokens, str(id(self)))
 
     async def close(self) -> None:
@@ -210,9 +208,8 @@ class _Dataloader:
         self._calls = world.calls
 
     async def sample(self, first: int, count: int, without: frozenset[int] = frozenset()) -> PromptBatch:
-        await self._calls.begin()
-        prompts = [Prompt(serial, Problem("", ""), _NO_TOKENS) for serial in range(first, first + count)]
-        await self._calls.end()
+        async with self._calls.overhead():
+            prompts = [Prompt(serial, Problem("", ""), _NO_TOKENS) for serial in range(first, first + count)]
         return PromptBatch(tuple(prompts), first + count)
 
 
@@ -222,10 +219,9 @@ class _Reward:
         self._servers = Servers(config.workers * config.replicas)
 
     async def score(self, prompt: Prompt, completions: ShapedCompletions, detail: str) -> Scores:
-        await self._world.calls.begin()
-        seconds = self._world.profile.score
-        await self._servers.serve(seconds[prompt.serial % len(seconds)])
-        await self._world.calls.end()
+        async with self._world.calls.overhead():
+            seconds = self._world.profile.score
+            await self._servers.serve(seconds[prompt.serial % len(seconds)])
         rewards = (float(completions.shape.signal), *(0.0 for _ in completions.shape.lengths[1:]))
         return Scores(rewards, {"task": rewards}, ())
 
@@ -236,10 +232,9 @@ class _Reference:
 
     @returns_payload
     async def logprobs(self, prompt: Prompt, completions: ShapedCompletions) -> tuple[None, int]:
-        await self._world.calls.begin()
-        seconds = self._world.profile.reference
-        await self._servers.serve(seconds[prompt.serial % len(seconds)])
-        await self._world.calls.end()
+        async with self._world.calls.overhead():
+            seconds = self._world.profile.reference
+            await self._servers.serve(seconds[prompt.serial % len(seconds)])
         return None, 0
 
 
@@ -251,16 +246,14 @@ class _ReplayBuffer(ReplayBuffer):
         self._calls, self._step_call_s = world.calls, world.profile.step_call
 
     async def add(self, ticket: Ticket, group: Group) -> None:
-        await self._calls.begin()
-        await super().add(ticket, group)
-        await self._calls.end()
+        async with self._calls.overhead():
+            await super().add(ticket, group)
 
     @returns_payload
     async def sample(self, count: int) -> tuple[Batch, BatchReport]:
-        await self._calls.begin()
-        batch, report = await super().sample(count)
-        await asyncio.sleep(self._step_call_s)
-        await self._calls.end()
+        async with self._calls.overhead():
+            batch, report = await super().sample(count)
+            await asyncio.sleep(self._step_call_s)
         return batch, report
 
 
@@ -287,8 +280,7 @@ class _Trainer:
         return self._version, self._version
 
     async def _work(self, seconds: float) -> None:
-        await self._world.calls.begin()
-        async with self._one_at_a_time:
-            await self._world.trainer.work(seconds)
-        await asyncio.sleep(self._world.profile.step_call)
-        await self._world.calls.end()
+        async with self._world.calls.overhead():
+            async with self._one_at_a_time:
+                await self._world.trainer.work(seconds)
+            await asyncio.sleep(self._world.profile.step_call)

@@ -25,7 +25,7 @@ def profile_of(runs: Sequence[Path]) -> Profile:
     """
     traces = [read_trace(run) for run in runs]
     decodes = np.array([decode for trace in traces for decode in _decodes(trace)])
-    prefills = np.array([prefill for trace in traces for prefill in _prefills(trace)])
+    prefills = np.array([(s.seconds, s.args["rows"]) for trace in traces for s in trace.of("generator", "prefill")])
     if not len(decodes):
         raise TuningError(
             f"{runs[0]} has no decode spans: run it with generator.engine=torch, or write the profile by hand"
@@ -98,11 +98,6 @@ def _remaining(spans: Sequence[TraceSpan]) -> dict[TraceSpan, int]:
     if before is not None:
         remaining[before] = before.args["rows"]
     return remaining
-
-
-def _prefills(trace: Trace) -> Iterable[tuple[float, ...]]:
-    """Yield seconds and the completions that joined."""
-    return ((span.seconds, span.args["rows"]) for span in trace.of("generator", "prefill"))
 
 
 def _train_steps(trace: Trace) -> Iterable[tuple[float, ...]]:

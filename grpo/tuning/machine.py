@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 
 from grpo.config.schema import RunConfig
@@ -41,14 +41,15 @@ class Worker:
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
-        self._set_busy(True)
+        self.busy = True
+        self._notify_slowed()
         try:
             yield
         finally:
-            self._set_busy(False)
+            self.busy = False
+            self._notify_slowed()
 
-    def _set_busy(self, busy: bool) -> None:
-        self.busy = busy
+    def _notify_slowed(self) -> None:
         for other in self.slows:
             other.changed.notify()
 
@@ -71,11 +72,12 @@ class Calls:
         self._transit_s, self._driver_s = max(0.0, seconds - driver_s), driver_s
         self._driver = Servers(1)
 
-    async def begin(self) -> None:
+    @asynccontextmanager
+    async def overhead(self) -> AsyncIterator[None]:
+        """Spend half of the overhead before the block and half after it."""
         await self._driver.serve(self._driver_s / 2)
         await asyncio.sleep(self._transit_s / 2)
-
-    async def end(self) -> None:
+        yield
         await asyncio.sleep(self._transit_s / 2)
         await self._driver.serve(self._driver_s / 2)
 

@@ -67,8 +67,8 @@ def test_calls_side_by_side_share_the_way_but_not_the_driver():
         calls, found = Calls(0.010, 0.002), []
 
         async def call():
-            await calls.begin()
-            await calls.end()
+            async with calls.overhead():
+                pass
             found.append(now())
 
         await asyncio.gather(*(call() for _ in range(3)))
