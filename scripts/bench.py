@@ -1,9 +1,8 @@
 """Measure the framework against physical limits and against what one would use instead.
 
     python scripts/bench.py orchestration            one benchmark, or several
-    python scripts/bench.py all --quick              shorter and rougher: about a minute each, but peer two
-
-    python scripts/bench.py --markdown               the table of what was measured last
+    python scripts/bench.py all --quick              shorter and rougher: about a minute each, two for peer
+    python scripts/bench.py --markdown               the table of the last measurements
 
 Prints a table of figures with their targets, and keeps the last ones of every benchmark as JSON. Nothing else should
 run on the machine meanwhile.

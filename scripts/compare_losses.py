@@ -1,7 +1,7 @@
-"""How many steps each loss needs, at several policy ages: `python scripts/compare_losses.py [--losses NAME ...]`.
+"""Count the steps that each loss needs, at several policy ages: `python scripts/compare_losses.py [--losses NAME ...]`.
 
-Every run is the real loop with its actors in one process, on what Hydra composes for the same overrides on the command
-line of train.py. It ends with the first evaluation at the target. Call it again to go on after an interruption.
+Every run is the real loop with its actors in one process, with the config of `grpo train` for the same overrides. It
+ends with the first evaluation at the target. After an interruption the same command continues.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 
 
 def settings(args: argparse.Namespace) -> Iterator[Setting]:
-    """Seed after seed, so that a comparison that was interrupted has something of everything."""
+    """Yield all settings, seed by seed: an interrupted comparison has some runs of every loss."""
     for seed in args.seeds:
         for loss in args.losses:
             for age in args.ages:
@@ -54,7 +54,7 @@ def config_of(setting: Setting, overrides: Sequence[str]) -> RunConfig:
 
 @cache  # it takes a tenth of a second
 def _composed(loss: str, correction: str, age: int, overrides: tuple[str, ...]) -> RunConfig:
-    """What train.py would use, with as many rollouts as there are tickets: fewer would keep the ages down."""
+    """Return the config of `grpo train` with as many rollouts as tickets: fewer would keep the ages down."""
     groups = [f"loss={loss}", f"correction={correction}"]
     config = from_overrides([*groups, f"buffer.max_policy_age={age}", *FIXED, *overrides])
     config.rollout.concurrency = config.ticket_capacity
@@ -62,12 +62,12 @@ def _composed(loss: str, correction: str, age: int, overrides: tuple[str, ...]) 
 
 
 def names(group: str) -> list[str]:
-    """What there is of a Hydra group."""
+    """Return the options of a Hydra group."""
     return sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
 
 
 class Results:
-    """The runs in a JSON file. They are told apart by all that was composed, so a changed default counts too."""
+    """Runs in a JSON file, by a hash of the whole config: after a change of a default they are run again."""
 
     def __init__(self, path: Path) -> None:
         """Raises OSError, and ConfigError where the file holds something else."""
@@ -83,7 +83,7 @@ class Results:
         return self._runs.get(key)
 
     def is_made(self, key: str) -> bool:
-        """Whether a run ended as it should; one that failed is made again."""
+        """Return True for a run that completed; a failed run is repeated."""
         return key in self._runs and self._runs[key]["error"] is None
 
     def add(self, record: Record) -> None:
@@ -96,16 +96,16 @@ def key_of(config: RunConfig, target: float) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """At once or not at all: what was there before may be the work of hours."""
+    """Write atomically: the old file may be the work of hours."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
 def make_runs(todo: Mapping[Setting, RunConfig], args: argparse.Namespace, results: Results, console: Console) -> None:
-    """Make these, `args.jobs` at a time; each is in the file as soon as it has ended.
+    """Make the runs, `args.jobs` at a time, and add each to the file as soon as it has ended.
 
-    An interruption lets the runs under way finish the step at hand and close their actors, and forgets them.
+    After an interruption the runs under way finish their current step and close their actors; they are not recorded.
     """
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
@@ -128,7 +128,7 @@ def make_runs(todo: Mapping[Setting, RunConfig], args: argparse.Namespace, resul
 
 @contextmanager
 def _ctrl_c_held() -> Iterator[None]:
-    """It reaches all processes of a terminal; those that start meanwhile never hear of it, this one does later."""
+    """Hold back the SIGINT of a terminal: new processes never get it, this one gets it afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

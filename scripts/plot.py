@@ -15,7 +15,7 @@ _WINDOW = 9  # steps of the moving average
 
 
 def draw(axes: Axes, name: str, steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
-    """The batch reward, faint, under its moving average; held-out evaluations as points with standard errors."""
+    """Draw the batch reward, faint, and its moving average; held-out evaluations as points with standard errors."""
     reward = np.array([step["reward/mean"] for step in steps])
     numbers = np.array([step["step"] for step in steps])
     window = min(_WINDOW, len(reward))
