@@ -1,4 +1,4 @@
-"""Everything that can be found wrong before a cluster is started."""
+"""Checks that find mistakes before Ray starts, and the folder and the config that the actors get."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ T = TypeVar("T")
 
 
 def check(config: RunConfig, specs: Sequence[ActorSpec], warn: Callable[[str], None]) -> Task:
-    """Everything that needs no model made; in a dry run, the model too where it is there. Returns the task.
+    """Check everything that needs no model folder to be built, and return the task.
 
-    `warn` gets a line when the cluster to join is waited for.
+    A dry run checks an existing model too. `warn` gets a line when the run has to wait for the cluster that it joins.
     """
     check_resources(config, specs, warn)
     task = check_names(config)
@@ -52,9 +52,9 @@ def check(config: RunConfig, specs: Sequence[ActorSpec], warn: Callable[[str], N
 def open_run(
     config: RunConfig, task: Task, folder: Path, resume: ResumePoint | None = None
 ) -> tuple[RunConfig, RunDirectory]:
-    """The config that the actors get, its model made and checked; and the run's folder, with that config in it.
+    """Build and check the model, and open the run's folder. Returns the config that the actors get, and the folder.
 
-    Raises ConfigError when the folder holds another run, or the settings differ from those of the run to resume.
+    Raises ConfigError when the folder holds another run, or when settings differ from the run that is resumed.
     """
     run_dir = RunDirectory(folder)
     try:
@@ -63,7 +63,8 @@ def open_run(
             archive_newer_checkpoints(resume)
             run_dir.cut(resume.progress["files"])
         else:
-            if config.resume != "auto" or is_completed(folder):  # else: a run killed before its first checkpoint
+            # With resume=auto, an unfinished run without a checkpoint starts over in its own folder.
+            if config.resume != "auto" or is_completed(folder):
                 run_dir.refuse_old_runs()
             run_dir.cut({})
     except BaseException:
@@ -84,15 +85,18 @@ def _fit_to_run(config: RunConfig, task: Task, folder: Path, resume: ResumePoint
         check_compatible(config, resume)
     elif config.checkpoint.every and kept != folder.absolute() / "checkpoints" and checkpoints(kept):
         raise ConfigError(
-            f"{kept} holds another run's checkpoints, which this one's would displace; name another folder, "
-            "or set resume=auto to go on with it",
+            f"{kept} holds another run's checkpoints, which this run would displace. Name another folder, "
+            "or set resume=auto to continue that run",
             key="checkpoint.dir",
         )
     return config
 
 
 def check_names(config: RunConfig) -> Task:
-    """Look up everything that the config names; returns the task. Raises ConfigError or TaskError."""
+    """Look up every function, class and package that the config names. Returns the task.
+
+    Raises ConfigError or TaskError.
+    """
     Objective(config.loss, config.correction)
     advantage_function(config.loss)
     check_sinks(config.observe.sinks)
@@ -115,9 +119,9 @@ def check_names(config: RunConfig) -> Task:
 
 
 def check_resources(config: RunConfig, specs: Sequence[ActorSpec], warn: Callable[[str], None]) -> None:
-    """Compare what the actors ask for with this machine, or with the cluster to join. Raises LaunchError.
+    """Raise LaunchError unless the actors fit on this machine, or on the cluster that the run joins.
 
-    A dry run may be made where that cluster can't be reached.
+    A dry run does not look at a cluster, so that it can be made where the cluster can't be reached.
     """
     cluster = config.cluster
     if cluster.address is not None:
@@ -129,14 +133,16 @@ def check_resources(config: RunConfig, specs: Sequence[ActorSpec], warn: Callabl
 
 
 def prepare_model(config: RunConfig, task: Task) -> RunConfig:
-    """The config that the actors get: with `model.path`, and prompts limited to what the model's context has room for.
+    """Return the config that the actors get: `model.path` is a folder, and prompts fit into the model's context.
 
-    The folder is made by `model.builder` where the config names it; of adapters, it is that of the model which they
-    make of theirs. Paths are made absolute: actors start elsewhere.
+    `model.builder` builds the folder where the config names one. Adapters are merged into their base model, once, in a
+    cached folder. Paths become absolute, since actors start in other folders.
     """
     if config.model.builder is None:
         path = os.path.expanduser(str(config.model.path))
-        path = os.path.abspath(path) if path.startswith(".") or os.path.isdir(path) else path  # else: a hub's name
+        path = (
+            os.path.abspath(path) if path.startswith(".") or os.path.isdir(path) else path
+        )  # otherwise the name of a model on the hub
     else:
         prepare = import_target(config.model.builder, key="model.builder")
         path = str(prepare(task, **config.model.args))
@@ -148,20 +154,21 @@ def prepare_model(config: RunConfig, task: Task) -> RunConfig:
 
 
 def check_model(config: RunConfig, task: Task) -> None:
-    """Raise unless the model can be found, a prompt fits, and a held-out one too."""
+    """Raise ConfigError or TaskError unless the model exists and a training and a held-out prompt fit into its context."""
     config = prepare_model(config, task)
     check_weights(config.model)
     encoder = PromptEncoder(_found(load_tokenizer, config.model), config.task, config.rollout.max_prompt_tokens)
     encoder.check_usable(task)
     if config.eval.prompts and all(encoder.encode(problem) is None for problem in task.problems("held_out")):
-        raise ConfigError("the task has no held-out prompt that fits; set it to 0 to do without", key="eval.prompts")
+        raise ConfigError(
+            "the task has no held-out prompt that fits; set it to 0 to train without evaluation", key="eval.prompts"
+        )
 
 
 def check_runnable(config: RunConfig) -> None:
     """Raise ConfigError unless the model can be trained and run.
 
-    Apart from the other checks since it imports the model's code, which takes as long as all of them: that is done
-    while Ray starts.
+    This imports the model's code, which takes as long as all other checks together; it is done while Ray starts.
     """
     skeleton = _found(load_skeleton, config.model)
     check_architecture(skeleton, config.generator.engine)
@@ -170,6 +177,7 @@ def check_runnable(config: RunConfig) -> None:
 
 
 def _merged(model: ModelConfig) -> str:
+    """Return the folder of the base model with the adapters of `model` merged into it."""
     from grpo.models.export import whole_model  # a second of imports that few runs need
 
     check_peft(LoraConfig(rank=1))
@@ -184,6 +192,7 @@ def _merged(model: ModelConfig) -> str:
 
 
 def _within_context(config: RunConfig) -> RunConfig:
+    """Limit `rollout.max_prompt_tokens` to the room that completions leave in the model's context."""
     context, rollout = context_length(_found(load_settings, config.model)), config.rollout
     if context is None:
         return config
@@ -198,6 +207,7 @@ def _within_context(config: RunConfig) -> RunConfig:
 
 
 def _found(load: Callable[[ModelConfig], T], config: ModelConfig) -> T:
+    """Call `load(config)`, and turn its errors into one line that names the key."""
     path = str(config.path)
     if path.startswith("/") and not Path(path, "config.json").is_file():
         raise ConfigError(f"no model folder at {path!r} (it would hold a config.json)", key="model.path")

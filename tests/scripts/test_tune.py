@@ -36,7 +36,10 @@ def test_a_setting_is_measured_and_then_simulated(run_script, type_in, tmp_path)
         (["--simulate", "missing"], "error: missing is no run's folder: it has no config.yaml\n"),
         (["--steps", "5"], "error: argument --steps: 5 is too few: the first 5 don't count; --help tells more\n"),
         (["--target", "10"], "error: argument --target: 10 is not between 0 and 1; --help tells more\n"),
-        (["--lengths", "fixed:3"], "error: --save-profile, --lengths and --against go with --simulate; --help tells more\n"),
+        (
+            ["--lengths", "fixed:3"],
+            "error: --save-profile, --lengths and --against go with --simulate; --help tells more\n",
+        ),
         (["--simulate", "x", "--lengths", "long"], "long is no distribution of lengths, such as fixed:64, "),
     ],
 )
