@@ -142,7 +142,7 @@ def prepare_model(config: RunConfig, task: Task) -> RunConfig:
         path = os.path.expanduser(str(config.model.path))
         path = (
             os.path.abspath(path) if path.startswith(".") or os.path.isdir(path) else path
-        )  # otherwise the name of a model on the hub
+        )
     else:
         prepare = import_target(config.model.builder, key="model.builder")
         path = str(prepare(task, **config.model.args))
