@@ -218,7 +218,7 @@ def _check_cover(name: str, parts: Sequence[ShardRange]) -> None:
 
 def _copy_rows(target: Tensor, own: ShardRange, parts: Sequence[tuple[ShardRange, Tensor]]) -> None:
     for rows, tensor in parts:
-        to, of = own.shared_with(rows)
+        to, of = own.overlap(rows)
         torch.atleast_1d(target)[to].copy_(torch.atleast_1d(tensor)[of])
 
 
