@@ -129,7 +129,7 @@ def test_a_base_model_for_a_chat_task_names_the_setting(tiny_config, checked):
 
 def test_weights_that_are_no_safetensors_have_to_be_asked_for(model_folder, checked):
     (model_folder / "model.safetensors").rename(model_folder / "pytorch_model.bin")
-    with pytest.raises(GRPOError, match=r"^model\.pickled_weights: .* set it to true"):
+    with pytest.raises(GRPOError, match=r"^model\.allow_pickle: .* set it to true"):
         checked()
 
 

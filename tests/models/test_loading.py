@@ -137,11 +137,11 @@ def pickled(folder):
 
 
 def test_pickled_weights_have_to_be_asked_for(pickled):
-    with pytest.raises(ConfigError, match=r"^model\.pickled_weights: .* has no safetensors; set it to true"):
+    with pytest.raises(ConfigError, match=r"^model\.allow_pickle: .* has no safetensors; set it to true"):
         check_weights(pickled)
     with pytest.raises(OSError, match=r"safetensors"):
         load_model(pickled, torch.float32, "cpu")
-    asked = replace(pickled, pickled_weights=True)
+    asked = replace(pickled, allow_pickle=True)
     check_weights(asked)
     model, saved = load_model(asked, torch.float32, "cpu"), tiny_llama(width=32, layers=2, heads=2)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), saved.parameters(), strict=True))
@@ -151,7 +151,7 @@ def test_pickled_weights_bring_no_code(pickled, capsys):
     file = Path(pickled.path, "pytorch_model.bin")
     torch.save(torch.load(file) | {"extra": Payload()}, file)
     with pytest.raises(UnpicklingError):
-        load_model(replace(pickled, pickled_weights=True), torch.float32, "cpu")
+        load_model(replace(pickled, allow_pickle=True), torch.float32, "cpu")
     assert "code from a file" not in capsys.readouterr().out
 
 
