@@ -284,7 +284,7 @@ def test_patience_and_pace_may_change(config, run_with):
         (lambda c: setattr(c.rollout, "group_size", 8), "rollout.group_size was 4, is 8"),
         (lambda c: setattr(c.rollout, "temperature", 0.5), "rollout.temperature was 1.0, is 0.5"),
         (lambda c: setattr(c.buffer, "max_policy_age", 3), "buffer.max_policy_age was 1, is 3"),
-        (lambda c: setattr(c.dataloader, "revisit", 0.2), "dataloader.revisit_fraction was 0.1, is 0.2"),
+        (lambda c: setattr(c.dataloader, "revisit_fraction", 0.2), "dataloader.revisit_fraction was 0.1, is 0.2"),
         (lambda c: setattr(c.loss, "beta", 0.1), "loss.beta was 0.0, is 0.1"),
         (lambda c: setattr(c.task, "target", "a:B"), "task.target was 'grpo.tasks.sorting:Sorting', is 'a:B'"),
         (lambda c: c.task.args.update(train_size=60), "task.args.train_size was 50, is 60"),
@@ -374,7 +374,7 @@ def test_what_was_written_after_the_checkpoint_is_put_aside(config, run_with, tm
     (run / "metrics.jsonl").write_text('{"step": 1}\n')
     open_run(run, point_of(config, tmp_path / "new"))
     assert [path.name for path in checkpoints(run / "checkpoints")] == ["step_000003"]
-    assert {path.name for path in (run / "checkpoints").glob("left*")} == {
+    assert {path.name for path in (run / "checkpoints").glob("stale*")} == {
         "stale_step_000006",
         "stale_step_000009",
     }
