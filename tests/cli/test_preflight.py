@@ -157,7 +157,7 @@ def test_what_is_no_model_for_us_is_refused(model_folder, checked, settings, mes
 def test_an_attention_that_the_model_does_not_have_names_the_key(tiny_config, model_folder, checked):
     GPTNeoConfig(num_layers=2, attention_types=[[["global", "local"], 1]]).save_pretrained(model_folder)
     tiny_config.model.attention = "sdpa"
-    with pytest.raises(GRPOError, match=r"^model\.attention: gpt_neo models have no sdpa; take auto"):
+    with pytest.raises(GRPOError, match=r"^model\.attention: gpt_neo models have no sdpa; use auto"):
         checked()
 
 
