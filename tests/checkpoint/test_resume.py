@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from grpo.checkpoint.resume import archive_newer_checkpoints, check_compatible, find_resume_point
-from grpo.checkpoint.store import _PARTS, checkpoints, write_manifest
+from grpo.checkpoint.store import _REQUIRED, checkpoints, write_manifest
 from grpo.cli import preflight
 from grpo.errors import CheckpointError, ConfigError
 from grpo.tasks.base import make_task
@@ -42,7 +42,7 @@ def run_with(config, tmp_path):
 
 
 def write_checkpoint(path, step, run_folder, config):
-    for part in ("model/config.json", *_PARTS, "trainer.safetensors"):
+    for part in ("model/config.json", *_REQUIRED, "trainer.safetensors"):
         (path / part).parent.mkdir(parents=True, exist_ok=True)
         (path / part).write_text("{}")
     progress = {"step": step, "run_folder": str(run_folder), "config": dataclasses.asdict(config), "files": {}}
@@ -96,7 +96,7 @@ def test_nothing_at_the_path_is_an_error_that_says_what_to_name(config, tmp_path
         (tmp_path / "there" / folder).mkdir(parents=True)
     config.resume = str(tmp_path / "there")
     with pytest.raises(
-        CheckpointError, match=r"resume: no whole checkpoint: no step_\* in .*; name a checkpoint, or the run"
+        CheckpointError, match=r"resume: no intact checkpoint: no step_\* in .*; name a checkpoint, or a run"
     ):
         find_resume_point(config, tmp_path / "new")
 
@@ -117,7 +117,7 @@ def test_nothing_but_broken_ones_is_an_error(config, run_with):
     spoil(run, 3)
     spoil(run, 6)
     for config.resume in ("auto", str(run)):
-        with pytest.raises(CheckpointError, match=r"resume: no whole checkpoint: .*/run/checkpoints/step_000006/"):
+        with pytest.raises(CheckpointError, match=r"resume: no intact checkpoint: .*/run/checkpoints/step_000006/"):
             find_resume_point(config, run)
     config.resume = str(run / "checkpoints/step_000003")
     with pytest.raises(CheckpointError, match=r"step_000003/trainer\.safetensors has 6 bytes instead of 2"):
@@ -173,7 +173,7 @@ def test_auto_with_nothing_there_begins_anew_and_says_so(config, tmp_path):
     for folder in (tmp_path / "run", tmp_path / "2026-01-02/10-00-00"):
         assert find_resume_point(config, folder) == (
             None,
-            ["resume=auto: found no run to go on with; starting a new one"],
+            ["resume=auto: no run to resume was found; starting a new one"],
         )
 
 
@@ -339,7 +339,7 @@ def test_settings_that_change_nothing_of_what_is_learned_are_free(config, run_wi
 @pytest.mark.parametrize(("step", "status"), [(3, "completed"), (4, None)])
 def test_nothing_is_left_of_a_run_that_had_its_last_step(config, run_with, step, status):
     point = point_of(config, run_with(step, status=status))
-    with pytest.raises(ConfigError, match=rf"max_steps: .* of step {step} and there are 3 steps: nothing is left to"):
+    with pytest.raises(ConfigError, match=rf"max_steps: nothing is left to do \(3, .* of step {step}\)"):
         check_compatible(config, point)
     config.trainer.max_steps = 5
     check_compatible(config, point)
