@@ -108,7 +108,8 @@ def check_compatible(config: RunConfig, point: ResumePoint) -> None:
     differing = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and not _is_mutable(key)
+        if before.get(key) != now.get(key)
+        and not any(key == mutable or key.startswith(f"{mutable}.") for mutable in _MUTABLE_KEYS)
     ]
     if differing:
         raise ConfigError(
@@ -117,7 +118,7 @@ def check_compatible(config: RunConfig, point: ResumePoint) -> None:
         )
     if point.is_end_of(config.trainer.max_steps):
         raise ConfigError(
-            f"nothing is left to do ({config.trainer.max_steps}, and the checkpoint is of step {point.step}). Raise it.",
+            f"nothing is left to do ({config.trainer.max_steps}, the checkpoint is of step {point.step}). Raise it.",
             key="trainer.max_steps",
         )
 
@@ -144,24 +145,20 @@ def _unfinished_siblings(config: RunConfig, folder: Path) -> Iterator[Path]:
     """Yield the checkpoint folders of unfinished runs of the same model and task, the newest run first."""
     if not _DATED.search(str(folder)):
         return
-    same_model = config.model.path and (config.model.path, os.path.abspath(os.path.expanduser(config.model.path)))
+    model = config.model.path
+    same_models = (model, os.path.abspath(os.path.expanduser(model))) if model else None
     for run in sorted(folder.parents[1].glob("*/*"), reverse=True):
-        before = None if run == folder or is_completed(run) else _config_of(run)
-        if before is None or before["task"]["target"] != config.task.target:
+        if run == folder or is_completed(run):
             continue
-        if same_model is None or before["model"]["path"] in same_model:
-            yield run / "checkpoints"
-
-
-def _config_of(run: Path) -> Mapping[str, Any] | None:
-    """Return the config in the run's newest readable checkpoint, or None."""
-    for path in checkpoints(run / "checkpoints"):
-        try:
-            config: Mapping[str, Any] = load_progress(path)["config"]
-        except (CheckpointError, KeyError):
-            continue
-        return config
-    return None
+        for path in checkpoints(run / "checkpoints"):  # the newest readable one tells the run's settings
+            try:
+                before: Mapping[str, Any] = load_progress(path)["config"]
+            except (CheckpointError, KeyError):
+                continue
+            same_task = before["task"]["target"] == config.task.target
+            if same_task and (same_models is None or before["model"]["path"] in same_models):
+                yield run / "checkpoints"
+            break
 
 
 def _with_defaults(before: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,8 +181,3 @@ def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def _is_mutable(key: str) -> bool:
-    """Return whether a resumed run may change this setting."""
-    return any(key == mutable or key.startswith(f"{mutable}.") for mutable in _MUTABLE_KEYS)
