@@ -1,4 +1,4 @@
-"""Every error that the package raises on purpose."""
+"""The errors that the package raises on purpose."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ if TYPE_CHECKING:
 
 
 class GRPOError(Exception):
-    """Root of the errors that this package raises on purpose. The message is one line that says what to do."""
+    """Root of the error tree. The message is one line that names the problem and the fix."""
 
 
 class ConfigError(GRPOError):
-    """A setting that can't work: found before anything heavy starts."""
+    """A setting that can't work, found before anything heavy starts. `key` is the setting's name in the config."""
 
     def __init__(self, message: str, *, key: str | None = None) -> None:
         super().__init__(message if key is None else f"{key}: {message}")
 
 
 class DataError(GRPOError):
-    """Bad prompts or rewards: the user's side of the run."""
+    """A problem in the user's prompts or rewards."""
 
 
 class TaskError(DataError):
-    """A task that has no usable prompt."""
+    """A task without a usable prompt."""
 
 
 class ZeroVarianceGroup(DataError):
-    """A group from which nothing can be learned: dropped when `filter.zero_variance` is set."""
+    """A zero-variance group: there is nothing to learn from it. Dropped if `filter.zero_variance` is set."""
 
     reason: ClassVar[str] = "zero_variance"
 
@@ -38,16 +38,16 @@ class ZeroVarianceGroup(DataError):
 
 
 class RewardError(DataError):
-    """A reward function that raised. Its subclasses tell what else may go wrong.
+    """A reward function that raised. Subclasses are its other failures.
 
-    A group that is dropped for it (`reward.on_error=drop`) is counted under `reason`.
+    Groups dropped for this error (`reward.on_error=drop`) are counted under `reason`.
     """
 
     reason: ClassVar[str] = "reward_error"
 
 
 class RewardTimeout(RewardError):
-    """A reward function that was killed for taking too long: nothing is known of the answer."""
+    """A reward function that was killed for taking too long: the answer may be right or wrong."""
 
     reason = "reward_timeout"
 
@@ -71,11 +71,11 @@ class RewardInvalid(RewardError):
 
 
 class InfrastructureError(GRPOError):
-    """A process or a node failed, or could not be had."""
+    """A process or a node that failed or did not become available."""
 
 
 class LaunchError(InfrastructureError):
-    """The cluster can't hold the actors, or they did not come up in time."""
+    """The cluster has no room for the actors, or they did not start in time."""
 
 
 class ActorDied(InfrastructureError):
@@ -83,51 +83,51 @@ class ActorDied(InfrastructureError):
 
 
 class PayloadLost(InfrastructureError):
-    """Tokens or weights that lay on a node, or were owned by a process, that is gone."""
+    """Tokens or weights that were lost with the node that stored them or the process that owned them."""
 
 
 class TransferError(InfrastructureError):
-    """Weights that did not get from one process into the others: a broken connection, a time-out."""
+    """A broadcast of weights that failed: a broken connection or a time-out."""
 
 
 class CheckpointError(GRPOError):
-    """A checkpoint that could not be written, or that is broken, half-written, or of another run."""
+    """A checkpoint that could not be written, or that is damaged, incomplete, or of another run."""
 
 
 class RecoveryError(GRPOError):
-    """An actor that died and can't be brought back to where it was."""
+    """An actor that died and whose state can't be restored."""
 
 
 class ControlError(GRPOError):
-    """An operator's request that no run is there to answer, or that the run refuses."""
+    """An operator's request without a run to answer it, or that the run refuses."""
 
 
 class ReportError(GRPOError):
-    """A folder of which no report can be made."""
+    """A folder from which no report can be made."""
 
 
 class TuningError(GRPOError):
-    """Nothing can be said of a run's concurrency: no profile, or a run that failed."""
+    """A run whose concurrency can't be tuned: it has no profile, or it failed."""
 
 
 class NothingTrained(ReportError):
-    """The folder of a run that has not trained a step yet, or never will."""
+    """The folder of a run that has not trained a step."""
 
 
 class StalledError(InfrastructureError):
-    """Nothing was trained for `watchdog.seconds`."""
+    """A run without progress for `watchdog.seconds`."""
 
 
 class StalenessError(GRPOError):
-    """A batch holds a group older than the bound: a bug in pacing, never a thing to tolerate."""
+    """A batch with a group older than the bound: a bug in pacing, never to be tolerated."""
 
 
 class MixedVersionsError(GRPOError):
-    """An evaluation that not one policy version alone has answered: a bug, never a thing to tolerate."""
+    """An evaluation answered by more than one policy version: a bug, never to be tolerated."""
 
 
 class WeightsError(GRPOError):
-    """Weights that are not finite, or that don't fit the model they are loaded into."""
+    """Weights that are not finite, are damaged, or don't fit the model they are loaded into."""
 
 
 class NonFiniteError(GRPOError):

@@ -1,13 +1,13 @@
-"""Every noun of the system, and every error it raises.
+"""The nouns of the system as dataclasses, and the ways in which a command ends.
 
 Shape suffixes used throughout the package:
 
     B sequences of a batch   T tokens   G completions of one group   V vocabulary   P groups per train step
 
-A worked example, one group with G = 2:
+A worked example: one group with G = 2.
 
     problem = Problem(question="sort: dbca", answer="abcd")
-    prompt = Prompt(serial=7, problem=problem, token_ids=np.array([5, 3, 2, 0, 4]))     # the 8th of the stream
+    prompt = Prompt(serial=7, problem=problem, token_ids=np.array([5, 3, 2, 0, 4]))     # the 8th prompt of the run
     right = Completion(token_ids=np.array([0, 2, 3, 5, 1]),                             # "abcd" and the eos token
                        logprobs=np.array([-0.4, -0.1, 0.0, 0.0, 0.0]),                  # under the weights that sampled
                        versions=((3, 2), (4, 3)),                                       # 2 tokens by v3, 3 tokens by v4
@@ -16,10 +16,8 @@ A worked example, one group with G = 2:
     group = Group(prompt, [right, wrong], reference_logprobs=None, rewards=(1.0, 0.0),
                   advantages=(0.707, -0.707), oldest_version=3)
 
-Trained on by a trainer at version 4, this group has age 4 - 3 = 1.
+A trainer at version 4 trains on this group with age 4 - 3 = 1.
 """
-
-# MERGED: How a command may end, and what it tells the shell.
 
 from __future__ import annotations
 
@@ -34,12 +32,13 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 FinishReason = Literal["stop", "length"]
-Detail = Literal["rewards", "texts", "tokens"]  # how much of a group comes with its scores; each includes those before
+Detail = Literal["rewards", "texts", "tokens"]
+"""How much of a group its scores carry; each level includes the levels before it."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a task asks, and what is needed to score an answer."""
+    """A question, and the data with which a task scores an answer to it."""
 
     question: str
     answer: str
@@ -48,9 +47,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A problem as tokens. `serial` is its place in the run's endless stream of problems, and seeds the sampling.
+    """A problem as tokens. `serial` is its position in the run's endless stream of prompts, and seeds the sampling.
 
-    `problem_index` is the problem's place among those of the task to train on; -1 where it is none of them.
+    `problem_index` is the problem's index in the task's training problems; -1 for any other problem.
     """
 
     serial: int
@@ -61,9 +60,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts handed out together, and where the stream goes on. Serials between them were skipped.
+    """Prompts handed out together, and the serial at which the stream continues.
 
-    `left_out` are those of problems that the caller wanted left out; the other prompts were over the length limit.
+    Serials in between were skipped. `left_out` lists skipped serials whose problem the caller had excluded; the other
+    skipped prompts were over the length limit.
     """
 
     prompts: tuple[Prompt, ...]
@@ -73,7 +73,7 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How completions are drawn. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 switch those filters off.
+    """Settings of the sampler. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 switch those filters off.
 
     `stop_token_ids` end a completion in addition to the model's own end-of-sequence tokens.
     """
@@ -91,9 +91,9 @@ class SamplingParams:
 class Completion:
     """One sampled answer.
 
-    `token_ids` and `logprobs` have shape [T]; the stop token, where there is one, is included. `logprobs` are natural
-    logarithms under the distribution sampled from (temperature and filters applied). `versions` is the run-length
-    encoding of the policy version behind each token: ((version, count), ...), counts summing to T.
+    `token_ids` and `logprobs` have shape [T] and include the stop token, if any. `logprobs` are natural logarithms
+    under the distribution that was sampled from (temperature and filters applied). `versions` is the run-length
+    encoding of the policy version of each token: ((version, count), ...), counts summing to T.
     """
 
     token_ids: Ints
@@ -102,7 +102,7 @@ class Completion:
     finish_reason: FinishReason
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """As bytes, which pickle three times as fast as arrays: of short answers there are many."""
+        """Pickle arrays as bytes: three times as fast, which matters for many short answers."""
         token_ids, logprobs = np.asarray(self.token_ids, np.int64), np.asarray(self.logprobs, np.float32)
         return _completion, (token_ids.tobytes(), logprobs.tobytes(), self.versions, self.finish_reason)
 
@@ -113,12 +113,14 @@ def _completion(token_ids: bytes, logprobs: bytes, *rest: Any) -> Completion:
 
 @dataclass(frozen=True)
 class GenerationReport:
-    """The few numbers of a generated group that the driver needs; the tokens stay where they are."""
+    """The numbers of a generated group that the driver needs; the tokens stay with the generator's payload."""
 
     oldest_version: int
     newest_version: int
-    lengths: tuple[int, ...]  # tokens of each completion
-    truncated: tuple[bool, ...]  # whether it ended because it had become too long
+    lengths: tuple[int, ...]
+    """Tokens of each completion."""
+    truncated: tuple[bool, ...]
+    """For each completion, whether it ended for its length."""
 
     @property
     def completion_count(self) -> int:
@@ -135,10 +137,10 @@ class GenerationReport:
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards of one group: the weighted sum per completion and its parts by reward function.
+    """Rewards of one group: the weighted sum per completion, and its parts by reward function.
 
-    `texts` are the decoded completions, where they were asked for. `tokens`, likewise, is the JSON of a list for each
-    completion: its tokens as [text, log-probability, policy version]. One string is light to carry.
+    `texts` holds the decoded completions if they were requested. `tokens`, if requested, is JSON: for each completion
+    a list of its tokens as [text, log-probability, policy version]. A single string is cheap to send.
     """
 
     rewards: tuple[float, ...]
@@ -152,7 +154,7 @@ class Group:
     """The completions of one prompt with rewards and advantages: never split, in the buffer or in a batch.
 
     In the driver `completions` and `reference_logprobs` are references to payloads; inside an actor they are values.
-    `masked` are the places of completions that are not trained on, whatever their advantage.
+    `masked` holds the indices of completions that are never trained on, whatever their advantage.
     """
 
     prompt: Prompt
@@ -165,13 +167,13 @@ class Group:
 
     @property
     def is_zero_variance(self) -> bool:
-        """Whether nothing can be learned from it: no completion that is trained on has an advantage other than zero."""
+        """True if no unmasked completion has a nonzero advantage: there is nothing to learn."""
         return not any(advantage and i not in self.masked for i, advantage in enumerate(self.advantages))
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """A finished group and what is said of it. Its advantages are of `shaped_rewards`: see algorithms/shaping.py."""
+    """A finished group with its scores. Its advantages come from `shaped_rewards`; see algorithms/shaping.py."""
 
     group: Group
     scores: Scores
@@ -195,10 +197,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchReport:
-    """What the driver needs to know of a batch whose groups travel from the buffer to the trainer.
+    """The numbers of a batch that the driver needs; the groups travel from the buffer to the trainer.
 
-    By group: its ticket, the rewards and the lengths in tokens of its completions, and its oldest policy version.
-    `groups_waiting` counts the finished groups that stay behind.
+    One entry per group: its ticket, the rewards of its completions, their lengths in tokens, and its oldest policy
+    version. `groups_waiting` counts the finished groups left in the buffer.
     """
 
     tickets: tuple[Ticket, ...]
@@ -212,7 +214,7 @@ class BatchReport:
 class GeneratorStats:
     """Counters since the generator started: seconds of decoding work and tokens sampled.
 
-    `process` is a name that no other process has: a replacement counts from zero.
+    `process` is unique to the process: a replacement has another name and counts from zero.
     """
 
     busy_s: float
@@ -222,10 +224,10 @@ class GeneratorStats:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """How one policy version answers the held-out prompts.
+    """Results of one policy version, `step`, on the held-out prompts.
 
-    `step` is that version. `pass_at` maps k to pass@k. `reward_stderr` is the standard error of the mean over prompts,
-    NaN for a single one. Prompts left out are those whose reward failed; the counts of tokens are without them.
+    `pass_at` maps k to pass@k. `reward_stderr` is the standard error of the mean over prompts, NaN for a single prompt.
+    Prompts are left out if their reward failed; token counts exclude them.
     """
 
     step: int
@@ -240,7 +242,7 @@ class EvaluationReport:
     seconds: float
 
     def as_record(self) -> dict[str, float]:
-        """The numbers by the names under which files show them."""
+        """Return the numbers under the names that files and sinks use."""
         return {
             "step": self.step,
             "prompts": self.prompts,
@@ -256,11 +258,11 @@ class EvaluationReport:
 
 
 def evaluation_report(record: Mapping[str, Any]) -> EvaluationReport:
-    """The inverse of `dataclasses.asdict`, also of a record that JSON has held."""
+    """Rebuild a report from `dataclasses.asdict`, also after a round trip through JSON."""
     pass_at = {int(k): value for k, value in record["pass_at"].items()}
     stderr = record["reward_stderr"]
     return EvaluationReport(**{**record, "pass_at": pass_at, "reward_stderr": math.nan if stderr is None else stderr})
 
 
 Status = Literal["completed", "failed", "interrupted"]
-EXIT_CODES: dict[Status, int] = {"completed": 0, "failed": 1, "interrupted": 130}  # 128 + SIGINT, as shells have it
+EXIT_CODES: dict[Status, int] = {"completed": 0, "failed": 1, "interrupted": 130}  # 128 + SIGINT, as in shells

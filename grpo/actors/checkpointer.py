@@ -1,4 +1,4 @@
-"""Writes the run's checkpoints, and reads them when a run goes on."""
+"""The actor that writes checkpoints, and reads them when a run is resumed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 
 from grpo.actors.marks import returns_payload
 from grpo.checkpoint import store
-from grpo.checkpoint.store import total_bytes
 from grpo.checkpoint.trainer_state import TrainerState
 from grpo.config.schema import RunConfig
 from grpo.telemetry.recording import span
@@ -24,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class Checkpointer:
-    """One piece of work at a time, in a thread of its own. It lives where `folder` is: on the driver's node."""
+    """Write and read checkpoints one at a time in a compute thread. Runs on the driver's node, where `folder` is."""
 
     def __init__(self, config: RunConfig, folder: str) -> None:
         self._config, self._folder = config, Path(folder)
@@ -40,27 +39,27 @@ class Checkpointer:
         groups: Iterable[tuple[int, Group]],
         progress: Mapping[str, Any],
     ) -> dict[str, float]:
-        """Write the checkpoint of a step, then remove all but the newest ones; how many `seconds` and `bytes` it took.
+        """Write the checkpoint of a step and remove all but the newest ones; return its `seconds` and `bytes`.
 
-        `states` are those of the ranks, `groups` pairs (ticket serial, group with its values). Raises CheckpointError
-        when it can't be written.
+        `states` are the states of all ranks, `groups` pairs (ticket serial, group with its values). Raises
+        CheckpointError if it can't be written.
         """
         with span("save", step=step):
             return await self._thread.run(self._save, step, states, groups, progress)
 
     @returns_payload
     async def load_trainer(self, path: str) -> tuple[Sequence[TrainerState], None]:
-        """The learner's state of the checkpoint at `path`, of all ranks. Raises CheckpointError."""
+        """Return the learner's state in a checkpoint, of all ranks. Raises CheckpointError."""
         return await self._thread.run(store.load_trainer, Path(path)), None
 
     @returns_payload
     async def load_groups(self, path: str) -> tuple[list[tuple[int, Group]], list[int]]:
-        """The (ticket serial, group) pairs of the checkpoint at `path`, and the serials. Raises CheckpointError."""
+        """Return the (ticket serial, group) pairs of a checkpoint, and the serials. Raises CheckpointError."""
         groups = await self._thread.run(store.load_groups, Path(path))
         return groups, [serial for serial, _ in groups]
 
     async def close(self) -> None:
-        """Wait for a checkpoint that is being written."""
+        """Wait for a checkpoint in progress."""
         await asyncio.to_thread(self._thread.close)
 
     def _save(
@@ -74,12 +73,12 @@ class Checkpointer:
         path = store.save_checkpoint(self._folder, step, states, groups, progress, self._export)
         try:
             store.prune(self._folder, self._config.checkpoint.keep)
-        except OSError as error:  # this one is written all the same
-            log.warning("checkpoints before %s can't be removed: %s", path, error)
-        return {"seconds": time.perf_counter() - started, "bytes": float(total_bytes(path))}
+        except OSError as error:  # the new checkpoint is complete all the same
+            log.warning("older checkpoints than %s can't be removed: %s; keeping them", path, error)
+        return {"seconds": time.perf_counter() - started, "bytes": float(store.total_bytes(path))}
 
     def _export(self, parameters: Mapping[str, torch.Tensor], folder: Path) -> None:
-        from grpo.models import export  # a second of imports that no run shall wait for when it starts
+        from grpo.models import export  # lazy: a second of imports that would delay the start
 
         if self._config.uses_adapters:
             export.export_adapters(self._config.model, self._config.lora, parameters, folder)

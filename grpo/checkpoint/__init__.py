@@ -1,1 +1,1 @@
-"""Everything a run leaves on disk to go on from: trainer state, replay buffer, resume."""
+"""Checkpoints of a run: the folders and their manifest, the trainer's state, buffered groups, and resuming."""

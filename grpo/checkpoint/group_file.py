@@ -1,6 +1,6 @@
-"""Finished groups as two files: numbers in `groups.safetensors`, all else in `groups.json`.
+"""Finished groups as two files: numbers in `groups.safetensors`, everything else in `groups.json`.
 
-The tensors hold the tokens of all groups one behind the other; lengths stand in the JSON file:
+The tensors are the tokens of all groups, concatenated; the JSON file has the lengths:
 
     prompt_tokens int64   completion_tokens int64   logprobs float32   reference_logprobs float32
 """
@@ -28,7 +28,7 @@ _DTYPES = {
 
 
 def write_groups(folder: Path, groups: Iterable[tuple[int, Group]]) -> None:
-    """Write (ticket serial, group) pairs, groups with their values. Of problems, metadata and index are not kept."""
+    """Write (ticket serial, group) pairs, groups with their values. Metadata and index of problems are not kept."""
     arrays: dict[str, list[NDArray[Any]]] = {name: [np.empty(0, dtype)] for name, dtype in _DTYPES.items()}
     records = []
     for serial, group in groups:
@@ -43,27 +43,27 @@ def write_groups(folder: Path, groups: Iterable[tuple[int, Group]]) -> None:
 
 
 def read_groups(folder: Path) -> list[tuple[int, Group]]:
-    """The inverse of `write_groups`. Raises OSError, ValueError or KeyError for files that don't belong together."""
+    """Return the pairs that `write_groups` wrote. Raises OSError, ValueError or KeyError for files that don't match."""
     streams = {name: _Stream(array) for name, array in load_file(folder / TENSORS).items()}
     records = json.loads((folder / RECORDS).read_text(encoding="utf-8"))
     groups = [(int(record["ticket"]), _group(record, streams)) for record in records]
-    if left := [name for name, stream in streams.items() if stream.left]:
-        raise ValueError(f"{left} are longer than {RECORDS} says")
+    if unread := [name for name, stream in streams.items() if stream.remaining]:
+        raise ValueError(f"{unread} are longer than {RECORDS} says")
     return groups
 
 
 class _Stream:
-    """Hands out an array piece by piece."""
+    """An array that is read front to back."""
 
     def __init__(self, array: NDArray[Any]) -> None:
         self._array, self._at = array, 0
 
     @property
-    def left(self) -> int:
+    def remaining(self) -> int:
         return len(self._array) - self._at
 
-    def take(self, count: int) -> NDArray[Any]:
-        if count > self.left:
+    def read(self, count: int) -> NDArray[Any]:
+        if count > self.remaining:
             raise ValueError(f"{TENSORS} is shorter than {RECORDS} says")
         self._at += count
         return self._array[self._at - count : self._at].copy()  # a view would keep all groups in memory
@@ -101,20 +101,20 @@ def _group(record: Mapping[str, Any], streams: Mapping[str, _Stream]) -> Group:
         prompt=Prompt(
             serial=prompt["serial"],
             problem=Problem(prompt["question"], prompt["answer"]),
-            token_ids=streams["prompt_tokens"].take(prompt["tokens"]),
+            token_ids=streams["prompt_tokens"].read(prompt["tokens"]),
         ),
         completions=[
             Completion(
-                token_ids=streams["completion_tokens"].take(completion["tokens"]),
-                logprobs=streams["logprobs"].take(completion["tokens"]),
+                token_ids=streams["completion_tokens"].read(completion["tokens"]),
+                logprobs=streams["logprobs"].read(completion["tokens"]),
                 versions=tuple((version, count) for version, count in completion["versions"]),
                 finish_reason=completion["finish_reason"],
             )
             for completion in record["completions"]
         ],
-        reference_logprobs=[streams["reference_logprobs"].take(n) for n in lengths] if record["reference"] else None,
+        reference_logprobs=[streams["reference_logprobs"].read(n) for n in lengths] if record["reference"] else None,
         rewards=tuple(record["rewards"]),
         advantages=tuple(record["advantages"]),
         oldest_version=record["oldest_version"],
-        masked=tuple(record.get("masked", ())),  # older checkpoints know of none
+        masked=tuple(record.get("masked", ())),  # absent in older checkpoints
     )

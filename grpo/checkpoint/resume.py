@@ -1,4 +1,4 @@
-"""Where a run goes on from, and whether its settings still allow it. All of it is found before a cluster is started."""
+"""Resuming: find the checkpoint and check its settings against the config, before a cluster is started."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from grpo.checkpoint.store import checkpoints, find_checkpoint, load_progress
 from grpo.config.schema import RunConfig
 from grpo.errors import CheckpointError, ConfigError
 
-_DATED = re.compile(r"\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d$")  # the folder that a run gets where none is named
-# Keys, or groups of them, that a resumed run may have otherwise. Everything else shapes what is learned.
+_DATED = re.compile(r"\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d$")  # the default folder of a run
+# Keys, or groups of keys, that a resumed run may change. Everything else affects what is learned.
 _MUTABLE_KEYS = (
     "cluster", "watchdog", "recovery", "checkpoint", "observe", "eval", "generator", "weight_sync", "resume", "dry_run",
     "reward.on_error", "reward.timeout_s", "reward.memory_gb", "reward.workers", "reward.replicas", "reward.num_cpus",
@@ -32,12 +32,20 @@ _MUTABLE_KEYS = (
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A checkpoint, what it says of the run, and the folder in which the run goes on: its own, or a new one."""
+    """A checkpoint to resume from, the driver's state in it, and the folder in which the run continues.
+
+    Example:
+        point, warnings = find_resume_point(config, Path("outputs/2026-01-31/12-00-00"))
+        if point is not None:
+            check_compatible(config, point)     # raises ConfigError
+            print(f"resuming after step {point.step} in {point.folder}")
+    """
 
     path: Path
     folder: Path
     progress: Mapping[str, Any]
-    in_place: bool  # the folder is the run's own
+    in_place: bool
+    """Whether `folder` is the run's own folder, not a new one."""
 
     @property
     def step(self) -> int:
@@ -45,62 +53,63 @@ class ResumePoint:
         return step
 
     def is_end_of(self, max_steps: int) -> bool:
-        """Whether nothing is left to do. A run that was stopped after its last step still owes its summary."""
+        """Return whether nothing is left to do; a run that was stopped after its last step still lacks its summary."""
         return self.step > max_steps or (self.step == max_steps and (not self.in_place or is_completed(self.folder)))
 
 
 def find_resume_point(config: RunConfig, folder: Path) -> tuple[ResumePoint | None, list[str]]:
-    """What `resume` asks for, and warnings; None where `auto` finds no run to go on with.
+    """Return the resume point for the setting `resume`, and warnings; None if `auto` finds no run to resume.
 
-    `auto` looks in `checkpoint.dir`, then in `folder`, where a new run would go, and where that is a dated one among
-    the others, unless `checkpoint.dir` is set. Raises CheckpointError when nothing is at a path that was named, or all
-    that is there is broken.
+    `auto` searches `checkpoint.dir`, then `folder`, the folder of a new run. If `checkpoint.dir` is not set and
+    `folder` is a dated default, it also searches the dated folders next to it, the newest first. Raises
+    CheckpointError if a named path has no checkpoint, or if all checkpoints found are damaged.
     """
     if config.resume is None:
         return None, []
     if config.resume != "auto":
-        return _found(Path(config.resume).expanduser(), folder)
+        return _resume_point(Path(config.resume).expanduser(), folder)
     candidates: Iterable[Path] = (folder / "checkpoints",)
     if config.checkpoint.dir is not None:
         candidates = (Path(config.checkpoint.dir).expanduser(), *candidates)
     else:
-        candidates = chain(candidates, _unfinished_beside(config, folder))
+        candidates = chain(candidates, _unfinished_siblings(config, folder))
     for candidate in candidates:
         if checkpoints(candidate):
-            return _found(candidate, folder)
-    return None, ["resume=auto: found no run to go on with; starting a new one"]
+            return _resume_point(candidate, folder)
+    return None, ["resume=auto: no run to resume was found; starting a new one"]
 
 
 def archive_newer_checkpoints(point: ResumePoint) -> None:
-    """Rename the checkpoints that were written after the one that the run goes on from in its own folder.
+    """Rename to `stale_*` the checkpoints written after the one from which the run is resumed in its own folder.
 
-    They are of a history that ends here. Left as they are, they would be newer than the next ones until those are
-    written, and `auto` would go on from them.
+    They belong to an abandoned history. Under their old names `auto` would resume from them until the resumed run has
+    written its next checkpoint.
     """
     for newer in takewhile(lambda path: path.resolve() != point.path, checkpoints(point.path.parent)):
-        behind = newer.with_name(f"stale_{newer.name}")
-        shutil.rmtree(behind, ignore_errors=True)
-        newer.rename(behind)
+        stale = newer.with_name(f"stale_{newer.name}")
+        shutil.rmtree(stale, ignore_errors=True)
+        newer.rename(stale)
 
 
 def is_completed(run: Path) -> bool:
-    """Whether the summary in a run's folder says so."""
+    """Return whether the run's summary says that it was completed."""
     try:
         return bool(json.loads((run / "summary.json").read_text(encoding="utf-8"))["status"] == "completed")
-    except (OSError, ValueError, KeyError, TypeError):  # none, or a power failure has left it empty
+    except (OSError, ValueError, KeyError, TypeError):  # missing, or emptied by a power failure
         return False
 
 
 def check_compatible(config: RunConfig, point: ResumePoint) -> None:
-    """Raise ConfigError with the list of settings that differ from those of the checkpoint and may not.
+    """Raise ConfigError if settings that affect what is learned differ from the checkpoint's, or nothing is left to do.
 
-    And when nothing is left to do.
+    The message lists every such setting with both values.
     """
     before, now = dict(_leaves(_with_defaults(point.progress["config"]))), dict(_leaves(_as_json(config)))
     differing = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and not _is_mutable(key)
+        if before.get(key) != now.get(key)
+        and not any(key == mutable or key.startswith(f"{mutable}.") for mutable in _MUTABLE_KEYS)
     ]
     if differing:
         raise ConfigError(
@@ -109,62 +118,51 @@ def check_compatible(config: RunConfig, point: ResumePoint) -> None:
         )
     if point.is_end_of(config.trainer.max_steps):
         raise ConfigError(
-            f"the checkpoint is of step {point.step} and there are {config.trainer.max_steps} steps: "
-            "nothing is left to do; raise it to go on",
+            f"nothing is left to do ({config.trainer.max_steps}, the checkpoint is of step {point.step}). Raise it.",
             key="trainer.max_steps",
         )
 
 
-def _found(source: Path, new_folder: Path) -> tuple[ResumePoint, list[str]]:
-    """A run's folder, its folder of checkpoints, or one checkpoint."""
+def _resume_point(source: Path, new_folder: Path) -> tuple[ResumePoint, list[str]]:
+    """Resume from a run's folder, its folder of checkpoints, or a single checkpoint."""
     try:
         path, warnings = find_checkpoint(source)
     except CheckpointError as error:
         raise CheckpointError(f"resume: {error}") from error
-    return _point(path, new_folder), warnings
-
-
-def _point(path: Path, new_folder: Path) -> ResumePoint:
-    """The run goes on in its own folder, which may have been moved; in a new one where that is gone.
-
-    A copy of a checkpoint is of no run folder: the original goes its own way.
-    """
     path = path.resolve()
     progress = load_progress(path)
+
+    # The run continues in its own folder, which may have been moved since. A copied checkpoint has no run folder.
     if path.parent == Path(progress["config"]["checkpoint"]["dir"]).resolve():
         folder = Path(progress["run_folder"])
     else:
         folder = path.parent.parent
     in_place = (folder / "config.yaml").exists() and (folder / "ledger.jsonl").exists()
-    return ResumePoint(path, folder if in_place else new_folder, progress, in_place)
+    return ResumePoint(path, folder if in_place else new_folder, progress, in_place), warnings
 
 
-def _unfinished_beside(config: RunConfig, folder: Path) -> Iterator[Path]:
-    """Checkpoints of runs of the same model and task that were not completed, the newest run first."""
+def _unfinished_siblings(config: RunConfig, folder: Path) -> Iterator[Path]:
+    """Yield the checkpoint folders of unfinished runs of the same model and task, the newest run first."""
     if not _DATED.search(str(folder)):
         return
-    model = config.model.path and (config.model.path, os.path.abspath(os.path.expanduser(config.model.path)))
+    model = config.model.path
+    same_models = (model, os.path.abspath(os.path.expanduser(model))) if model else None
     for run in sorted(folder.parents[1].glob("*/*"), reverse=True):
-        before = None if run == folder or is_completed(run) else _config_of(run)
-        if before is None or before["task"]["target"] != config.task.target:
+        if run == folder or is_completed(run):
             continue
-        if model is None or before["model"]["path"] in model:
-            yield run / "checkpoints"
-
-
-def _config_of(run: Path) -> Mapping[str, Any] | None:
-    """What its newest readable checkpoint says; None when there is none."""
-    for path in checkpoints(run / "checkpoints"):
-        try:
-            config: Mapping[str, Any] = load_progress(path)["config"]
-        except (CheckpointError, KeyError):
-            continue
-        return config
-    return None
+        for path in checkpoints(run / "checkpoints"):  # the newest readable one tells the run's settings
+            try:
+                before: Mapping[str, Any] = load_progress(path)["config"]
+            except (CheckpointError, KeyError):
+                continue
+            same_task = before["task"]["target"] == config.task.target
+            if same_task and (same_models is None or before["model"]["path"] in same_models):
+                yield run / "checkpoints"
+            break
 
 
 def _with_defaults(before: Mapping[str, Any]) -> dict[str, Any]:
-    """A config of an older version of this package: what it did not know yet has its default."""
+    """Complete the config of an older version of this package: settings that it did not have get their defaults."""
     return {
         name: {**default, **before.get(name, {})} if isinstance(default, dict) else before.get(name, default)
         for name, default in _as_json(RunConfig()).items()
@@ -172,7 +170,7 @@ def _with_defaults(before: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_json(config: RunConfig) -> dict[str, Any]:
-    """As it comes back from a checkpoint: tuples and integer keys are gone."""
+    """Return the config as a checkpoint gives it back: without tuples and integer keys."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return values
 
@@ -183,8 +181,3 @@ def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def _is_mutable(key: str) -> bool:
-    """Whether a resumed run may have another value there."""
-    return any(key == mutable or key.startswith(f"{mutable}.") for mutable in _MUTABLE_KEYS)

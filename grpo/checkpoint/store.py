@@ -1,16 +1,15 @@
-"""Checkpoints: folders that a run goes on from, written whole or not at all.
+"""Checkpoint folders, written completely or not at all.
 
     checkpoints/step_000100/
-        model/                              an ordinary Hugging Face folder; of adapters, one that peft loads
-        trainer.safetensors, trainer.json   what is trained, in float32, by rank; version and counters
+        model/                              an ordinary Hugging Face folder; for adapters, in peft's format
+        trainer.safetensors, trainer.json   trained parameters in float32, by rank; version and counters
         groups.safetensors, groups.json     finished groups that wait to be trained on
-        progress.json                       the driver's own
+        progress.json                       the driver's state
         manifest.json                       size and checksum of every other file; written last
 
-A folder whose name begins with a dot is one that was not finished, or one that is being replaced.
+A folder whose name begins with a dot is unfinished, or is being replaced. The manifest tells an intact checkpoint from
+a damaged one.
 """
-
-# MERGED: What tells a whole folder from a broken one: the size and checksum of every file in it.
 
 from __future__ import annotations
 
@@ -34,14 +33,14 @@ from grpo.errors import CheckpointError
 from grpo.types import Group
 from grpo.weights.flat_buffer import file_checksum
 
-MODEL = "model"
+MODEL, MANIFEST = "model", "manifest.json"
 _PROGRESS = "progress.json"
-_PARTS = (trainer_state.COUNTERS, group_file.TENSORS, group_file.RECORDS, _PROGRESS)
+_REQUIRED = (trainer_state.COUNTERS, group_file.TENSORS, group_file.RECORDS, _PROGRESS)
 _WHOLE, _ADAPTERS = f"{MODEL}/config.json", f"{MODEL}/adapter_config.json"
 _NAME = re.compile(r"step_\d{6,}")
 _UNFINISHED, _REPLACED = "unfinished", "replaced"
 ExportModel = Callable[[Mapping[str, Tensor], Path], None]
-"""Writes a folder that holds the given parameters, and that Hugging Face's libraries load."""
+"""Writes a folder with the given parameters that Hugging Face's libraries load."""
 
 
 def save_checkpoint(
@@ -52,62 +51,75 @@ def save_checkpoint(
     progress: Mapping[str, Any],
     export_model: ExportModel,
 ) -> Path:
-    """Write `step_<step>` under `folder` and return its path; one of the same step is replaced.
+    """Write `step_<step>` under `folder` and return its path; replaces a checkpoint of the same step.
 
-    `states` are those of all ranks; `groups` are pairs (ticket serial, group with its values); `progress` is JSON-able.
-    Removes what an earlier crash left unfinished. Raises CheckpointError, with other checkpoints untouched, when it
-    can't be written.
+    `states` are the states of all ranks; `groups` are pairs (ticket serial, group with its values); `progress` is
+    JSON-able. Removes unfinished folders of earlier crashes. Raises CheckpointError if it can't be written; other
+    checkpoints are then untouched.
+
+    Example:
+        path = save_checkpoint(run / "checkpoints", 100, [learner.state()], [], {"step": 100}, export_model)
+        verify(path)
+        states = load_trainer(path)
     """
-    final, unfinished = folder / f"step_{step:06d}", folder / f".step_{step:06d}.{_UNFINISHED}"
+    final = folder / f"step_{step:06d}"
+    unfinished = _hidden(final, _UNFINISHED)
     with _all_or_nothing(folder, step):
         folder.mkdir(parents=True, exist_ok=True)
-        _tidy(folder)
+        _clean_up(folder)
         unfinished.mkdir()
         export_model(Parameters(states), unfinished / MODEL)
         trainer_state.write_states(unfinished, states)
         group_file.write_groups(unfinished, groups)
         (unfinished / _PROGRESS).write_text(json.dumps(dict(progress), ensure_ascii=False), encoding="utf-8")
         write_manifest(unfinished)
-        _publish(unfinished, final)
+
+        # The old checkpoint of this step is removed last: after a crash in between, `_restore_replaced` finds it.
+        replaced = _hidden(final, _REPLACED)
+        if final.exists():
+            final.rename(replaced)
+        unfinished.rename(final)
+        _fsync(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
 def load_trainer(path: Path) -> list[TrainerState]:
-    """The learner's state of a checkpoint, in as many parts as it had ranks. Raises CheckpointError."""
+    """Return the learner's state, one per rank that it had. Raises CheckpointError."""
     with _reading(path):
         return trainer_state.read_states(path)
 
 
 def load_groups(path: Path) -> list[tuple[int, Group]]:
-    """The (ticket serial, group) pairs of a checkpoint; problems are without metadata. Raises CheckpointError."""
+    """Return the (ticket serial, group) pairs; their problems have no metadata. Raises CheckpointError."""
     with _reading(path):
         return group_file.read_groups(path)
 
 
 def load_progress(path: Path) -> dict[str, Any]:
-    """What the driver gave to be kept. Raises CheckpointError."""
+    """Return the driver's state. Raises CheckpointError."""
     with _reading(path):
         return dict(json.loads((path / _PROGRESS).read_text(encoding="utf-8")))
 
 
 def verify(path: Path) -> None:
-    """Raise CheckpointError, naming the file, when one is missing, short, or not what was written."""
-    check_manifest(path, (*_PARTS, _ADAPTERS if (path / _ADAPTERS).is_file() else _WHOLE))
+    """Raise CheckpointError, naming the file, if one is missing, truncated or damaged."""
+    check_manifest(path, (*_REQUIRED, _ADAPTERS if (path / _ADAPTERS).is_file() else _WHOLE))
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, the last one written first; unfinished ones are left out.
+    """Return the finished checkpoints of a folder, the last written first.
 
-    A run that goes on from an older checkpoint writes newer ones of lower steps, and they are what counts.
+    Order is by time, not by step: a run that was resumed from an older checkpoint writes newer ones of lower steps.
     """
-    found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: (saved_at(path), int(path.name.removeprefix("step_"))), reverse=True)
+    paths = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(paths, key=lambda path: (saved_at(path), int(path.name.removeprefix("step_"))), reverse=True)
 
 
 def latest_good(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, or None; and a warning for each newer one that is not."""
+    """Return the newest intact checkpoint, or None, and a warning for each newer one that is damaged."""
     warnings = []
-    _put_back(folder)
+    _restore_replaced(folder)
     for path in checkpoints(folder):
         try:
             verify(path)
@@ -119,9 +131,9 @@ def latest_good(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def find_checkpoint(source: Path) -> tuple[Path, list[str]]:
-    """A checkpoint itself, or the newest whole one of a run; and what is wrong with newer ones.
+    """Return `source` itself if it is a checkpoint, else the newest intact one of a run; and warnings for newer ones.
 
-    Raises CheckpointError, naming the fix, when there is none.
+    Raises CheckpointError, naming the fix, if there is none.
     """
     if (source / MODEL).is_dir():
         verify(source)
@@ -129,65 +141,115 @@ def find_checkpoint(source: Path) -> tuple[Path, list[str]]:
     folder = source if checkpoints(source) else source / "checkpoints"
     newest, warnings = latest_good(folder)
     if newest is None:
-        found = "; ".join(warnings) or f"no step_* in {folder}"
-        raise CheckpointError(f"no whole checkpoint: {found}; name a checkpoint, or the run that has one")
+        reasons = "; ".join(warnings) or f"no step_* in {folder}"
+        raise CheckpointError(f"no intact checkpoint: {reasons}; name a checkpoint, or a run that has one")
     return newest, warnings
 
 
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the `keep` checkpoints that were written last. Raises OSError."""
     for path in checkpoints(folder)[keep:]:
-        aside = _aside(path, _UNFINISHED)
-        path.rename(aside)  # at no time is there half a checkpoint under a complete name
-        shutil.rmtree(aside)
+        hidden = _hidden(path, _UNFINISHED)
+        path.rename(hidden)  # a complete name never belongs to a half-removed checkpoint
+        shutil.rmtree(hidden)
 
 
-def _publish(unfinished: Path, final: Path) -> None:
-    replaced = _aside(final, _REPLACED)
-    if final.exists():
-        final.rename(replaced)
-    unfinished.rename(final)
-    sync(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+def write_manifest(folder: Path) -> None:
+    """List every file of `folder` in its manifest, and flush all of it to the disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        _fsync(path)
+    entries = {str(path.relative_to(folder)): _entry(path) for path in files}
+    content = {"format": 1, "saved_at": time.time(), "files": entries}
+    (folder / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    _fsync(folder / MANIFEST)
+    for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        _fsync(path)
 
 
-def _put_back(folder: Path) -> None:
-    """A crash while a checkpoint was replaced may have left the old one under its other name."""
+def check_manifest(folder: Path, required: Iterable[str]) -> None:
+    """Raise CheckpointError, naming the file, if a required or listed file is missing or differs from the manifest."""
+    try:
+        files = dict(_read_manifest(folder)["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} is missing or broken: {error}") from error
+    for name in sorted({*required} - files.keys()):
+        raise CheckpointError(f"{folder / MANIFEST} does not list {name}")
+    for name, expected in files.items():
+        path = folder / name
+        try:
+            if path.stat().st_size != expected["bytes"]:
+                raise CheckpointError(f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}")
+            if _entry(path) != expected:
+                raise CheckpointError(f"{path} is damaged: wrong checksum")
+        except (OSError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is missing or can't be read: {error}") from error
+
+
+def saved_at(folder: Path) -> float:
+    """Return when the folder was written, in seconds since 1970; without a readable manifest, its mtime."""
+    try:
+        return float(_read_manifest(folder)["saved_at"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return folder.stat().st_mtime
+
+
+def total_bytes(folder: Path) -> int:
+    """Return the size of all files that the manifest lists."""
+    return sum(entry["bytes"] for entry in _read_manifest(folder)["files"].values())
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "xxh3": file_checksum(path)}
+
+
+def _read_manifest(folder: Path) -> Any:
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+
+
+def _fsync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _hidden(path: Path, ending: str) -> Path:
+    return path.with_name(f".{path.name}.{ending}")
+
+
+def _restore_replaced(folder: Path) -> None:
+    """Rename back a checkpoint that a crash left hidden while it was being replaced."""
     for replaced in folder.glob(f".step_*.{_REPLACED}"):
         final = folder / replaced.name.removeprefix(".").removesuffix(f".{_REPLACED}")
         if not final.exists():
             replaced.rename(final)
 
 
-def _tidy(folder: Path) -> None:
-    _put_back(folder)
+def _clean_up(folder: Path) -> None:
+    _restore_replaced(folder)
     for leftover in folder.glob(".step_*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _aside(path: Path, ending: str) -> Path:
-    return path.with_name(f".{path.name}.{ending}")
-
-
 @contextmanager
 def _all_or_nothing(folder: Path, step: int) -> Iterator[None]:
+    """Clean up after any error of the block; turn errors of the disk into CheckpointError."""
     try:
         yield
     except BaseException as error:
-        _tidy(folder)
-        if _disk_full(error):
+        _clean_up(folder)
+        number = error.errno if isinstance(error, OSError) else None
+        # Libraries written in Rust report the system's error as text.
+        if number in (errno.ENOSPC, errno.EDQUOT) or f"os error {errno.ENOSPC}" in str(error):
             raise CheckpointError(
-                f"no space left in {folder} for the checkpoint of step {step}: free some or set checkpoint.dir"
+                f"no space left in {folder} for the checkpoint of step {step}; free some or set checkpoint.dir"
             ) from error
         if isinstance(error, OSError | SafetensorError):
             raise CheckpointError(f"the checkpoint of step {step} can't be written: {error}") from error
         raise
-
-
-def _disk_full(error: BaseException) -> bool:
-    """Libraries written in Rust give the system's error as text."""
-    number = error.errno if isinstance(error, OSError) else None
-    return number in (errno.ENOSPC, errno.EDQUOT) or f"os error {errno.ENOSPC}" in str(error)
 
 
 @contextmanager
@@ -196,67 +258,3 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the checkpoint {path} can't be read: {type(error).__name__}: {error}") from error
-
-
-MANIFEST = "manifest.json"
-
-
-def write_manifest(folder: Path) -> None:
-    """List every file of `folder`, and have all of it on the disk before this returns."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
-        sync(path)
-    content = {"format": 1, "saved_at": time.time(), "files": {str(p.relative_to(folder)): _entry(p) for p in files}}
-    (folder / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
-    sync(folder / MANIFEST)
-    for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
-        sync(path)
-
-
-def check_manifest(folder: Path, parts: Iterable[str]) -> None:
-    """Raise CheckpointError, naming the file, when one of `parts` or of the manifest is missing or not as written."""
-    try:
-        files = dict(_read(folder)["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} is missing or broken: {error}") from error
-    for name in sorted({*parts} - files.keys()):
-        raise CheckpointError(f"{folder / MANIFEST} does not list {name}")
-    for name, expected in files.items():
-        path = folder / name
-        try:
-            if path.stat().st_size != expected["bytes"]:
-                raise CheckpointError(f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}")
-            if _entry(path) != expected:
-                raise CheckpointError(f"{path} is not what was written: its checksum is another")
-        except (OSError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is missing or can't be read: {error}") from error
-
-
-def saved_at(folder: Path) -> float:
-    """When the folder was written, in seconds since 1970; where the manifest is broken, as the file system says."""
-    try:
-        return float(_read(folder)["saved_at"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return folder.stat().st_mtime
-
-
-def total_bytes(folder: Path) -> int:
-    """Of all files that the manifest lists."""
-    return sum(entry["bytes"] for entry in _read(folder)["files"].values())
-
-
-def sync(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "xxh3": file_checksum(path)}
-
-
-def _read(folder: Path) -> Any:
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

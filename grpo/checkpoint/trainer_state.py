@@ -1,12 +1,11 @@
-"""All that a learner knows, as one flat buffer per rank and a few counters: what other learners go on from."""
+"""The state of a learner: one flat buffer per rank with a few counters, and the files that hold them.
 
-# MERGED: A learner's state as files: tensors, one file for each rank that it had, and all else in `trainer.json`.
-#
-#     trainer.safetensors                                    one rank's, which is all
-#     trainer-00001-of-00002.safetensors, ...                those of two, named as Hugging Face names parts
-#
-# This is not torch.distributed.checkpoint: who writes is no rank, and training goes on meanwhile.
-#
+    trainer.safetensors                                    of a learner with one rank
+    trainer-00001-of-00002.safetensors, ...                of two ranks, numbered as Hugging Face numbers shards
+    trainer.json                                           version, counters and row ranges of all ranks
+
+This is not torch.distributed.checkpoint, because the writer is not a rank: training continues while it writes.
+"""
 
 from __future__ import annotations
 
@@ -29,17 +28,18 @@ from grpo.weights.flat_buffer import TensorSpec, all_finite, buffer_for, lay_out
 
 MODEL, MOMENTS = "model", ("exp_avg", "exp_avg_sq")  # prefixes of a parameter's name
 RNG_CPU, RNG_CUDA = "rng.cpu", "rng.cuda"
+COUNTERS = "trainer.json"
 
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What one rank has of a learner after `version` steps; that of a single rank is all.
+    """One rank's part of a learner after `version` steps; with a single rank it is the whole state.
 
     `buffer` is uint8 [bytes] and holds, by name: `model.<parameter>`, `exp_avg.<parameter>` and
-    `exp_avg_sq.<parameter>` in the parameter's dtype (zeros where the optimizer has no moments yet), and the states of
-    the random generators, `rng.cpu` and, on a GPU, `rng.cuda`, uint8 [bytes]. Tied parameters appear once. `rows` says
-    by parameter which rows of it and of its moments these are; what it does not name is whole. `counters` is
-    JSON-able, and the same on all ranks.
+    `exp_avg_sq.<parameter>` in the parameter's dtype (zeros if the optimizer has no moments yet), and the states of the
+    random generators, `rng.cpu` and, on a GPU, `rng.cuda`, uint8 [bytes]. Tied parameters appear once. `rows` has the
+    row range of each sharded parameter and its moments; parameters that it does not list are whole. `counters` is
+    JSON-able and equal on all ranks.
     """
 
     version: int
@@ -50,18 +50,18 @@ class TrainerState:
     rows: Mapping[str, ShardRange] = field(default_factory=dict)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Views into the buffer by name. Read-only: the buffer may be shared by every process of the node."""
+        """Yield views into the buffer by name. Read-only: every process of the node may share the buffer."""
         return views(self.specs, self.buffer)
 
     def rows_of(self, spec: TensorSpec) -> ShardRange:
-        """Which rows a tensor of the buffer holds."""
+        """Return the row range of a tensor of the buffer."""
         return self.rows.get(spec.name.partition(".")[2]) or ShardRange.of(spec.shape, Ranks.alone())
 
 
 class Parameters(Mapping[str, Tensor]):
-    """What is trained, whole, by their own names, from the states of all ranks.
+    """The whole trained parameters by name, from the states of all ranks.
 
-    With one rank they are views into its buffer. With several each is put together when it is asked for.
+    With one rank the tensors are views into its buffer. With several each one is concatenated on access.
     """
 
     def __init__(self, states: Sequence[TrainerState]) -> None:
@@ -84,10 +84,16 @@ class Parameters(Mapping[str, Tensor]):
 
 
 class StateWriter:
-    """Copies a rank's parameters, its optimizer and random generators into a host buffer that is used again and again.
+    """Copy a rank's parameters, optimizer and random generators into a host buffer that is reused.
 
-    `parameters` are the rows that the rank has, `rows` says which. The optimizer is AdamW without amsgrad. The buffer
-    is allocated by the first `write`: some runs never need it.
+    `parameters` are the rank's shards, `rows` their row ranges. The optimizer is AdamW without amsgrad. The first
+    `write` allocates the buffer, since some runs never need it.
+
+    Example:
+        writer = StateWriter(trained_parameters(model), {}, optimizer, rank=0)
+        state = writer.write(version=3, counters={"tokens": 1000})
+        writer.check([state])
+        writer.read([state])     # the model, the optimizer and the random generators are as before
     """
 
     def __init__(
@@ -101,12 +107,12 @@ class StateWriter:
 
     @torch.no_grad()
     def write(self, version: int, counters: Mapping[str, Any]) -> TrainerState:
-        """Snapshot; adds the optimizer's steps by parameter to `counters`. The next call overwrites the buffer."""
+        """Snapshot; `counters` gains the optimizer's steps by parameter. The next call overwrites the buffer."""
         if self._buffer is None:
             self._buffer = buffer_for(self.specs)
         counters = {**counters, "optimizer_steps": self._steps()}
         state = TrainerState(version, self.specs, self._buffer, counters, self._rank, self._rows)
-        sources = dict(self._present())
+        sources = dict(self._sources())
         for name, target in state.tensors():
             if name in sources:
                 target.copy_(sources[name])
@@ -116,7 +122,7 @@ class StateWriter:
 
     @torch.no_grad()
     def read(self, states: Sequence[TrainerState]) -> None:
-        """The inverse of `write`, from the states of any number of ranks, which `check` has let pass."""
+        """Restore from the states of all ranks, of any number, which must have passed `check`."""
         steps, parts = states[0].counters["optimizer_steps"], _parts(states)
         for name, parameter in self._parameters.items():
             own = self._rows.get(name) or ShardRange.of(parameter.shape, Ranks.alone())
@@ -130,6 +136,8 @@ class StateWriter:
                     "step": torch.tensor(float(steps[name]), device=parameter.device),
                     **moments,
                 }
+
+        # A rank beyond the number of saved ranks continues with the first rank's random numbers.
         by_rank = {state.rank: state for state in states}
         random = dict(by_rank.get(self._rank, states[0]).tensors())
         torch.set_rng_state(random[RNG_CPU].clone())
@@ -137,22 +145,29 @@ class StateWriter:
             torch.cuda.set_rng_state(random[RNG_CUDA].clone(), self._device)
 
     def check(self, states: Sequence[TrainerState]) -> None:
-        """Raise CheckpointError, naming what differs, for states of another model, or that don't belong together.
+        """Raise CheckpointError, naming the difference, unless the states are complete, finite and of this model.
 
-        Or that are not all there, or not finite. Every rank sees all of them, so all come to the same end.
+        Every rank sees all states, so all ranks come to the same result.
         """
         first = states[0]
         if any((state.version, state.counters) != (first.version, first.counters) for state in states):
             raise CheckpointError("the trainer's states are of different steps: not restored")
         expected = _forms(self.specs, self._rows)
         for state in states:
-            if expected != (found := _forms(state.specs, state.rows)):
-                differing = sorted({name for name, _ in expected.items() ^ found.items()})
+            if expected != (actual := _forms(state.specs, state.rows)):
+                differing = sorted({name for name, _ in expected.items() ^ actual.items()})
                 raise CheckpointError(f"the trainer's state does not fit the model; it differs in {differing[:4]}")
         if unknown := sorted(first.counters["optimizer_steps"].keys() - self._parameters.keys()):
             raise CheckpointError(f"the trainer's state counts steps of unknown parameters: {unknown[:4]}")
+
+        # The row ranges of all ranks must cover every tensor once.
         for name, parts in _parts(states).items():
-            _check_cover(name, [rows for rows, _ in parts])
+            ranges = [rows for rows, _ in parts]
+            ends = [0, *(rows.stop for rows in ranges)]
+            if [rows.start for rows in ranges] != ends[:-1] or ends[-1] != ranges[0].total:
+                raise CheckpointError(
+                    f"the trainer's states don't have every row of {name} once; the states of all ranks are needed"
+                )
         for state in states:
             for spec in state.specs:
                 content = state.buffer[spec.offset : spec.offset + spec.nbytes]
@@ -165,7 +180,7 @@ class StateWriter:
                 yield f"{kind}.{name}", parameter
         yield from self._rng()
 
-    def _present(self) -> Iterator[tuple[str, Tensor]]:
+    def _sources(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._parameters.items():
             yield f"{MODEL}.{name}", parameter
             if moments := self._optimizer.state.get(parameter):
@@ -182,79 +197,69 @@ class StateWriter:
         return {name: int(state["step"]) for name, state in states.items() if state}
 
 
-def _forms(
-    specs: Sequence[TensorSpec], rows: Mapping[str, ShardRange]
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes of whole tensors, and dtypes, by name.
-
-    A run may move between CPU and GPU, so the GPU's generator need not be there.
-    """
-    return {spec.name: (_whole(spec, rows), spec.dtype) for spec in specs if spec.name != RNG_CUDA}
-
-
-def _whole(spec: TensorSpec, rows: Mapping[str, ShardRange]) -> tuple[int, ...]:
-    """The shape of a tensor of which these are rows; that of the part itself, if it is not as many as it says."""
-    part = rows.get(spec.name.partition(".")[2])
-    return (part.total, *spec.shape[1:]) if part and spec.shape[:1] == (part.count,) else spec.shape
-
-
-def _parts(states: Sequence[TrainerState]) -> dict[str, list[tuple[ShardRange, Tensor]]]:
-    """What there is of every parameter and its moments, by the name in the buffer, in the order of their rows."""
-    parts: dict[str, list[tuple[ShardRange, Tensor]]] = {}
-    for state in states:
-        for spec, (name, tensor) in zip(state.specs, state.tensors(), strict=True):
-            if name not in (RNG_CPU, RNG_CUDA):
-                parts.setdefault(name, []).append((state.rows_of(spec), tensor))
-    return {name: sorted(found, key=lambda part: part[0].start) for name, found in parts.items()}
-
-
-def _check_cover(name: str, parts: Sequence[ShardRange]) -> None:
-    ends = [0, *(rows.stop for rows in parts)]
-    if [rows.start for rows in parts] != ends[:-1] or ends[-1] != parts[0].total:
-        raise CheckpointError(
-            f"the trainer's states don't have every row of {name} once: those of all ranks are needed"
-        )
-
-
-def _copy_rows(target: Tensor, own: ShardRange, parts: Sequence[tuple[ShardRange, Tensor]]) -> None:
-    for rows, tensor in parts:
-        to, of = own.shared_with(rows)
-        torch.atleast_1d(target)[to].copy_(torch.atleast_1d(tensor)[of])
-
-
-COUNTERS = "trainer.json"
-
-
 def write_states(folder: Path, states: Sequence[TrainerState]) -> None:
-    """Write those of all ranks, in any order."""
+    """Write the states of all ranks, given in any order."""
     states = sorted(states, key=lambda state: state.rank)
     for state in states:
-        save_file(dict(state.tensors()), folder / _tensors(state.rank, len(states)))
-    about = {
+        save_file(dict(state.tensors()), folder / _tensor_file(state.rank, len(states)))
+    record = {
         "version": states[0].version,
         "counters": states[0].counters,
         "rows": [{name: astuple(rows) for name, rows in state.rows.items()} for state in states],
     }
-    (folder / COUNTERS).write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
+    (folder / COUNTERS).write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
 
 
 def read_states(folder: Path) -> list[TrainerState]:
-    """The inverse of `write_states`, each state in a buffer of its own, in the order of ranks.
+    """Return what `write_states` wrote, in the order of ranks, each state in its own buffer.
 
     Raises OSError, SafetensorError, ValueError, KeyError or TypeError.
     """
-    about = json.loads((folder / COUNTERS).read_text(encoding="utf-8"))
+    record = json.loads((folder / COUNTERS).read_text(encoding="utf-8"))
+    rows = record.get("rows", [{}])  # absent in checkpoints from before there were ranks
     states = []
-    for rank, by_name in enumerate(rows := about.get("rows", [{}])):  # none: written when there was always one rank
-        tensors = load_file(folder / _tensors(rank, len(rows)))
+    for rank, by_name in enumerate(rows):
+        tensors = load_file(folder / _tensor_file(rank, len(rows)))
         specs = lay_out((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
         buffer = buffer_for(specs)
         for name, target in views(specs, buffer):
             target.copy_(tensors.pop(name))
         parts = {name: ShardRange(*part) for name, part in by_name.items()}
-        states.append(TrainerState(int(about["version"]), specs, buffer, dict(about["counters"]), rank, parts))
+        states.append(TrainerState(int(record["version"]), specs, buffer, dict(record["counters"]), rank, parts))
     return states
 
 
-def _tensors(rank: int, size: int) -> str:
+def _tensor_file(rank: int, size: int) -> str:
     return "trainer.safetensors" if size == 1 else f"trainer-{rank + 1:05}-of-{size:05}.safetensors"
+
+
+def _forms(
+    specs: Sequence[TensorSpec], rows: Mapping[str, ShardRange]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return the shape of the whole tensor and its dtype by name.
+
+    The GPU's random generator is optional, since a run may move between CPU and GPU.
+    """
+    return {spec.name: (_whole_shape(spec, rows), spec.dtype) for spec in specs if spec.name != RNG_CUDA}
+
+
+def _whole_shape(spec: TensorSpec, rows: Mapping[str, ShardRange]) -> tuple[int, ...]:
+    """Return the shape of the whole tensor of a shard; the shard's own shape if it contradicts its row range."""
+    part = rows.get(spec.name.partition(".")[2])
+    return (part.total, *spec.shape[1:]) if part and spec.shape[:1] == (part.count,) else spec.shape
+
+
+def _parts(states: Sequence[TrainerState]) -> dict[str, list[tuple[ShardRange, Tensor]]]:
+    """Return the shards of every parameter and its moments by name in the buffer, in the order of their rows."""
+    parts: dict[str, list[tuple[ShardRange, Tensor]]] = {}
+    for state in states:
+        for spec, (name, tensor) in zip(state.specs, state.tensors(), strict=True):
+            if name not in (RNG_CPU, RNG_CUDA):
+                parts.setdefault(name, []).append((state.rows_of(spec), tensor))
+    return {name: sorted(shards, key=lambda part: part[0].start) for name, shards in parts.items()}
+
+
+def _copy_rows(target: Tensor, own: ShardRange, parts: Sequence[tuple[ShardRange, Tensor]]) -> None:
+    for rows, tensor in parts:
+        own_rows, their_rows = own.overlap(rows)
+        torch.atleast_1d(target)[own_rows].copy_(torch.atleast_1d(tensor)[their_rows])

@@ -178,11 +178,11 @@ def check_runnable(config: RunConfig) -> None:
 
 def _merged(model: ModelConfig) -> str:
     """Return the folder of the base model with the adapters of `model` merged into it."""
-    from grpo.models.export import whole_model  # a second of imports that few runs need
+    from grpo.models.export import merged_model_path  # a second of imports that few runs need
 
     check_peft(LoraConfig(rank=1))
     try:
-        return whole_model(model)
+        return merged_model_path(model)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"can't merge the adapters at {str(model.path)!r} into their base: {' '.join(str(error).split())}; "

@@ -17,7 +17,7 @@ from grpo.driver.watchdog import Watchdog
 from grpo.errors import MixedVersionsError, PayloadLost, RewardError
 from grpo.services.handle import EvaluationServices
 from grpo.telemetry.activity import begin_activity
-from grpo.telemetry.recording import span, unrecorded
+from grpo.telemetry.recording import span, stop_recording
 from grpo.types import Detail, EvaluationReport, GenerationReport, Prompt, Scores
 from grpo.utils.aio import Signal, gather_or_cancel, run_until_set
 
@@ -143,7 +143,7 @@ async def evaluate(
 
     async def answer(prompt: Prompt) -> Answer | None:
         begin_activity("answers")
-        unrecorded()  # hundreds side by side would bury the training's own track
+        stop_recording()  # hundreds side by side would bury the training's own track
         async with places:
             async with turnstile:  # one after another: hundreds of calls begun at once would block the event loop
                 await asyncio.sleep(0)

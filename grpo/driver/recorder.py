@@ -97,7 +97,7 @@ class Recorder:
         log.info("%s", RENAMED_NOTICE)
         self._step_began = time.perf_counter()
         self._generators = GeneratorRates(generators, self._step_began)
-        self._waiting.take(self._step_began)
+        self._waiting.drain(self._step_began)
 
     def group_finished(self, rollout: Rollout, dropped: str | None = None) -> None:
         """Also of one that is dropped, for the reason given: it has nothing to learn from."""
@@ -201,7 +201,7 @@ class Recorder:
             "rollout/tickets_in_use": self.pacer.outstanding,
             "rollout/concurrency": self.pacer.concurrency.limit,
             **self.loop_lag.drain(),
-            **{f"driver/waiting/{group}/{what}": n for (group, what), n in self._waiting.take(now).items()},
+            **{f"driver/waiting/{group}/{what}": n for (group, what), n in self._waiting.drain(now).items()},
         }
         self.step = step
         self.startup.ended("first_step")
@@ -209,7 +209,7 @@ class Recorder:
         try:
             yield
         finally:
-            metrics = with_old_names(metrics | self._for_next_line | self.measured.take())
+            metrics = with_old_names(metrics | self._for_next_line | self.measured.drain())
             self._for_next_line = {}
             self.run_dir.append("metrics.jsonl", metrics)
             self._display.step(metrics)
@@ -255,7 +255,7 @@ class Recorder:
         self._events.resumed(step, state["wall_s"])
 
     def _look(self) -> RunStatus:
-        return RunStatus(self.replicas(), self.failures.restarts, self._waiting_seen.take(time.perf_counter()))
+        return RunStatus(self.replicas(), self.failures.restarts, self._waiting_seen.drain(time.perf_counter()))
 
     def _send_histograms(self, step: int, batch: BatchReport) -> None:
         """How the batch lies, to the sinks alone: metrics.jsonl holds numbers."""

@@ -83,7 +83,7 @@ class Diagnostics:
     def _of_all_ranks(self) -> dict[str, NDArray[np.float64]]:
         """Tokens by name; a rank may have had no group, and nothing to say."""
         own = {name: np.concatenate(parts) for name, parts in self._tokens.items()}
-        found = [tokens for tokens in self._ranks.from_all(own) if tokens]
+        found = [tokens for tokens in self._ranks.all_gather(own) if tokens]
         return {
             name: np.concatenate([tokens[name] for tokens in found], dtype=np.float64) for name in next(iter(found), {})
         }

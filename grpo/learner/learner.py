@@ -185,7 +185,7 @@ class Learner:
         """The loss and the gradient's norm, from the parts of all ranks; then the norm is at most `max_grad_norm`."""
         parameters = self._sharding.with_gradients()
         part = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        loss, squared = self._ranks.added_up([loss, float(part) * float(part)])
+        loss, squared = self._ranks.all_reduce([loss, float(part) * float(part)])
         norm = math.sqrt(squared)
         clip_grads_with_norm_(parameters, self._config.max_grad_norm, torch.full_like(part, norm))
         return loss, norm

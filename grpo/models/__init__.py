@@ -1,1 +1,1 @@
-"""Where models come from: any Hugging Face folder or hub name, or a small one made on the spot."""
+"""Models and tokenizers: any Hugging Face folder or hub name, or a small model built on the spot."""

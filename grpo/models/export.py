@@ -1,4 +1,4 @@
-"""Writing ordinary Hugging Face folders, the one way for checkpoints and for users."""
+"""Export to Hugging Face folders, for checkpoints and for users."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from grpo.config.schema import LoraConfig, ModelConfig
 from grpo.errors import CheckpointError
@@ -26,8 +25,8 @@ if TYPE_CHECKING:
 def export_model(source: ModelConfig, parameters: Mapping[str, Tensor], dtype: torch.dtype, folder: Path) -> None:
     """Write the model at `source.path` with other parameters, as `dtype`, and its tokenizer.
 
-    `parameters` are named as by `named_parameters`, tied ones once; each is asked for once. Raises CheckpointError for
-    those of another model.
+    `parameters` has the names of `named_parameters`, tied ones once, and each is read once. Raises CheckpointError if
+    they don't fit the model.
     """
     model = load_original(source, dtype)
     targets = trained_parameters(model)
@@ -44,15 +43,15 @@ def export_model(source: ModelConfig, parameters: Mapping[str, Tensor], dtype: t
 
 
 def export_adapters(source: ModelConfig, config: LoraConfig, adapters: Mapping[str, Tensor], folder: Path) -> None:
-    """Write adapters of the model at `source.path`, in the form that peft loads, and the tokenizer."""
+    """Write adapters of the model at `source.path` in peft's format, and the tokenizer."""
     write_adapters(source, config, adapters, folder)
     load_tokenizer(source).save_pretrained(folder)
 
 
 def export_merged(adapters: ModelConfig, dtype: torch.dtype, folder: Path) -> None:
-    """Write the model that the adapters at `adapters.path` are for, with them in its weights, as `dtype`.
+    """Merge the adapters at `adapters.path` into their base model, and write the result as `dtype`.
 
-    Merged in float32 and rounded once.
+    Merging is done in float32, with one rounding at the end.
     """
     base = adapted_base(adapters)
     assert base is not None
@@ -60,8 +59,8 @@ def export_merged(adapters: ModelConfig, dtype: torch.dtype, folder: Path) -> No
     _write(model.to(dtype), base, folder)
 
 
-def whole_model(config: ModelConfig) -> str:
-    """The path of an ordinary model: that of the config, or of what its adapters make of theirs, kept in the cache."""
+def merged_model_path(config: ModelConfig) -> str:
+    """Return `config.path`, or for a folder of adapters the path of the merged model, which is cached."""
     path = str(config.path)
     if adapted_base(config) is None:
         return path
@@ -70,14 +69,9 @@ def whole_model(config: ModelConfig) -> str:
 
 
 def _write(model: PreTrainedModel, source: ModelConfig, folder: Path) -> None:
-    _make_storable(model.generation_config)
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # some published models set a temperature without do_sample, which transformers won't save
+        model.generation_config.do_sample = True
     model.save_pretrained(folder)
     load_tokenizer(source).save_pretrained(folder)
-
-
-def _make_storable(generation: GenerationConfig) -> None:
-    """Some published models name a temperature and forget to switch sampling on; transformers won't write that."""
-    try:
-        generation.validate(strict=True)
-    except ValueError:
-        generation.do_sample = True

@@ -1,14 +1,15 @@
-"""Models that are made once and kept in the user's cache."""
+"""Loading of Hugging Face models for every actor, and the user's cache of models that are prepared once.
 
-# MERGED: Loading ordinary Hugging Face models, the one way for every actor.
+Tokenizers are loaded in models/tokenizer.py, since importing models takes a process a second more.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -31,11 +32,18 @@ from grpo.utils.torch_utils import check_device
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+transformers_logging.disable_progress_bar()
+_LOADING = Lock()  # from_pretrained changes process-wide state: one thread at a time
+_ALIBI_MODELS = ("bloom", "mpt")  # they encode distances, so the column at which a row begins does not matter
+
 
 def cached(name: str, make: Callable[[Path], None]) -> Path:
-    """The folder `name` of the cache; where it is not there yet, `make` fills it first.
+    """Return the folder `name` of the cache; if it is missing, `make` fills it first.
 
-    It appears whole or not at all. Of two processes that make the same folder at once, the first wins.
+    The folder appears complete or not at all. If two processes make it at once, the first one wins.
+
+    Example:
+        cached("my-model", lambda folder: model.save_pretrained(folder))
     """
     folder = cache_folder() / name
     if not folder.exists():
@@ -44,33 +52,23 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
             unfinished = Path(temporary, "model")
             unfinished.mkdir()
             make(unfinished)
-            _publish(unfinished, folder)
+            try:
+                unfinished.rename(folder)
+            except OSError:  # another process may have been first
+                if not folder.exists():
+                    raise
     return folder
 
 
 def cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "grpo"
-
-
-def _publish(unfinished: Path, folder: Path) -> None:
-    try:
-        unfinished.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise
-
-
-transformers_logging.disable_progress_bar()
-_LOADING = Lock()  # from_pretrained puts the whole process into a state in which no other thread can load
-_ALIBI_MODELS = ("bloom", "mpt")  # they look at distances, so it doesn't matter where a row begins
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo"
 
 
 def load_model(config: ModelConfig, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """The causal LM at `config.path`, in evaluation mode, on `device` (cpu or cuda).
+    """Load the causal LM at `config.path` in evaluation mode on `device` (cpu or cuda).
 
-    Dropout is switched off: the trainer has to see the very distribution that the generator sampled from. Raises
-    ConfigError where the device is not there.
+    Dropout is switched off: the trainer must see the very distribution that the generator sampled from. Raises
+    ConfigError if the device is missing.
     """
     check_device(device, config.dtype)
     settings = load_settings(config)
@@ -81,7 +79,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype, device: str) -> PreTrain
 
 
 def load_original(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal LM at `config.path` with all settings as its authors published them, to be written again."""
+    """Load the causal LM at `config.path` with all settings as published, for writing it again."""
     return _load(config, load_settings(config), dtype)
 
 
@@ -94,17 +92,20 @@ def _load(config: ModelConfig, settings: PreTrainedConfig, dtype: torch.dtype) -
             attn_implementation=_attention(config),
             trust_remote_code=config.trust_remote_code,
             use_safetensors=None if config.allow_pickle else True,
-            weights_only=True,  # of pickled weights: tensors, and no code
+            weights_only=True,  # unpickle tensors only, never code
         )
 
 
 def load_settings(config: ModelConfig) -> PreTrainedConfig:
-    """The model's own config, as its authors published it."""
+    """Load the model's own config, as published."""
     return AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
 
 
 def load_skeleton(config: ModelConfig) -> PreTrainedModel:
-    """The causal LM at `config.path` without its weights: names and shapes of parameters, generation config."""
+    """Load the causal LM at `config.path` without its weights: parameter names and shapes, and generation config.
+
+    Raises ConfigError if the model does not support `model.attention`.
+    """
     settings = load_settings(config)
     with torch.device("meta"):
         try:
@@ -115,19 +116,19 @@ def load_skeleton(config: ModelConfig) -> PreTrainedModel:
             if "attention implementation" not in str(error):
                 raise
             name = settings.model_type
-            raise ConfigError(f"{name} models have no {config.attention}; take auto", key="model.attention") from error
-    with contextlib.suppress(OSError):  # not every model has one; the model's config says what it can then
+            raise ConfigError(f"{name} models have no {config.attention}; use auto", key="model.attention") from error
+    with suppress(OSError):  # without its file, transformers derives the generation config from the model's config
         model.generation_config = GenerationConfig.from_pretrained(config.path)
     return model
 
 
 def _attention(config: ModelConfig) -> str | None:
-    """What transformers calls it; None lets it choose, which is sdpa where the model has that."""
+    """Return the name that transformers expects; None lets it choose (sdpa if the model has it)."""
     return None if config.attention == "auto" else config.attention
 
 
 def check_weights(config: ModelConfig) -> None:
-    """Raise ConfigError where there are no safetensors, and others were not asked for."""
+    """Raise ConfigError if the model has no safetensors and `model.allow_pickle` is off."""
     names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
     if not config.allow_pickle and not any(has_file(config.path, name) for name in names):
         raise ConfigError(
@@ -138,15 +139,15 @@ def check_weights(config: ModelConfig) -> None:
 def check_architecture(model: PreTrainedModel, engine: str) -> None:
     """Raise ConfigError for a model that the learner or the engine would get wrong.
 
-    The learner needs the logits of chosen columns. The torch engine pads on the left and keeps keys and values: it
-    has to say where each row begins, and a recurrent state can't be cut into rows and columns.
+    The learner needs the logits of selected columns. The torch engine pads on the left and keeps a KV cache: the model
+    must accept the position at which each row begins, and a recurrent state can't be cut into rows and columns.
     """
-    name, takes = type(model).__name__, inspect.signature(model.forward).parameters
-    if "logits_to_keep" not in takes:
+    name, accepted = type(model).__name__, inspect.signature(model.forward).parameters
+    if "logits_to_keep" not in accepted:
         raise ConfigError(f"{name} can't be trained: its forward pass has no logits_to_keep", key="model.path")
-    placed = "position_ids" in takes or model.config.model_type in _ALIBI_MODELS
-    keeps = not {"cache", "past_key_values"}.isdisjoint(takes)  # the newer name and the older one
-    if engine == "torch" and (model._is_stateful or not placed or not keeps):
+    has_positions = "position_ids" in accepted or model.config.model_type in _ALIBI_MODELS
+    has_cache = not {"cache", "past_key_values"}.isdisjoint(accepted)  # the newer and the older name
+    if engine == "torch" and (model._is_stateful or not has_positions or not has_cache):
         raise ConfigError(
             f"the torch engine can't run {name}, which is recurrent or takes no position_ids; use vllm",
             key="generator.engine",
@@ -154,12 +155,12 @@ def check_architecture(model: PreTrainedModel, engine: str) -> None:
 
 
 def context_length(settings: PreTrainedConfig) -> int | None:
-    """The most tokens of a prompt and its completion together; None where the architecture sets no limit."""
+    """Return the maximum of prompt plus completion in tokens; None if the architecture sets no limit."""
     return getattr(settings.get_text_config(), "max_position_embeddings", None)
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every end-of-sequence token that the generation config or the tokenizer names (chat models list several)."""
-    listed = model.generation_config.eos_token_id
-    listed = listed if isinstance(listed, list) else [listed]
-    return tuple(sorted({token for token in [*listed, tokenizer.eos_token_id] if token is not None}))
+    """Return every end-of-sequence token of the generation config and the tokenizer (chat models list several)."""
+    eos = model.generation_config.eos_token_id
+    eos = eos if isinstance(eos, list) else [eos]
+    return tuple(sorted({token for token in [*eos, tokenizer.eos_token_id] if token is not None}))

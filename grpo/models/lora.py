@@ -1,4 +1,4 @@
-"""Low-rank adapters on a model, by peft, which is imported only where there are some."""
+"""LoRA: low-rank adapters on a model, by peft, which is imported only if adapters are used."""
 
 from __future__ import annotations
 
@@ -25,43 +25,48 @@ from grpo.weights.payload import trained_parameters
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ADAPTER_CONFIG = "adapter_config.json"  # peft's name for it
-TENSORS = "adapter_model.safetensors"
+ADAPTER_CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"  # peft's names for its files
 
 
 def check_peft(config: LoraConfig) -> None:
-    """Raise ConfigError when adapters are asked for and peft is missing."""
+    """Raise ConfigError if adapters are configured but peft is missing."""
     if config.rank > 0 and importlib.util.find_spec("peft") is None:
         raise ConfigError("needs peft: pip install -e '.[lora]'", key="lora.rank")
 
 
 def check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
-    """Raise ConfigError for target modules that are not there, are no nn.Linear, or share their weights."""
+    """Raise ConfigError for target modules that don't exist, are not nn.Linear, or share their weights."""
     targets, modules = config.target_modules, dict(model.named_modules())
-    head, linear = model.get_output_embeddings(), {n for n, m in modules.items() if isinstance(m, nn.Linear)}
-    endings = sorted({name.rpartition(".")[2] for name in linear if modules[name] is not head})
-    adapted = [name for name in modules if targets != "all-linear" and _matches(name, targets)]
-    unknown = [] if targets == "all-linear" else [t for t in targets if not any(_matches(n, [t]) for n in modules)]
+    linear = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
+    named = [] if targets == "all-linear" else targets
+    adapted = [name for name in modules if _matches(name, named)]
+    unknown = [target for target in named if not any(_matches(name, [target]) for name in modules)]
     wrong = unknown or [name for name in adapted if name not in linear]
+
+    # The fix is a list of what could be adapted; peft never adapts the head with "all-linear".
+    head = model.get_output_embeddings()
+    endings = sorted({name.rpartition(".")[2] for name in linear if modules[name] is not head})
     if wrong or not endings:
         raise ConfigError(
-            f"{wrong[0] if wrong else targets!r} is no nn.Linear of {type(model).__name__}, which has "
-            f"{', '.join(endings) or 'none'}",
+            f"{wrong[0] if wrong else targets!r} is not an nn.Linear of {type(model).__name__}. It has "
+            f"{', '.join(endings) or 'none'}.",
             key="lora.target_modules",
         )
+
+    # An adapter on a tied weight would change the other layer too.
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     if tied := [name for name in adapted if uses[id(modules[name].weight)] > 1]:
         raise ConfigError(
-            f"{tied[0]} shares its weights with another layer, which an adapter would change too: leave it out",
+            f"{tied[0]} shares its weights with another layer, which an adapter would change too; leave it out",
             key="lora.target_modules",
         )
 
 
 def load_policy(config: RunConfig, device: str) -> PreTrainedModel:
-    """The model as a trainer begins with it, on `device` (cpu or cuda).
+    """Load the model that a trainer starts from, on `device` (cpu or cuda).
 
-    All of it in float32; or, with adapters, its base in `model.dtype`, as generators have it, and frozen, and the
-    adapters in float32.
+    Without adapters all of it is float32. With adapters the base is frozen in `model.dtype`, the generators' dtype,
+    and the adapters are float32.
     """
     if not config.uses_adapters:
         return load_model(config.model, torch.float32, device)
@@ -71,10 +76,10 @@ def load_policy(config: RunConfig, device: str) -> PreTrainedModel:
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int = 0) -> None:
-    """Put adapters, in float32, into a model on the CPU, and freeze all else. B is zero: it computes what it did.
+    """Add float32 adapters to a model on the CPU and freeze everything else.
 
-    The class of the model stays, only its linear layers are others. A is random, the same for the same seed.
-    Raises ConfigError as `check_targets`.
+    Only linear layers are replaced; the model keeps its class. A is random, determined by `seed`; B is zero, so the
+    outputs don't change at first. Raises ConfigError as `check_targets` does.
     """
     from peft import inject_adapter_in_model
 
@@ -83,12 +88,12 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int = 0) -> N
         torch.manual_seed(seed)
         inject_adapter_in_model(_peft_config(config), model, ADAPTER)
     for parameter in trained_parameters(model).values():
-        parameter.data = parameter.data.float()  # peft takes the base's dtype
+        parameter.data = parameter.data.float()  # peft uses the base's dtype
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes what its base does; adapters have no gradient there."""
+    """Make the model compute as its base inside the block; adapters get no gradient from it."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -102,10 +107,10 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def write_adapters(base: ModelConfig, config: LoraConfig, adapters: Mapping[str, Tensor], folder: Path) -> None:
-    """Write what `PeftModel.from_pretrained` reads, of adapters under the names that they are trained by."""
+    """Write adapters, given by the names under which they are trained, for `PeftModel.from_pretrained`."""
     settings = _peft_config(config)
     settings.base_model_name_or_path, settings.inference_mode = str(base.path), True
-    if config.target_modules == "all-linear":  # not every reader knows the word
+    if config.target_modules == "all-linear":  # some readers don't know this value
         settings.target_modules = sorted({module_of(name).rpartition(".")[2] for name in adapters})
     settings.save_pretrained(str(folder))
     tensors = {f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": each for name, each in adapters.items()}
@@ -113,7 +118,7 @@ def write_adapters(base: ModelConfig, config: LoraConfig, adapters: Mapping[str,
 
 
 def adapted_base(config: ModelConfig) -> ModelConfig | None:
-    """The model that the adapters at `config.path` are for; None where that is no folder of adapters."""
+    """Return the base model of the adapters at `config.path`; None if that is not a folder of adapters."""
     file = Path(str(config.path), ADAPTER_CONFIG)
     if not file.is_file():
         return None
@@ -121,16 +126,16 @@ def adapted_base(config: ModelConfig) -> ModelConfig | None:
 
 
 def merge_folder(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The base `model` with the adapters of `folder` merged into its weights."""
+    """Return the base `model` with the adapters of `folder` merged into its weights."""
     from peft import PeftModel
 
-    with warnings.catch_warnings():  # that peft asks transformers for what has another name now
+    with warnings.catch_warnings():  # peft uses a name that transformers has deprecated
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
 
 
 def _matches(name: str, targets: list[str]) -> bool:
-    """As peft does."""
+    """Match a module name as peft does."""
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 

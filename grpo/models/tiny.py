@@ -1,6 +1,6 @@
-"""A Llama of about a million parameters and a character tokenizer, made on the spot and cached.
+"""A Llama of about a million parameters with a character tokenizer, built on the spot and cached.
 
-A short supervised warm start teaches it the format of a task from the task's own demonstrations. What comes out is an
+A short supervised warm start teaches it the format of a task from the task's own demonstrations. The result is an
 ordinary Hugging Face folder.
 """
 
@@ -32,13 +32,14 @@ _SPECIAL = ("<pad>", "<eos>", "<unk>")
 
 
 class DemonstratedTask(Task, Protocol):
-    """A task that can show how an answer may look."""
+    """A task that can write example answers."""
 
-    def demonstration(self, problem: Problem, rng: np.random.Generator) -> str: ...
+    def demonstration(self, problem: Problem, rng: np.random.Generator) -> str:
+        """Return an answer in the right format; it need not be correct."""
 
 
 def prepare(task: DemonstratedTask, *, steps: int = 300, batch_size: int = 64, lr: float = 2e-3) -> Path:
-    """The folder of the warm-started model; made on the first call, found in the cache afterwards.
+    """Return the folder of the warm-started model; the first call makes it, later calls find it in the cache.
 
     The cache key covers the task's prompts and demonstrations, the settings and this file. The same inputs give the
     same weights on the same machine. Raises ConfigError for a task without demonstrations.
@@ -90,6 +91,17 @@ def tiny_llama(*, width: int = 128, layers: int = 4, heads: int = 4, seed: int =
         return transformers.LlamaForCausalLM(config)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Use one torch thread: small matrices gain little from more, and lose much when other processes use the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _warm_start(
     model: transformers.LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -117,24 +129,13 @@ def _warm_start(
     model.eval()
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Matrices this small gain little from more threads, and lose much when another process wants the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _examples(
     problems: list[Problem],
     tokenizer: PreTrainedTokenizerFast,
     task: DemonstratedTask,
     rng: np.random.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens [B, T] padded on the right, and labels [B, T] that are -100 on prompts and padding."""
+    """Return tokens [B, T] padded on the right, and labels [B, T] that are -100 on prompts and padding."""
     rows = []
     for problem in problems:
         prompt = tokenizer.encode(problem.question)

@@ -1,1 +1,1 @@
-"""What actors and coroutines record of their work, whoever collects it: spans of time and metrics."""
+"""Spans, metrics and waits that a process records of its own work. Imported by every actor process: must stay light."""

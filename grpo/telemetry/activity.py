@@ -1,7 +1,7 @@
-"""Who waits for what, and since when: so that a stalled run can say it.
+"""Registry of what each long-lived task is waiting for, and since when: a stalled run reports it.
 
-Every long-lived task is an activity of some group ("rollouts", "training"). What it awaits below, also in tasks that
-it starts, is noted under it by `waiting_for`.
+Every long-lived task is an activity of a group ("rollouts", "training"). `waiting_for` notes what the task awaits, also
+in tasks that it starts.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from weakref import WeakValueDictionary
 
 from grpo.telemetry.recording import on_track, span
 
-_present: ContextVar[Activity | None] = ContextVar("activity", default=None)
-Waited = dict[tuple[str, str], float]
+_current: ContextVar[Activity | None] = ContextVar("activity", default=None)
+Waits = dict[tuple[str, str], float]
+"""A number by (group, what is waited for)."""
 
 
 class ActivityRegistry:
-    """The activities of a run in the order in which they began, as long as their tasks live; how long they waited."""
+    """The activities of a run, in the order in which they began and as long as their tasks live; seconds waited."""
 
     def __init__(self) -> None:
         self.activities: WeakValueDictionary[object, Activity] = WeakValueDictionary()
-        self.waited_s: Waited = defaultdict(float)  # of waits that have ended
+        self.waited_s: Waits = defaultdict(float)  # of waits that have ended
 
-    def waited_until(self, now: float) -> Waited:
-        """Seconds by group and what was waited for, the waits that go on included."""
+    def waited_until(self, now: float) -> Waits:
+        """Return the seconds waited so far, including waits that have not ended."""
         total_s = defaultdict(float, self.waited_s)
         for activity in list(self.activities.values()):
             for what, since in activity.waits.values():
@@ -36,10 +37,7 @@ class ActivityRegistry:
 
 
 class Activity:
-    """One task: what it waits for at this moment, with the time at which each wait began.
-
-    `registry` holds all activities of the run.
-    """
+    """One task and its present waits, each with the time at which it began."""
 
     def __init__(self, group: str, registry: ActivityRegistry) -> None:
         self.group, self.registry = group, registry
@@ -48,19 +46,19 @@ class Activity:
 
 
 def begin_activity(group: str, track: str | None = None) -> None:
-    """From now on, what the present task and those that it starts wait for is noted under `group`.
+    """Note the waits of the current task, and of tasks that it starts, under `group` from now on.
 
-    In the timeline it is a track of its own.
+    In the timeline the activity has a track: `track`, or else `group`.
     """
     on_track(track or group)
-    present = _present.get()
-    _present.set(Activity(group, ActivityRegistry() if present is None else present.registry))
+    current = _current.get()
+    _current.set(Activity(group, ActivityRegistry() if current is None else current.registry))
 
 
 @contextmanager
 def waiting_for(what: str) -> Iterator[None]:
-    """Note what the activity at hand waits for, as a span of its track too; outside of any, nothing is noted."""
-    activity, key = _present.get(), object()
+    """Note a wait of the current activity, and record it as a span; outside of an activity only the span."""
+    activity, key = _current.get(), object()
     if activity is not None:
         activity.waits[key] = (what, time.perf_counter())
     try:
@@ -73,36 +71,39 @@ def waiting_for(what: str) -> Iterator[None]:
 
 
 class MeanWaiting:
-    """How many of each group waited for what, on average since the last look. One for everybody who looks."""
+    """Mean number of tasks waiting since the last `drain`. Each reader needs its own instance."""
 
     def __init__(self) -> None:
-        self._before_s: Waited = {}
-        self._looked_at = time.perf_counter()
+        self._before_s: Waits = {}
+        self._drained_at = time.perf_counter()
 
-    def take(self, now: float) -> Waited:
-        """By group and what is waited for; of the activity at hand. `now` is of time.perf_counter."""
-        present = _present.get()
-        if present is None:
+    def drain(self, now: float) -> Waits:
+        """Return the mean number of waiting tasks; empty outside of an activity. `now` is of time.perf_counter."""
+        current = _current.get()
+        if current is None:
             return {}
-        total_s, before_s = present.registry.waited_until(now), self._before_s
-        elapsed_s, self._looked_at, self._before_s = now - self._looked_at, now, total_s
+        total_s, before_s = current.registry.waited_until(now), self._before_s
+        elapsed_s, self._drained_at, self._before_s = now - self._drained_at, now, total_s
         return {key: (seconds - before_s.get(key, 0.0)) / elapsed_s for key, seconds in sorted(total_s.items())}
 
 
 def describe_blocked() -> str:
-    """For example: "32 rollouts wait for generator.generate, oldest 181 s; training: waits for ..."."""
-    now, present = time.perf_counter(), _present.get()
-    ages: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for activity in [] if present is None else list(present.registry.activities.values()):
+    """Return one line that names every wait of the run.
+
+    Example: "Blocked: 32 rollouts on generator.generate (oldest 181 s); training on replay_buffer.sample (12 s)".
+    """
+    now, current = time.perf_counter(), _current.get()
+    ages_s: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for activity in [] if current is None else list(current.registry.activities.values()):
         if activity.waits:
             what = " and ".join(sorted({what for what, _ in activity.waits.values()}))
-            ages[activity.group, what].append(now - min(since for _, since in activity.waits.values()))
-    return (
-        "; ".join(_line(group, what, seconds) for (group, what), seconds in ages.items()) or "nobody waits for an actor"
-    )
-
-
-def _line(group: str, what: str, seconds: list[float]) -> str:
-    if len(seconds) == 1:
-        return f"{group}: waits for {what}, {seconds[0]:.0f} s"
-    return f"{len(seconds)} {group} wait for {what}, oldest {max(seconds):.0f} s"
+            ages_s[activity.group, what].append(now - min(since for _, since in activity.waits.values()))
+    if not ages_s:
+        return "nothing is blocked on an actor"
+    lines = [
+        f"{len(ages)} {group} on {what} (oldest {max(ages):.0f} s)"
+        if len(ages) > 1
+        else f"{group} on {what} ({ages[0]:.0f} s)"
+        for (group, what), ages in ages_s.items()
+    ]
+    return f"Blocked: {'; '.join(lines)}"

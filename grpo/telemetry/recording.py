@@ -1,10 +1,10 @@
-"""What an actor, or a coroutine of the driver, does and measures, kept until it is collected.
+"""Spans and metrics that an actor, or the driver, records until they are collected.
 
     with span("decode", rows=12): ...
     measure("generator/queue_s", waited_s, "percentiles")
 
-Every actor and the driver have a `Recording` of their own; which one a piece of work adds to follows from its context,
-so it is the same in a process and among several actors in one. While nobody wants spans, one costs a lookup.
+Every actor and the driver have their own `Recording`. The context of a piece of work decides which one it records in,
+so several actors in one process are kept apart too. While spans are off, `span` costs one lookup.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any, NamedTuple, Self
 
 from grpo.telemetry.metrics import MetricSet
 
-_MOST = 100_000  # spans kept between two collections
+_MAX_SPANS = 100_000  # kept between two collections
 
 
 class Span(NamedTuple):
-    """`begin_s` and `end_s` are of time.perf_counter, whose zero is another on every machine.
+    """An interval of work on one lane of a track. Spans of one lane follow one another or nest.
 
-    Recording of one lane of a track lie one after another, or one in another. `failed`: it ended with an exception.
+    `begin_s` and `end_s` are of time.perf_counter, whose zero differs between machines. `failed`: the block raised.
     """
 
     track: str
@@ -40,7 +40,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class TelemetryBatch:
-    """What was recorded since the last one, the clock at that moment, and how many spans there was no room for."""
+    """What was recorded since the last batch, the clock at that moment, and the number of spans that were dropped."""
 
     spans: list[Span]
     metrics: MetricSet
@@ -49,7 +49,15 @@ class TelemetryBatch:
 
 
 class Recording:
-    """Of one actor, or of the driver. Metrics always; spans only while `on`, which a harvest changes."""
+    """Telemetry of one actor or of the driver. Metrics are always kept; spans only while `on`, which `drain` sets.
+
+    Example:
+        recording = Recording(on=True)
+        record_in(recording)
+        with span("decode", rows=12):
+            measure("generator/batch_size", 12)
+        batch = recording.drain(keep_recording=True)     # batch.spans[0].name == "decode"
+    """
 
     def __init__(self, *, on: bool = False) -> None:
         self.on = on
@@ -59,7 +67,7 @@ class Recording:
         self._lanes: dict[str, _Lanes] = defaultdict(_Lanes)
 
     def add(self, span: Span) -> None:
-        if len(self._spans) < _MOST:
+        if len(self._spans) < _MAX_SPANS:
             self._spans.append(span)
         else:
             self._lost += 1
@@ -68,27 +76,27 @@ class Recording:
         return self._lanes[track]
 
     def drain(self, *, keep_recording: bool) -> TelemetryBatch:
-        """Hand over what there is; `keep_recording` says whether to record spans from now on."""
+        """Return what was recorded since the last call; `keep_recording` turns spans on or off from now on."""
         self.on = keep_recording
-        drain = TelemetryBatch(self._spans, self.metrics, time.perf_counter(), self._lost)
+        batch = TelemetryBatch(self._spans, self.metrics, time.perf_counter(), self._lost)
         self._spans, self.metrics, self._lost = [], MetricSet(), 0
-        return drain
+        return batch
 
 
 @dataclass
 class _Lanes:
-    """Lanes of one track. Those in use may be left in any order."""
+    """The lanes of one track. Lanes in use may be released in any order."""
 
-    used: int = 0
+    count: int = 0
     free: list[int] = field(default_factory=list)
 
-    def take(self) -> int:
+    def acquire(self) -> int:
         if self.free:
             return heapq.heappop(self.free)
-        self.used += 1
-        return self.used - 1
+        self.count += 1
+        return self.count - 1
 
-    def give_back(self, lane: int) -> None:
+    def release(self, lane: int) -> None:
         heapq.heappush(self.free, lane)
 
 
@@ -99,46 +107,46 @@ _OFF = nullcontext()
 
 
 def record_in(recording: Recording) -> None:
-    """From now on, what the present task and those that it starts record goes there."""
+    """Make the current task, and tasks that it starts, record in `recording` from now on."""
     _recording.set(recording)
     _track.set("")
     _parent.set(None)
 
 
-def unrecorded() -> None:
-    """From now on, the present task and those that it starts record nothing."""
+def stop_recording() -> None:
+    """Make the current task, and tasks that it starts, record nothing from now on."""
     _recording.set(None)
 
 
 def on_track(track: str) -> None:
-    """From now on, the present task and those that it starts are one track among those of the driver."""
+    """Put the current task, and tasks that it starts, on a track of their process from now on."""
     _track.set(track)
     _parent.set(None)
 
 
 def context_for(recording: Recording) -> Context:
-    """The context of work that an actor does for somebody else: it goes into the actor's own recording."""
+    """Return a context for a call that an actor serves: the call records in the actor's own recording."""
     context = copy_context()
     context.run(record_in, recording)
     return context
 
 
 def span(name: str, kind: str = "busy", **args: Any) -> AbstractContextManager[object]:
-    """Record the time that the block takes. `args` are numbers and words that people will see beside it."""
+    """Record the time that the block takes. `args` are numbers and words that the timeline shows with the span."""
     recording = _recording.get()
     return _OFF if recording is None or not recording.on else _OpenSpan(recording, name, kind, args)
 
 
 def note(**args: Any) -> None:
-    """Add to the span around this place what is known only now; outside of any, nothing is noted."""
-    if (around := _parent.get()) is not None:
-        around.args.update(args)
+    """Add to the args of the enclosing span what is known only now; does nothing outside of a span."""
+    if (enclosing := _parent.get()) is not None:
+        enclosing.args.update(args)
 
 
 def measure(name: str, value: float, reduce: str = "mean", weight: float = 1.0) -> None:
-    """Add a value to a metric: `name/<figure>` in a coming line of metrics.jsonl, over all processes that measure it.
+    """Add a value to a metric: `name/<figure>` in the next lines of metrics.jsonl, over all processes that measure it.
 
-    See REDUCERS for what `reduce` may be. Raises ConfigError for another one than this name had before.
+    `reduce` is a key of REDUCERS. Raises ConfigError for one that differs from the name's earlier reducer.
     """
     recording = _recording.get()
     if recording is not None:
@@ -146,7 +154,7 @@ def measure(name: str, value: float, reduce: str = "mean", weight: float = 1.0) 
 
 
 class _OpenSpan:
-    """Takes the lane of the span around it, or a free one of the track where there is none, or it is taken."""
+    """An open span. It shares the lane of its parent; without a parent, or next to a sibling, it gets its own lane."""
 
     def __init__(self, recording: Recording, name: str, kind: str, args: dict[str, Any]) -> None:
         self._recording, self._name, self._kind, self.args = recording, name, kind, args
@@ -158,7 +166,7 @@ class _OpenSpan:
         if parent is not None and not parent._has_child:
             parent._has_child, self._lane = True, parent._lane
         else:
-            self._parent, self._lane = None, self._recording.lanes(self._track).take()
+            self._parent, self._lane = None, self._recording.lanes(self._track).acquire()
         self._token = _parent.set(self)
         self._begin_s = time.perf_counter()
         return self
@@ -169,7 +177,7 @@ class _OpenSpan:
         if self._parent is not None:
             self._parent._has_child = False
         else:
-            self._recording.lanes(self._track).give_back(self._lane)
+            self._recording.lanes(self._track).release(self._lane)
         self._recording.add(
             Span(self._track, self._lane, self._name, self._kind, self._begin_s, end_s, kind is not None, self.args)
         )

@@ -1,4 +1,4 @@
-"""What asyncio lacks: waiting for several or for a change, racing a shutdown, the one error of a task group."""
+"""Helpers that asyncio lacks: structured waits for several tasks, a change, a time-out or a shutdown."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ R = TypeVar("R")
 
 
 class Interrupted(Exception):
-    """The shutdown came first."""
+    """The shutdown event was set before the work was done."""
 
 
 class Signal:
-    """Wakes everybody who waits for a change that was made outside of any lock."""
+    """Wake every task that waits for a change; the change itself is made outside of any lock.
+
+    Example:
+        pacer.released += 1
+        changed.notify()
+        ...
+        await changed.wait_for(lambda: pacer.released > 3)     # in another task
+    """
 
     def __init__(self) -> None:
         self._changed = asyncio.Event()
@@ -25,20 +32,20 @@ class Signal:
         self._changed = asyncio.Event()
 
     async def wait(self) -> None:
-        """Until the next `notify`."""
+        """Wait for the next `notify`."""
         await self._changed.wait()
 
     async def wait_for(self, condition: Callable[[], R]) -> R:
-        """Return what `condition()` gives as soon as that is true; it is asked again at every `notify`."""
+        """Return the value of `condition()` once it is true; it is evaluated now and after every `notify`."""
         while not (value := condition()):
             await self.wait()
         return value
 
 
 async def gather_or_cancel(*work: Coroutine[Any, Any, Any]) -> list[Any]:
-    """Results in order. The first error cancels the others, waits for them to end, and is raised as it is.
+    """Return the results in order. The first error cancels the other tasks, waits for them to end, and is raised.
 
-    Not an asyncio.TaskGroup: there an error hides a cancellation of the caller that comes at the same moment.
+    Not an asyncio.TaskGroup, in which an error hides a cancellation of the caller that arrives at the same moment.
     """
     tasks = [asyncio.ensure_future(each) for each in work]
     try:
@@ -52,7 +59,7 @@ async def gather_or_cancel(*work: Coroutine[Any, Any, Any]) -> list[Any]:
 
 
 async def run_until_set(shutdown: asyncio.Event, work: Coroutine[Any, Any, R]) -> R:
-    """Await `work`, or cancel it and raise Interrupted as soon as `shutdown` is set; errors of `work` come first."""
+    """Await `work`, or cancel it and raise Interrupted once `shutdown` is set. Errors of `work` take precedence."""
     task = asyncio.ensure_future(work)
     stop = asyncio.ensure_future(shutdown.wait())
     try:
@@ -67,7 +74,7 @@ async def run_until_set(shutdown: asyncio.Event, work: Coroutine[Any, Any, R]) -
 
 
 async def race(work: Coroutine[Any, Any, R], *watches: Coroutine[Any, Any, NoReturn]) -> R:
-    """Await `work`, or cancel it and raise what a watch raises first."""
+    """Await `work`, or cancel it and raise the first error of a watch."""
     task, watching = asyncio.ensure_future(work), [asyncio.ensure_future(watch) for watch in watches]
     try:
         await asyncio.wait((task, *watching), return_when=asyncio.FIRST_COMPLETED)
@@ -77,8 +84,11 @@ async def race(work: Coroutine[Any, Any, R], *watches: Coroutine[Any, Any, NoRet
 
 
 @asynccontextmanager
-async def timeout_as(seconds: float | None, late: Callable[[], Exception]) -> AsyncIterator[None]:
-    """Raise what `late()` makes when the block takes longer; time-outs of its own pass through. None is for ever."""
+async def timeout_as(seconds: float | None, make_error: Callable[[], Exception]) -> AsyncIterator[None]:
+    """Raise `make_error()` when the block takes longer than `seconds`; None never does.
+
+    A TimeoutError of the block itself passes through.
+    """
     timeout = asyncio.timeout(seconds)
     try:
         async with timeout:
@@ -86,17 +96,17 @@ async def timeout_as(seconds: float | None, late: Callable[[], Exception]) -> As
     except TimeoutError as error:
         if not timeout.expired():
             raise
-        raise late() from error
+        raise make_error() from error
 
 
 def task_name() -> str:
-    """Of the present task."""
+    """Return the name of the current task, or "" outside of any."""
     task = asyncio.current_task()
     return "" if task is None else task.get_name()
 
 
 async def cancel_and_wait(tasks: Iterable[asyncio.Future[Any]]) -> None:
-    """Cancel tasks and wait until they have ended; what they raise is nobody's business any more."""
+    """Cancel tasks and wait until they have ended; exceptions are discarded."""
     tasks = list(tasks)
     for task in tasks:
         task.cancel()
@@ -104,12 +114,12 @@ async def cancel_and_wait(tasks: Iterable[asyncio.Future[Any]]) -> None:
 
 
 def raise_first(group: BaseExceptionGroup[BaseException]) -> NoReturn:
-    """The first error of a failed task group; the others are mostly its consequences, and are kept as notes."""
+    """Raise the first error of a failed task group. The other errors, mostly its consequences, become notes."""
     first, *others = _leaves(group)
     for other in others:
-        if other is not first:  # one that reached several tasks
+        if other is not first:  # the same error may have reached several tasks
             first.add_note(f"at the same time: {type(other).__name__}: {other}")
-    raise first from first.__cause__  # an error from another process has its traceback there
+    raise first from first.__cause__  # the cause holds the traceback of another process
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

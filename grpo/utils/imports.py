@@ -1,4 +1,4 @@
-"""Finding a class or function by its `module:name` or `module.name`, the forms in which configs name user code."""
+"""Import of user code by `module:name` or `module.name`, the two forms in which configs name it."""
 
 from __future__ import annotations
 
@@ -11,34 +11,37 @@ from grpo.errors import ConfigError
 
 
 def import_target(target: str, *, key: str) -> Callable[..., Any]:
-    """The object called `module:name` or `module.name`. Raises ConfigError that names `key` when there is none."""
+    """Import the class or function `module:name` or `module.name`. Raises ConfigError for `key` if that fails."""
     module_name, _, name = target.replace(":", ".").rpartition(".")
     if not module_name:
         raise ConfigError(f"{target!r} is neither a known name nor of the form module:name", key=key)
     try:
-        found = getattr(importlib.import_module(module_name), name)
+        imported = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"can't import {target!r}: {error}", key=key) from error
-    if not callable(found):
+    if not callable(imported):
         raise ConfigError(f"{target!r} is not callable", key=key)
-    return found
+    return imported
 
 
 def named_function(name: str, known: Mapping[str, Callable[..., Any] | str], *, key: str) -> Callable[..., Any]:
-    """One of the known ones, imported if it is named there, or `module:name`. Raises ConfigError when there is none."""
+    """Return the function that `known` lists under `name`, else import `name`. Raises ConfigError for `key`.
+
+    Values of `known` are functions, or import targets that are imported on demand.
+    """
     if name in known:
-        found = known[name]
-        return import_target(found, key=key) if isinstance(found, str) else found
+        function = known[name]
+        return import_target(function, key=key) if isinstance(function, str) else function
     if ":" not in name and "." not in name:
         raise ConfigError(f"{name!r} is not one of {', '.join(known)}, nor of the form module:function", key=key)
     return import_target(name, key=key)
 
 
 def check_arguments(target: Callable[..., Any], args: Mapping[str, Any], *, key: str) -> None:
-    """Raise ConfigError when `target` doesn't take these keyword arguments."""
-    known = inspect.signature(target).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
+    """Raise ConfigError for `key` when `target` does not accept these keyword arguments."""
+    parameters = inspect.signature(target).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return
-    names = [parameter.name for parameter in known if parameter.kind is not parameter.POSITIONAL_ONLY]
+    names = [parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY]
     if unknown := sorted(set(args) - set(names)):
         raise ConfigError(f"{unknown[0]!r} is not one of {', '.join(names) or '(none)'}", key=key)

@@ -1,9 +1,7 @@
-"""The processes that train one model together, each on its share of a batch, and what they tell each other.
+"""The process group of a model that several processes train together, and the rows of a tensor that each of them holds.
 
-Every rank makes the same calls in the same order; a rank that dies or falls behind makes the others raise.
+Every rank makes the same calls in the same order. If a rank dies or falls behind, the calls of the others raise.
 """
-
-# MERGED: How tensors are cut between ranks: along their first dimension, as `torch.chunk` cuts.
 
 from __future__ import annotations
 
@@ -23,7 +21,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process is number `rank` of `size`, counted from 0."""
+    """Number `rank`, counted from 0, of `size` processes.
+
+    Example:
+        ranks = Ranks(0, 2)
+        join(ranks, ("10.0.0.1", 29500), "cuda:0", timeout_s=600)
+        loss, tokens = ranks.all_reduce([loss, tokens])     # the same numbers on both ranks
+        leave()
+    """
 
     rank: int
     size: int
@@ -32,17 +37,17 @@ class Ranks:
     def alone(cls) -> Ranks:
         return cls(0, 1)
 
-    def added_up(self, values: Sequence[float]) -> list[float]:
-        """The sums over all ranks, in float64 and the same on each."""
+    def all_reduce(self, values: Sequence[float]) -> list[float]:
+        """Return the sums over all ranks, in float64 and equal on each rank."""
         if self.size == 1:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64)
         distributed.all_reduce(sums)
-        found: list[float] = sums.tolist()
-        return found
+        totals: list[float] = sums.tolist()
+        return totals
 
-    def from_all(self, value: T) -> list[T]:
-        """What each rank gave, in their order. It is pickled, so what is large should be numpy arrays."""
+    def all_gather(self, value: T) -> list[T]:
+        """Return the values of all ranks in their order. They are pickled: large ones should be numpy arrays."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -51,18 +56,18 @@ class Ranks:
 
 
 def join(ranks: Ranks, rendezvous: tuple[str, int], device: str, timeout_s: float) -> None:
-    """Meet the other ranks, before a learner of several is made. Returns when all are there.
+    """Form the process group, before a learner of several ranks is made. Returns once all ranks have joined.
 
-    `rendezvous` is a host name or address of rank 0's machine and a free port there; `device` is where this rank
-    computes, "cpu" or as "cuda:0". No rank waits longer than `timeout_s` for the others, here or later: then it
-    raises, or, where it waits inside NCCL, its process ends.
+    `rendezvous` is a host name or address of rank 0's machine and a free port on it. `device` is where this rank
+    computes: "cpu", or for example "cuda:0". No rank waits longer than `timeout_s` for the others, here or later: the
+    call raises, or, when it waits inside NCCL, the process ends.
 
-    gloo takes the network that leads to rank 0, where GLOO_SOCKET_IFNAME names no other: by itself it takes the address
-    of this machine's name, which with Debian is 127.0.1.1, where nobody else finds it.
+    gloo uses the network that leads to rank 0 unless GLOO_SOCKET_IFNAME is set. Its own default is the address of the
+    machine's name, which on Debian is 127.0.1.1, an address that other machines can't reach.
     """
     host, port = rendezvous
     if (interface := interface_of(address_towards(host, port))) is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # stays, for groups that are made of this one
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # stays set for the subgroups of this group
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
@@ -77,19 +82,19 @@ def join(ranks: Ranks, rendezvous: tuple[str, int], device: str, timeout_s: floa
 
 
 def device() -> torch.device:
-    """Where this rank computes, as `join` was told."""
+    """Return the device on which this rank computes, as given to `join`."""
     group = distributed.group.WORLD
     return (group and group.bound_device_id) or torch.device("cpu")
 
 
 def leave() -> None:
-    """End what `join` began."""
+    """Destroy the process group that `join` formed."""
     distributed.destroy_process_group()
 
 
 @dataclass(frozen=True)
 class ShardRange:
-    """Rows [start, stop) of the `total` that a tensor has along its first dimension. A scalar has one."""
+    """Rows [start, stop) of a tensor with `total` rows along its first dimension. A scalar has one row."""
 
     start: int
     stop: int
@@ -97,18 +102,18 @@ class ShardRange:
 
     @classmethod
     def of(cls, shape: Sequence[int], ranks: Ranks) -> ShardRange:
-        """Those of a rank. The last ranks may have fewer than the others, or none."""
+        """Return the rows of a rank, cut as `torch.chunk` does: the last ranks may have fewer rows, or none."""
         total = shape[0] if shape else 1
-        each = -(-total // ranks.size)
-        start = min(ranks.rank * each, total)
-        return cls(start, min(start + each, total), total)
+        per_rank = -(-total // ranks.size)
+        start = min(ranks.rank * per_rank, total)
+        return cls(start, min(start + per_rank, total), total)
 
     @property
     def count(self) -> int:
         return self.stop - self.start
 
-    def shared_with(self, other: ShardRange) -> tuple[slice, slice]:
-        """Where the rows that both have lie in this part, and where in the other. The slices may be empty."""
+    def overlap(self, other: ShardRange) -> tuple[slice, slice]:
+        """Return the rows that both ranges contain, as slices of this range and of `other`; they may be empty."""
         start = max(self.start, other.start)
         stop = max(start, min(self.stop, other.stop))
         return slice(start - self.start, stop - self.start), slice(start - other.start, stop - other.start)

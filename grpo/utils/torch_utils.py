@@ -1,8 +1,4 @@
-"""Where a model computes: the one place that chooses a device, and says what it can't do."""
-
-# MERGED: Many small operations on a GPU as one kernel, where torch can compile them.
-# MERGED: Heavy arithmetic off the event loop: one thread per model, so an actor answers while it computes.
-# And its clock.
+"""Devices, compiled functions and compute threads: how a model computes beside an event loop."""
 
 from __future__ import annotations
 
@@ -20,44 +16,43 @@ import torch
 
 from grpo.errors import ConfigError
 
-
-def device_for(num_gpus: float) -> str:
-    """Of an actor that asks for so many GPUs, or for a share of one. Ray shows it those that it got, as the first."""
-    return "cuda" if num_gpus > 0 else "cpu"
-
-
-def gpus_here() -> int:
-    """How many this process can compute on."""
-    return torch.cuda.device_count()
-
-
-def check_device(device: str, dtype: str) -> None:
-    """Raise ConfigError where `device` (cpu or cuda) is not there for torch, or does not compute in `dtype`."""
-    if device == "cpu":
-        return
-    if not torch.cuda.is_available():
-        reason = "it is built without CUDA" if torch.version.cuda is None else "the driver is missing or too old"
-        raise ConfigError(
-            f"Ray gave this actor a GPU, but torch {torch.__version__} has none: {reason}; install a torch for this "
-            "GPU on every node, or set it to 0",
-            key="num_gpus",
-        )
-    if dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ConfigError(
-            f"{torch.cuda.get_device_name()} does not compute in bfloat16 (those since Ampere do); take float32",
-            key="model.dtype",
-        )
-
-
 P = ParamSpec("P")
 R = TypeVar("R")
 log = logging.getLogger(__name__)
 
 
-def fused(function: Callable[P, R]) -> Callable[P, R]:
-    """A function whose first argument is a tensor, compiled for tensors on a GPU and itself for all others.
+def device_for(num_gpus: float) -> str:
+    """Return the device of an actor with this many GPUs, or a fraction of one. Ray shows it only its own GPUs."""
+    return "cuda" if num_gpus > 0 else "cpu"
 
-    Where compiling fails, for want of a C compiler say, it goes on as it is, and says so once.
+
+def gpus_here() -> int:
+    """Return the number of GPUs that this process can use."""
+    return torch.cuda.device_count()
+
+
+def check_device(device: str, dtype: str) -> None:
+    """Raise ConfigError if torch does not find `device` (cpu or cuda), or if the device can't compute in `dtype`."""
+    if device == "cpu":
+        return
+    if not torch.cuda.is_available():
+        reason = "it is built without CUDA" if torch.version.cuda is None else "the driver is missing or too old"
+        raise ConfigError(
+            f"Ray gave this actor a GPU, but torch {torch.__version__} can't use it: {reason}. Install a torch build "
+            "for this GPU on every node, or set it to 0.",
+            key="num_gpus",
+        )
+    if dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError(
+            f"{torch.cuda.get_device_name()} can't compute in bfloat16 (Ampere and later can). Use float32.",
+            key="model.dtype",
+        )
+
+
+def fused(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function of tensors: compiled into one kernel if its first argument is a tensor on a GPU.
+
+    If compilation fails, for example without a C compiler, a warning is logged once and the function runs uncompiled.
     """
     compiled: Callable[P, R] | None = None
 
@@ -71,7 +66,7 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
             compiled = torch.compile(function, dynamic=True)
             try:
                 return compiled(*args, **kwargs)
-            except Exception as error:  # whatever a compiler may raise; it raises before anything has run
+            except Exception as error:  # a compiler may raise anything; it does so before the function has run
                 log.warning("%s is not compiled: %s: %s", function.__name__, type(error).__name__, error)
                 compiled = function
         return compiled(*args, **kwargs)
@@ -80,9 +75,15 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
 
 
 class ComputeThread:
-    """Runs one piece of work at a time, in order, and adds up how long it was busy.
+    """One thread that runs work in order, off the event loop, so that an actor answers while its model computes.
 
-    `torch_threads` is how many cores torch may use inside; 0 leaves torch's own choice.
+    `busy_s` is the total time of the work. `torch_threads` is the number of cores that torch may use inside; 0 leaves
+    torch's default.
+
+    Example:
+        thread = ComputeThread("trainer", torch_threads=4)
+        metrics = await thread.run(learner.train_step, batch)
+        thread.close()
     """
 
     def __init__(self, name: str, torch_threads: int = 0) -> None:
@@ -101,17 +102,17 @@ class ComputeThread:
         return await asyncio.get_running_loop().run_in_executor(self._executor, copy_context().run, timed)
 
     def close(self) -> None:
-        """Wait for the work at hand and end the thread."""
+        """Wait for work in progress and end the thread."""
         self._executor.shutdown()
 
 
 async def run_in_temp_thread(torch_threads: int, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Run `work` in a thread that ends with it, and with the thread the pool that OpenMP made for its loops.
+    """Run `work` in a thread that ends afterwards, together with the pool that OpenMP created for its loops.
 
-    A pool that stays, idle, makes every other one in the process give up its cores between two loops: with more
-    threads than cores OpenMP no longer waits awake. Small models then decode at half the speed.
+    An idle pool that stays makes every other pool of the process yield its cores between two loops: with more threads
+    than cores, OpenMP stops busy-waiting. Small models then decode at half the speed.
     """
-    thread = ComputeThread("apart", torch_threads)
+    thread = ComputeThread("temporary", torch_threads)
     try:
         return await thread.run(work, *args, **kwargs)
     finally:
@@ -119,7 +120,7 @@ async def run_in_temp_thread(torch_threads: int, work: Callable[P, R], *args: P.
 
 
 class BusyClock:
-    """Adds up the seconds during which at least one piece of work was under way."""
+    """Seconds during which at least one `busy()` block was open."""
 
     def __init__(self) -> None:
         self._done_s, self._running, self._since = 0.0, 0, 0.0

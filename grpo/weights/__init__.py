@@ -1,1 +1,1 @@
-"""Weights as one flat buffer, and how they travel."""
+"""Weights as one flat host buffer, and how they travel between processes."""

@@ -1,7 +1,7 @@
-"""Low-rank adapters as they are published, and the weights that a base model computes with under them.
+"""LoRA adapters as they are published, and the merge into the base model's weights.
 
-A matrix W of the base, [O, I], has the adapters A [R, I] and B [O, R]. Merged, it is W + scale * B A (Hu et al., "LoRA:
-Low-Rank Adaptation of Large Language Models", 2021). Published are A and B only, under peft's names for them.
+A base matrix W [O, I] has the adapters A [R, I] and B [O, R]; merged it is W + scale * B A (Hu et al., "LoRA: Low-Rank
+Adaptation of Large Language Models", 2021). Only A and B are published, under peft's names.
 """
 
 from __future__ import annotations
@@ -16,49 +16,54 @@ from grpo.errors import WeightsError
 from grpo.weights.flat_buffer import buffer_for, lay_out, views
 from grpo.weights.payload import Weights
 
-ADAPTER = "default"  # peft can hold several, by name
+ADAPTER = "default"  # peft names adapters, since a model may hold several
 A, B = f"lora_A.{ADAPTER}.weight", f"lora_B.{ADAPTER}.weight"
 
 
 class Merge:
-    """Makes weights of adapters: always from the untouched base, so that nothing adds up over versions.
+    """Turn published adapters into weights, always from the untouched base: rounding never accumulates over versions.
 
-    `base` are the parameters of the base model on the CPU, by name; files that they are mapped from are read when
-    they are needed. Products are computed in float32 and rounded once.
+    `base` has the parameters of the base model on the CPU by name; memory-mapped ones are read when needed. Products
+    are computed in float32 and rounded once.
+
+    Example:
+        merge = Merge(base_of(model), lora.scale)
+        load_weights(model, merge(published), part=True)
     """
 
     def __init__(self, base: Mapping[str, Tensor], scale: float) -> None:
         self._base, self._scale = base, scale
 
     def check_fit(self, weights: Weights) -> None:
-        """Raise WeightsError when published weights are not adapters of the base's matrices, each A with its B."""
+        """Raise WeightsError if the weights are not adapters of the base's matrices, each A with its B."""
         published = {spec.name: spec.shape for spec in weights.specs}
-        modules = [module_of(name) for name in published]
-        unfit = [name for name, module in zip(published, modules, strict=True) if not self._fits(published, module)]
+        unfit = [name for name in published if not self._fits(published, module_of(name))]
         if unfit or not published:
             raise WeightsError(f"version {weights.version} are no adapters of the model; it differs in {unfit[:4]}")
 
     @torch.no_grad()
     def __call__(self, weights: Weights) -> Weights:
-        """The adapted matrices under their names in the base, in its dtypes, in a buffer that nobody writes to again.
+        """Return the merged matrices under their names and dtypes in the base, in a new read-only buffer.
 
-        So are the other parameters of their blocks, unchanged: vLLM computes with some neighbours as one matrix, and
-        takes all of that or nothing. Raises WeightsError when `check_fit` does.
+        The buffer also holds the other parameters of the same blocks, unchanged: vLLM fuses some neighbors into one
+        matrix, which it loads as a whole or not at all. Raises WeightsError if `check_fit` does.
         """
         self.check_fit(weights)
         adapters = dict(weights.tensors())
         modules = {module_of(name) for name in adapters}
         blocks = tuple({module[: module.rfind(".") + 1] for module in modules})
-        chosen = {name: tensor for name, tensor in self._base.items() if name.startswith(blocks)}
-        specs = lay_out((name, tensor.shape, tensor.dtype) for name, tensor in chosen.items())
+        sources = {name: tensor for name, tensor in self._base.items() if name.startswith(blocks)}
+
+        # One allocation per version: the generator's parameters become views of it.
+        specs = lay_out((name, tensor.shape, tensor.dtype) for name, tensor in sources.items())
         buffer = buffer_for(specs)
         for name, target in views(specs, buffer):
             module = name.removesuffix(".weight")
             if module in modules:
                 a_RI, b_OR = adapters[f"{module}.{A}"], adapters[f"{module}.{B}"]
-                target.copy_(merged(chosen[name], a_RI, b_OR, self._scale))
+                target.copy_(merged(sources[name], a_RI, b_OR, self._scale))
             else:
-                target.copy_(chosen[name])
+                target.copy_(sources[name])
         buffer.flags.writeable = False
         return replace(weights, specs=specs, buffer=buffer, checksum=0)
 
@@ -71,16 +76,16 @@ class Merge:
 
 
 def merged(base_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
-    """float32 [O, I]: the base with its adapters."""
+    """Return base + scale * B A as float32 [O, I]."""
     return torch.addmm(base_OI.float(), b_OR.float(), a_RI.float(), alpha=scale)
 
 
 def module_of(name: str) -> str:
-    """Whose adapter a parameter is; empty for one that is none."""
+    """Return the module that an adapter's parameter belongs to."""
     ending = next((ending for ending in (A, B) if name.endswith(f".{ending}")), name)
     return name.removesuffix(ending).removesuffix(".")
 
 
 def base_of(model: nn.Module) -> dict[str, Tensor]:
-    """A model's parameters as they are now, where they are: they stay so when the model gets others."""
+    """Return the model's present parameters by name, uncopied. They stay valid when the model is given new ones."""
     return {name: parameter.detach() for name, parameter in model.named_parameters()}

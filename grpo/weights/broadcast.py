@@ -1,8 +1,8 @@
-"""Weights from one process into many at once: a broadcast of torch.distributed, gloo between CPUs, NCCL between GPUs.
+"""Broadcast of weights from one process to many with torch.distributed: gloo between CPUs, NCCL between GPUs.
 
-A group is made of the processes that live at the moment, and of others when one of them has gone. Nobody waits for ever
-for a process that has: to meet, and every bucket, has a time-out, and who leaves the group is free at once, whatever
-the thread that talks to the others is still waiting for.
+A group consists of the processes that are alive at the moment; when one is lost, a new group is formed. No wait is
+unbounded: forming the group and every bucket have a time-out. Leaving a group returns at once, even if the thread that
+talks to the other processes is still blocked.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from torch import Tensor, distributed
 from grpo.errors import TransferError
 from grpo.utils.network import address_towards
 from grpo.weights.flat_buffer import buffer_for
-from grpo.weights.payload import Weights, WeightsHeader, copying_beside
+from grpo.weights.payload import Weights, WeightsHeader, on_copy_stream
 
 R = TypeVar("R")
-_AHEAD = 2  # buckets under way: the next one leaves while the last one arrives
+_BUCKETS_IN_FLIGHT = 2  # the next bucket leaves while the last one arrives
 
 
 @dataclass(frozen=True)
 class BroadcastGroup:
-    """One sender, who waits for the others at `host` and `port`, and so many receivers. `backend` is gloo or nccl.
+    """One sender, whose store listens on `host` and `port`, and `receivers` receivers. `backend` is gloo or nccl.
 
     Later groups of a run have higher numbers.
     """
@@ -48,45 +48,49 @@ class BroadcastGroup:
 
 
 class Broadcaster:
-    """An actor's place in the group of the moment. Calls of other groups leave the one before.
+    """An actor's membership in the current group. A call for another group leaves the current one.
 
-    With NCCL a bucket passes through the GPU that the process sees; in the end all is in the host's memory, where it
-    is checked, and from where any engine loads it.
+    With NCCL every bucket passes through the GPU that the process sees. The weights end up in host memory, where they
+    are checked and any engine can load them.
+
+    Example:
+        await sender.send(group, weights)                           # in the trainer
+        weights = await receiver.receive(group, weights.header)     # in each generator, at the same time
     """
 
     def __init__(self) -> None:
-        self._place: _Place | None = None
-        self._left = -1  # the number of the last group that was left; calls may arrive late
+        self._membership: _Membership | None = None
+        self._left = -1  # the highest number of a group that was left; calls for it may arrive late
 
     async def send(self, group: BroadcastGroup, weights: Weights) -> None:
-        """Returns when their buffer may be written to again. Raises TransferError."""
-        await self._in(group, sends=True).run(lambda member: member.send(weights))
+        """Send to all receivers; afterwards the buffer may be overwritten. Raises TransferError."""
+        await self._join(group, sends=True).run(lambda member: member.send(weights))
 
     async def receive(self, group: BroadcastGroup, header: WeightsHeader) -> Weights:
-        """The weights behind a header; with NCCL, good until the next call. Raises TransferError."""
-        return await self._in(group, sends=False).run(lambda member: member.receive(header))
+        """Return the weights of a header; with NCCL, valid until the next call. Raises TransferError."""
+        return await self._join(group, sends=False).run(lambda member: member.receive(header))
 
     def leave(self, number: int | None = None) -> None:
-        """Leave the group of the moment, or all up to a number; their calls raise TransferError."""
-        present = -1 if self._place is None else self._place.group.number
-        self._left = max(self._left, present if number is None else number)
-        if self._place is not None and present <= self._left:
-            self._place.leave()
-            self._place = None
+        """Leave the current group, or all groups up to `number`; their calls raise TransferError."""
+        current = -1 if self._membership is None else self._membership.group.number
+        self._left = max(self._left, current if number is None else number)
+        if self._membership is not None and current <= self._left:
+            self._membership.leave()
+            self._membership = None
 
-    def _in(self, group: BroadcastGroup, *, sends: bool) -> _Place:
+    def _join(self, group: BroadcastGroup, *, sends: bool) -> _Membership:
         if group.number <= self._left:
             raise TransferError("the group was left before")
-        if self._place is None or self._place.group.number != group.number:
+        if self._membership is None or self._membership.group.number != group.number:
             self.leave()
-            self._place = _Place(group, sends=sends)
-        return self._place
+            self._membership = _Membership(group, sends=sends)
+        return self._membership
 
 
-class _Place:
-    """A member of a group, in a thread that is left to itself when the group is left, since nothing can wake it.
+class _Membership:
+    """A group member in a thread of its own, which is abandoned when the group is left: nothing can wake it.
 
-    It ends by the time-out of what it waits for, and sooner where the connection breaks.
+    The thread ends with the time-out of its present wait, or sooner if the connection breaks.
     """
 
     def __init__(self, group: BroadcastGroup, *, sends: bool) -> None:
@@ -96,31 +100,32 @@ class _Place:
         self._member = self._thread.submit(_Member, group, sends=sends)
 
     async def run(self, work: Callable[[_Member], R]) -> R:
-        try:  # the steps of meeting have time-outs of their own, but for NCCL's last one
-            member = await self._unless_left(self._member, 2 * self.group.timeout_s)
-            return await self._unless_left(self._thread.submit(work, member), None)
-        except (RuntimeError, OSError) as error:  # the root of torch's errors of stores and connections; names, routes
+        try:  # forming the group has time-outs of its own, except in NCCL's last step
+            member = await self._result(self._member, 2 * self.group.timeout_s)
+            return await self._result(self._thread.submit(work, member), None)
+        except (RuntimeError, OSError) as error:  # bases of torch's store and connection errors; name and route errors
             raise TransferError(f"weights were not transferred: {' '.join(str(error).split())[:200]}") from error
 
-    async def _unless_left(self, work: Future[R], timeout_s: float | None) -> R:
-        done = asyncio.wrap_future(work)
-        done.add_done_callback(lambda done: done.cancelled() or done.exception())  # perhaps nobody waits by then
-        await asyncio.wait((done, self._left), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    async def _result(self, work: Future[R], timeout_s: float | None) -> R:
+        """Await work of the thread. Raises TransferError when the group is left or the time is up."""
+        task = asyncio.wrap_future(work)
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # the await may have ended by then
+        await asyncio.wait((task, self._left), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if self._left.done():
-            raise TransferError("the group was left while weights were on their way")
-        if not done.done():
-            raise TransferError(f"a group of {self.group.receivers + 1} did not meet within {timeout_s:g} s")
-        return done.result()
+            raise TransferError("the group was left during a transfer")
+        if not task.done():
+            raise TransferError(f"a group of {self.group.receivers + 1} did not form within {timeout_s:g} s")
+        return task.result()
 
     def leave(self) -> None:
         self._left.set_result(None)
         if self._member.done() and not self._member.exception():
-            Thread(target=self._member.result().abort, daemon=True).start()  # it may wait for the GPU
+            Thread(target=self._member.result().abort, daemon=True).start()  # abort may wait for the GPU
         self._thread.shutdown(wait=False)
 
 
 class _Member:
-    """One process of a group. Made, and used, in one thread: each call waits for the others."""
+    """One process of a group. Every call blocks until the other processes make it too."""
 
     def __init__(self, group: BroadcastGroup, *, sends: bool) -> None:
         self._bucket, self._timeout = group.bucket_bytes, timedelta(seconds=group.timeout_s)
@@ -131,9 +136,9 @@ class _Member:
         )
         self._rank = 0 if sends else self._store.add("receivers", 1)
         if self._rank > group.receivers:
-            raise TransferError(f"a group of {group.receivers} receivers has no room for one more")
+            raise TransferError(f"a group of {group.receivers} receivers is complete; there is no room for one more")
         self._processes = (_nccl if group.backend == "nccl" else _gloo)(group, self._store, self._rank, self._timeout)
-        self._broadcast(torch.zeros(1, dtype=torch.uint8))  # NCCL's connect with the first one
+        self._broadcast(torch.zeros(1, dtype=torch.uint8))  # NCCL connects at the first broadcast
 
     def send(self, weights: Weights) -> None:
         self._broadcast(torch.from_numpy(weights.buffer))
@@ -141,16 +146,16 @@ class _Member:
     def receive(self, header: WeightsHeader) -> Weights:
         buffer = self._buffer_for(header)
         self._broadcast(torch.from_numpy(buffer))
-        arrived = buffer.view()
-        arrived.flags.writeable = False  # an engine may compute with this very memory
-        return header.weights(arrived)
+        read_only = buffer.view()
+        read_only.flags.writeable = False  # an engine may compute with this very memory
+        return header.weights(read_only)
 
     def abort(self) -> None:
-        """Wake what waits in NCCL; gloo has no such call."""
+        """Abort pending NCCL operations; gloo has no such call."""
         self._processes.abort()
 
     def _buffer_for(self, header: WeightsHeader) -> NDArray[np.uint8]:
-        """One of its own for every version, where that may become a model's memory; pinned memory is for passing on."""
+        """Allocate per version on a CPU, where a model may adopt the memory; on a GPU reuse one pinned buffer."""
         if self._device.type == "cpu":
             return buffer_for(header.specs)
         if self._pinned is None:
@@ -158,37 +163,35 @@ class _Member:
         return self._pinned
 
     def _broadcast(self, flat: Tensor) -> None:
-        """Fill uint8 [bytes] of host memory with the sender's, in buckets."""
+        """Broadcast uint8 [bytes] of host memory in buckets; receivers' memory is overwritten."""
         options = distributed.BroadcastOptions()
         options.rootRank, options.timeout = 0, self._timeout
-        under_way: deque[tuple[Any, Tensor, Tensor]] = deque()
-        with copying_beside(self._device):
+        in_flight: deque[tuple[Any, Tensor, Tensor]] = deque()
+        with on_copy_stream(self._device):
             for bucket in flat.split(self._bucket) if flat.numel() else ():
-                here = self._within_reach(bucket)
-                under_way.append((self._processes.broadcast([here], options), here, bucket))
-                if len(under_way) > _AHEAD:
-                    self._finish(*under_way.popleft())
-            while under_way:
-                self._finish(*under_way.popleft())
+                local = self._on_device(bucket)
+                in_flight.append((self._processes.broadcast([local], options), local, bucket))
+                if len(in_flight) > _BUCKETS_IN_FLIGHT:
+                    self._finish(*in_flight.popleft())
+            while in_flight:
+                self._finish(*in_flight.popleft())
 
-    def _within_reach(self, bucket: Tensor) -> Tensor:
-        """Where the backend takes it from, or puts it: the bucket itself, or room for it on the GPU."""
+    def _on_device(self, bucket: Tensor) -> Tensor:
+        """Return the tensor that the backend reads or fills: the bucket itself, or room for it on the GPU."""
         if self._device.type == "cpu":
             return bucket
-        return (
-            bucket.to(self._device, non_blocking=True)
-            if self._rank == 0
-            else torch.empty_like(bucket, device=self._device)
-        )
+        if self._rank == 0:
+            return bucket.to(self._device, non_blocking=True)
+        return torch.empty_like(bucket, device=self._device)
 
-    def _finish(self, work: Any, here: Tensor, bucket: Tensor) -> None:
+    def _finish(self, work: Any, local: Tensor, bucket: Tensor) -> None:
         work.wait(self._timeout)
-        if self._rank > 0 and here is not bucket:
-            bucket.copy_(here, non_blocking=True)
+        if self._rank > 0 and local is not bucket:
+            bucket.copy_(local, non_blocking=True)
 
 
 def _gloo(group: BroadcastGroup, store: Any, rank: int, timeout: timedelta) -> Any:
-    """Bound as the ranks' is, see `ranks.join`; by an address, which for IPv6 says more than an interface does."""
+    """Bind to the same network as `ranks.join`, but by address, which unlike an interface is unambiguous with IPv6."""
     gloo: Any = distributed.ProcessGroupGloo  # its stubs know no options
     options = gloo._Options()
     options._timeout = timeout
@@ -202,12 +205,14 @@ def _gloo(group: BroadcastGroup, store: Any, rank: int, timeout: timedelta) -> A
 
 
 def _nccl(group: BroadcastGroup, store: Any, rank: int, timeout: timedelta) -> Any:
-    """With waits that raise, where NCCL's watchdog would end the process."""
+    """Make waits raise on a time-out; by default NCCL's watchdog would end the process."""
     torch.cuda.set_device(0)
     options = distributed.ProcessGroupNCCL.Options()
     options._timeout = timeout
     before = os.environ.get("TORCH_NCCL_BLOCKING_WAIT")
-    os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # is read here and now; ranks of a trainer have met long before
+    os.environ["TORCH_NCCL_BLOCKING_WAIT"] = (
+        "1"  # only the constructor reads it; the trainer has joined its ranks long before
+    )
     try:
         return distributed.ProcessGroupNCCL(store, rank, group.receivers + 1, options)
     finally:

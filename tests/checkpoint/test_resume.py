@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from grpo.checkpoint.resume import archive_newer_checkpoints, check_compatible, find_resume_point
-from grpo.checkpoint.store import _PARTS, checkpoints, write_manifest
+from grpo.checkpoint.store import _REQUIRED, checkpoints, write_manifest
 from grpo.cli import preflight
 from grpo.errors import CheckpointError, ConfigError
 from grpo.tasks.base import make_task
@@ -42,7 +42,7 @@ def run_with(config, tmp_path):
 
 
 def write_checkpoint(path, step, run_folder, config):
-    for part in ("model/config.json", *_PARTS, "trainer.safetensors"):
+    for part in ("model/config.json", *_REQUIRED, "trainer.safetensors"):
         (path / part).parent.mkdir(parents=True, exist_ok=True)
         (path / part).write_text("{}")
     progress = {"step": step, "run_folder": str(run_folder), "config": dataclasses.asdict(config), "files": {}}
@@ -96,7 +96,7 @@ def test_nothing_at_the_path_is_an_error_that_says_what_to_name(config, tmp_path
         (tmp_path / "there" / folder).mkdir(parents=True)
     config.resume = str(tmp_path / "there")
     with pytest.raises(
-        CheckpointError, match=r"resume: no whole checkpoint: no step_\* in .*; name a checkpoint, or the run"
+        CheckpointError, match=r"resume: no intact checkpoint: no step_\* in .*; name a checkpoint, or a run"
     ):
         find_resume_point(config, tmp_path / "new")
 
@@ -117,7 +117,7 @@ def test_nothing_but_broken_ones_is_an_error(config, run_with):
     spoil(run, 3)
     spoil(run, 6)
     for config.resume in ("auto", str(run)):
-        with pytest.raises(CheckpointError, match=r"resume: no whole checkpoint: .*/run/checkpoints/step_000006/"):
+        with pytest.raises(CheckpointError, match=r"resume: no intact checkpoint: .*/run/checkpoints/step_000006/"):
             find_resume_point(config, run)
     config.resume = str(run / "checkpoints/step_000003")
     with pytest.raises(CheckpointError, match=r"step_000003/trainer\.safetensors has 6 bytes instead of 2"):
@@ -173,7 +173,7 @@ def test_auto_with_nothing_there_begins_anew_and_says_so(config, tmp_path):
     for folder in (tmp_path / "run", tmp_path / "2026-01-02/10-00-00"):
         assert find_resume_point(config, folder) == (
             None,
-            ["resume=auto: found no run to go on with; starting a new one"],
+            ["resume=auto: no run to resume was found; starting a new one"],
         )
 
 
@@ -284,7 +284,7 @@ def test_patience_and_pace_may_change(config, run_with):
         (lambda c: setattr(c.rollout, "group_size", 8), "rollout.group_size was 4, is 8"),
         (lambda c: setattr(c.rollout, "temperature", 0.5), "rollout.temperature was 1.0, is 0.5"),
         (lambda c: setattr(c.buffer, "max_policy_age", 3), "buffer.max_policy_age was 1, is 3"),
-        (lambda c: setattr(c.dataloader, "revisit", 0.2), "dataloader.revisit_fraction was 0.1, is 0.2"),
+        (lambda c: setattr(c.dataloader, "revisit_fraction", 0.2), "dataloader.revisit_fraction was 0.1, is 0.2"),
         (lambda c: setattr(c.loss, "beta", 0.1), "loss.beta was 0.0, is 0.1"),
         (lambda c: setattr(c.task, "target", "a:B"), "task.target was 'grpo.tasks.sorting:Sorting', is 'a:B'"),
         (lambda c: c.task.args.update(train_size=60), "task.args.train_size was 50, is 60"),
@@ -339,7 +339,7 @@ def test_settings_that_change_nothing_of_what_is_learned_are_free(config, run_wi
 @pytest.mark.parametrize(("step", "status"), [(3, "completed"), (4, None)])
 def test_nothing_is_left_of_a_run_that_had_its_last_step(config, run_with, step, status):
     point = point_of(config, run_with(step, status=status))
-    with pytest.raises(ConfigError, match=rf"max_steps: .* of step {step} and there are 3 steps: nothing is left to"):
+    with pytest.raises(ConfigError, match=rf"max_steps: nothing is left to do \(3, .* of step {step}\)"):
         check_compatible(config, point)
     config.trainer.max_steps = 5
     check_compatible(config, point)
@@ -374,7 +374,7 @@ def test_what_was_written_after_the_checkpoint_is_put_aside(config, run_with, tm
     (run / "metrics.jsonl").write_text('{"step": 1}\n')
     open_run(run, point_of(config, tmp_path / "new"))
     assert [path.name for path in checkpoints(run / "checkpoints")] == ["step_000003"]
-    assert {path.name for path in (run / "checkpoints").glob("left*")} == {
+    assert {path.name for path in (run / "checkpoints").glob("stale*")} == {
         "stale_step_000006",
         "stale_step_000009",
     }

@@ -190,7 +190,7 @@ FILES = [
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize(
-    ("damage", "message"), [(flip, "checksum is another"), (truncate, "bytes instead of"), (remove, "is missing")]
+    ("damage", "message"), [(flip, "wrong checksum"), (truncate, "bytes instead of"), (remove, "is missing")]
 )
 def test_damage_is_found_and_the_checkpoint_before_is_used(save, name, damage, message):
     before, newest = save(1), save(2)
@@ -358,7 +358,7 @@ def test_a_full_disk_leaves_the_checkpoints_before_as_they_were(save, small_disk
             break
         (small_disk / "ballast").unlink()
     assert len(messages) > 5
-    assert {message.partition(":")[0] for message in messages} == {
+    assert {message.partition(";")[0] for message in messages} == {
         f"no space left in {small_disk} for the checkpoint of step 2"
     }
     assert latest_good(small_disk) == (after, [])

@@ -129,7 +129,7 @@ def test_a_base_model_for_a_chat_task_names_the_setting(tiny_config, checked):
 
 def test_weights_that_are_no_safetensors_have_to_be_asked_for(model_folder, checked):
     (model_folder / "model.safetensors").rename(model_folder / "pytorch_model.bin")
-    with pytest.raises(GRPOError, match=r"^model\.pickled_weights: .* set it to true"):
+    with pytest.raises(GRPOError, match=r"^model\.allow_pickle: .* set it to true"):
         checked()
 
 
@@ -157,7 +157,7 @@ def test_what_is_no_model_for_us_is_refused(model_folder, checked, settings, mes
 def test_an_attention_that_the_model_does_not_have_names_the_key(tiny_config, model_folder, checked):
     GPTNeoConfig(num_layers=2, attention_types=[[["global", "local"], 1]]).save_pretrained(model_folder)
     tiny_config.model.attention = "sdpa"
-    with pytest.raises(GRPOError, match=r"^model\.attention: gpt_neo models have no sdpa; take auto"):
+    with pytest.raises(GRPOError, match=r"^model\.attention: gpt_neo models have no sdpa; use auto"):
         checked()
 
 

@@ -243,7 +243,7 @@ async def test_a_run_that_is_killed_before_its_first_checkpoint_begins_anew(star
     undisturbed = await start(folder=tmp_path / "undisturbed").to_the_end()
     await start().killed_after(1)
     resumed = await start("auto").to_the_end()
-    assert resumed.warnings == ["resume=auto: found no run to go on with; starting a new one"]
+    assert resumed.warnings == ["resume=auto: no run to resume was found; starting a new one"]
     assert_continued(resumed, undisturbed)
 
 

@@ -307,7 +307,7 @@ async def test_an_evaluation_that_fails_ends_the_run_with_its_error(loop):
 async def test_the_watchdog_bounds_an_evaluation(loop):
     loop.config.watchdog.seconds = 1.0
     loop.config.trainer.max_steps = 10**6
-    with pytest.raises(StalledError, match=r"nothing was done for 1 s .* answers wait for evaluator.generate"):
+    with pytest.raises(StalledError, match=r"for 1 s .* answers on evaluator.generate"):
         await loop(GatedAnswers())
     assert len(loop.lines) > 1
     assert nothing_is_left_running()

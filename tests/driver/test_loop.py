@@ -343,7 +343,7 @@ async def test_a_stalled_run_fails(simulated, make_recorder):
     simulated.watchdog.seconds = 0.5
     with pytest.raises(
         StalledError,
-        match=r"training: waits for replay_buffer.sample, \d s; \d rollouts wait for generator.generate, oldest \d s",
+        match=r"training on replay_buffer.sample \(\d s\); \d rollouts on generator.generate \(oldest \d s\)",
     ):
         await run_loop(simulated, make_recorder, {"trainer": CountingTrainer()})
 

@@ -98,4 +98,4 @@ async def test_who_waits_while_another_fetches_is_said_to_wait():
     gate.set()
     await asyncio.gather(*waiters)
     await queue.prompt_for(tickets[2])
-    assert describe_blocked() == "nobody waits for an actor"
+    assert describe_blocked() == "nothing is blocked on an actor"

@@ -28,15 +28,15 @@ async def test_a_stalled_run_fails_and_says_who_waits_for_what():
     begin_activity("the test")
     tasks = [asyncio.ensure_future(one) for one in waits]
     message = (
-        r"nothing was done for 0.02 s \(watchdog.seconds\): 3 rollouts wait for generator.generate, oldest 0 s; "
-        r"rollouts: waits for reference.logprobs and reward.score, 0 s; training: waits for a batch, 0 s$"
+        r"for 0.02 s \(watchdog.seconds\)[:.] Blocked: 3 rollouts on generator.generate \(oldest 0 s\); "
+        r"rollouts on reference.logprobs and reward.score \(0 s\); training on a batch \(0 s\)$"
     )
     with pytest.raises(StalledError, match=message):
         await Watchdog(WatchdogConfig(seconds=0.02), Signal(), print).watch()
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    assert describe_blocked() == "nobody waits for an actor"
+    assert describe_blocked() == "nothing is blocked on an actor"
 
 
 async def test_progress_keeps_the_watchdog_quiet():
@@ -92,7 +92,7 @@ async def test_work_under_watch_gives_its_result_or_its_error_or_the_stall():
 
 def test_outside_of_any_activity_a_wait_is_not_noted():
     with waiting_for("something"):
-        assert describe_blocked() == "nobody waits for an actor"
+        assert describe_blocked() == "nothing is blocked on an actor"
 
 
 async def test_a_task_that_an_activity_starts_may_be_one_of_its_own_and_is_forgotten_when_it_ends():
@@ -106,5 +106,5 @@ async def test_a_task_that_an_activity_starts_may_be_one_of_its_own_and_is_forgo
 
     task = asyncio.ensure_future(evaluate())
     with waiting_for("a batch"):
-        assert await task == "training: waits for a batch, 0 s; evaluation: waits for answers, 0 s"
-    assert describe_blocked() == "nobody waits for an actor"
+        assert await task == "Blocked: training on a batch (0 s); evaluation on answers (0 s)"
+    assert describe_blocked() == "nothing is blocked on an actor"

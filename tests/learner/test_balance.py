@@ -46,6 +46,6 @@ def test_what_two_parts_share():
     for first, second in itertools.product(
         [ShardRange(0, 4, 10), ShardRange(3, 8, 10), ShardRange(8, 10, 10), ShardRange(10, 10, 10)], repeat=2
     ):
-        ours, theirs = first.shared_with(second)
+        ours, theirs = first.overlap(second)
         shared = sorted({*rows[first.start : first.stop]} & {*rows[second.start : second.stop]})
         assert rows[first.start : first.stop][ours] == rows[second.start : second.stop][theirs] == shared

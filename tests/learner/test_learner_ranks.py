@@ -10,8 +10,8 @@ from grpo.utils.ranks import Ranks
 
 
 def talk(ranks):
-    sums = ranks.added_up([ranks.rank + 0.5, 1e-9])
-    return sums, ranks.from_all({"rank": ranks.rank, "tokens": np.arange(ranks.rank)})
+    sums = ranks.all_reduce([ranks.rank + 0.5, 1e-9])
+    return sums, ranks.all_gather({"rank": ranks.rank, "tokens": np.arange(ranks.rank)})
 
 
 def test_alone_there_is_nobody_to_talk_to():
@@ -29,7 +29,7 @@ def test_every_rank_learns_the_same_of_all(rank_processes, size):
 def die(ranks):
     if ranks.rank == 1:
         os._exit(1)
-    ranks.added_up([1.0])
+    ranks.all_reduce([1.0])
 
 
 def test_a_rank_that_dies_makes_the_others_raise(rank_processes):
@@ -44,7 +44,7 @@ def fall_behind(ranks, fifo):
         fifo.read_text()  # returns when the other is done
         return
     try:
-        ranks.added_up([1.0])
+        ranks.all_reduce([1.0])
     finally:
         fifo.write_text("")
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -11,7 +12,16 @@ from transformers import BioGptConfig, BioGptForCausalLM, BloomConfig, GPT2Confi
 
 from grpo.config.schema import ModelConfig
 from grpo.errors import ConfigError
-from grpo.models.loading import check_weights, context_length, load_model, load_settings, load_skeleton, stop_token_ids
+from grpo.models.loading import (
+    cache_folder,
+    cached,
+    check_weights,
+    context_length,
+    load_model,
+    load_settings,
+    load_skeleton,
+    stop_token_ids,
+)
 from grpo.models.tiny import character_tokenizer, tiny_llama
 from grpo.models.tokenizer import load_tokenizer
 
@@ -127,11 +137,11 @@ def pickled(folder):
 
 
 def test_pickled_weights_have_to_be_asked_for(pickled):
-    with pytest.raises(ConfigError, match=r"^model\.pickled_weights: .* has no safetensors; set it to true"):
+    with pytest.raises(ConfigError, match=r"^model\.allow_pickle: .* has no safetensors; set it to true"):
         check_weights(pickled)
     with pytest.raises(OSError, match=r"safetensors"):
         load_model(pickled, torch.float32, "cpu")
-    asked = replace(pickled, pickled_weights=True)
+    asked = replace(pickled, allow_pickle=True)
     check_weights(asked)
     model, saved = load_model(asked, torch.float32, "cpu"), tiny_llama(width=32, layers=2, heads=2)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), saved.parameters(), strict=True))
@@ -141,7 +151,7 @@ def test_pickled_weights_bring_no_code(pickled, capsys):
     file = Path(pickled.path, "pytorch_model.bin")
     torch.save(torch.load(file) | {"extra": Payload()}, file)
     with pytest.raises(UnpicklingError):
-        load_model(replace(pickled, pickled_weights=True), torch.float32, "cpu")
+        load_model(replace(pickled, allow_pickle=True), torch.float32, "cpu")
     assert "code from a file" not in capsys.readouterr().out
 
 
@@ -156,3 +166,52 @@ def test_the_context_is_the_architectures_limit(folder):
     assert context_length(load_settings(folder)) == 512
     assert context_length(GPT2Config(n_positions=16)) == 16
     assert context_length(BloomConfig()) is None
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def write(text):
+    return lambda folder: (folder / "config.json").write_text(text)
+
+
+def test_a_model_is_made_once():
+    folder = cached("m", write("first"))
+    assert cached("m", write("second")) == folder == cache_folder() / "m"
+    assert (folder / "config.json").read_text() == "first"
+    assert cached("other", write("second")) != folder
+
+
+def test_one_that_fails_leaves_nothing_behind():
+    def fail(folder):
+        write("half")(folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached("m", fail)
+    assert list(cache_folder().iterdir()) == []
+
+
+def test_of_two_at_once_the_first_wins():
+    def overtaken(folder):
+        cached("m", write("theirs"))
+        write("ours")(folder)
+
+    folder = cached("m", overtaken)
+    assert (folder / "config.json").read_text() == "theirs"
+    assert list(cache_folder().iterdir()) == [folder]
+
+
+def test_a_folder_that_cannot_be_put_in_place_is_an_error():
+    def vanishing(folder):
+        folder.rmdir()
+
+    with pytest.raises(FileNotFoundError):
+        cached("m", vanishing)
+
+
+def test_without_xdg_the_cache_lies_in_the_home_folder(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path(os.path.expanduser("~")) / ".cache" / "grpo"

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from grpo.config.schema import LoraConfig, ModelConfig, RunConfig
 from grpo.errors import ConfigError
-from grpo.models.export import export_adapters, export_merged, whole_model
+from grpo.models.export import export_adapters, export_merged, merged_model_path
 from grpo.models.loading import load_model
 from grpo.models.lora import adapted_base, adapters_off, add_adapters, check_targets, load_policy
 from grpo.weights.adapters import Merge, base_of
@@ -100,10 +100,10 @@ def test_only_adapters_are_published_to_the_last_byte(model):
     [
         (
             ["q_proj", "nothing"],
-            r"'nothing' is no nn\.Linear of LlamaForCausalLM, which has down_proj, gate_proj, k_pr",
+            r"'nothing' is not an nn\.Linear of LlamaForCausalLM\. It has down_proj, gate_proj, k_pr",
         ),
-        (["embed_tokens"], r"'model\.embed_tokens' is no nn\.Linear"),
-        (["mlp"], r"'model\.layers\.0\.mlp' is no nn\.Linear"),
+        (["embed_tokens"], r"'model\.embed_tokens' is not an nn\.Linear"),
+        (["mlp"], r"'model\.layers\.0\.mlp' is not an nn\.Linear"),
         (["lm_head"], r"lm_head shares its weights with another layer"),
     ],
 )
@@ -114,7 +114,7 @@ def test_targets_that_cannot_be_adapted_are_named(model, targets, message):
 
 def test_layers_that_are_not_linear_ones_are_refused():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=80, n_positions=16, n_embd=16, n_layer=1, n_head=2))
-    with pytest.raises(ConfigError, match=r"all-linear.* GPT2LMHeadModel, which has none"):
+    with pytest.raises(ConfigError, match=r"all-linear.* GPT2LMHeadModel\. It has none"):
         check_targets(model, LORA)
 
 
@@ -143,8 +143,8 @@ def test_adapters_as_a_models_path_are_merged_once(model, tiny_model_path, tmp_p
     adapted(model)
     export_adapters(ModelConfig(path=tiny_model_path), LORA, trained_parameters(model), tmp_path / "adapters")
     config = ModelConfig(path=str(tmp_path / "adapters"), dtype="bfloat16")
-    path = whole_model(config)
-    assert whole_model(config) == path
+    path = merged_model_path(config)
+    assert merged_model_path(config) == path
     assert [each.name for each in (tmp_path / "cache/grpo").iterdir()] == [path.rpartition("/")[2]]
     assert load_model(ModelConfig(path=path), torch.bfloat16, "cpu").dtype == torch.bfloat16
-    assert whole_model(ModelConfig(path=tiny_model_path)) == tiny_model_path
+    assert merged_model_path(ModelConfig(path=tiny_model_path)) == tiny_model_path

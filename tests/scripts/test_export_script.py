@@ -82,7 +82,7 @@ def test_a_run_becomes_an_ordinary_folder_with_the_learners_logits(run, learner,
 def test_a_run_without_checkpoints_is_one_line_and_exit_code_1(tmp_path, type_command):
     done = type_command(str(tmp_path), "exported")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"error: no whole checkpoint: no step_* in {tmp_path}/checkpoints; name a checkpoint")
+    assert done.stderr.startswith(f"error: no intact checkpoint: no step_* in {tmp_path}/checkpoints; name")
     assert len(done.stderr.splitlines()) == 1
 
 

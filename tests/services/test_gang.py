@@ -31,7 +31,7 @@ class Rank:
     async def step(self, batch):
         await self.may_go.wait()
         self.heard.append(batch)
-        measure("rank", self.number, "max")
+        measure("rank", self.number, "sum")
         self.waiting.set()
         await self._barrier.wait()
         return f"{batch} on {self.number}"
@@ -267,9 +267,9 @@ async def test_every_rank_is_a_source_of_what_was_recorded():
     async with Fleet() as fleet:
         await fleet.trainer.step.call("batch")
         harvests = {source.name: await source.drain(keep_recording=False) for source in fleet.trainer.processes()}
-        assert {name: drain.metrics.take() for name, drain in harvests.items()} == {
-            "trainer-0": {"rank/max": 0.0},
-            "trainer-1": {"rank/max": 1.0},
+        assert {name: drain.metrics.drain() for name, drain in harvests.items()} == {
+            "trainer-0": {"rank/sum": 0.0},
+            "trainer-1": {"rank/sum": 1.0},
         }
 
 

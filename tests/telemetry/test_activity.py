@@ -46,7 +46,7 @@ async def test_coroutines_are_counted_by_what_they_wait_for(clock):
         await clock.passes(3.0)
         generated.set()
         await clock.passes(1.0)
-        assert waiting.take(clock.now) == {
+        assert waiting.drain(clock.now) == {
             ("training", "replay_buffer.sample"): 1.0,
             ("rollouts", "generator.generate"): 1.5,
             ("rollouts", "reward.score"): 0.5,
@@ -58,12 +58,12 @@ async def test_a_wait_that_goes_on_counts_in_every_interval_and_only_there(clock
     begin_activity("training")
     waiting = MeanWaiting()
     with waiting_for("trainer.train_step"):
-        waiting.take(clock.now + 1)
+        waiting.drain(clock.now + 1)
         other = MeanWaiting()
-        other.take(clock.now + 2)  # one that looks at other times
-        assert waiting.take(clock.now + 10) == {("training", "trainer.train_step"): 1.0}
-        assert other.take(clock.now + 10) == {("training", "trainer.train_step"): 1.0}
+        other.drain(clock.now + 2)  # one that looks at other times
+        assert waiting.drain(clock.now + 10) == {("training", "trainer.train_step"): 1.0}
+        assert other.drain(clock.now + 10) == {("training", "trainer.train_step"): 1.0}
 
 
 async def test_outside_of_any_activity_nothing_is_counted():
-    assert MeanWaiting().take(1.0) == {}
+    assert MeanWaiting().drain(1.0) == {}

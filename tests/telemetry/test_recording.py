@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from grpo.telemetry.recording import Recording, context_for, measure, note, on_track, record_in, span, unrecorded
+from grpo.telemetry.recording import Recording, context_for, measure, note, on_track, record_in, span, stop_recording
 from grpo.utils.aio import gather_or_cancel
 from grpo.utils.torch_utils import ComputeThread
 
@@ -14,7 +14,7 @@ def spans():
     spans = Recording(on=True)
     record_in(spans)
     yield spans
-    unrecorded()  # the context of a fixture is that of all tests
+    stop_recording()  # the context of a fixture is that of all tests
 
 
 def recorded(spans):
@@ -100,7 +100,7 @@ async def test_tracks_have_lanes_of_their_own(spans):
 
 async def test_a_task_may_leave_none(spans):
     async def answer():
-        unrecorded()
+        stop_recording()
         with span("wait"):
             await asyncio.sleep(0)
 
@@ -138,7 +138,7 @@ async def test_a_compute_thread_records_for_who_asked(spans):
 
 
 async def test_what_there_is_no_room_for_is_counted(spans, monkeypatch):
-    monkeypatch.setattr("grpo.telemetry.recording._MOST", 2)
+    monkeypatch.setattr("grpo.telemetry.recording._MAX_SPANS", 2)
     for _ in range(5):
         with span("decode"):
             pass
@@ -151,8 +151,8 @@ async def test_metrics_are_kept_whether_spans_are_wanted_or_not(spans):
     spans.drain(keep_recording=False)
     measure("reward/score_s", 1.0)
     measure("reward/score_s", 3.0)
-    assert spans.drain(keep_recording=False).metrics.take() == {"reward/score_s/mean": 2.0}
-    assert spans.drain(keep_recording=False).metrics.take() == {}
+    assert spans.drain(keep_recording=False).metrics.drain() == {"reward/score_s/mean": 2.0}
+    assert spans.drain(keep_recording=False).metrics.drain() == {}
 
 
 async def test_a_metric_outside_of_any_recording_goes_nowhere():

@@ -124,7 +124,7 @@ async def test_who_leaves_waits_no_longer(broadcasters):
     for each in (sender, receiver):
         each.leave()
     results = await asyncio.gather(*calls, return_exceptions=True)
-    assert [str(result) for result in results] == ["the group was left while weights were on their way"] * 2
+    assert [str(result) for result in results] == ["the group was left during a transfer"] * 2
 
 
 async def test_calls_of_a_group_that_was_left_or_is_older_are_refused(broadcasters):
