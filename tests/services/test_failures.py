@@ -8,7 +8,7 @@ from grpo.types import GenerationReport, Group, Rollout, Scores
 
 @pytest.fixture
 def failures():
-    return Failures(RecoveryConfig(max_restarts=2, max_data_failures=1))
+    return Failures(RecoveryConfig(max_restarts=2, max_dropped_groups=1))
 
 
 def test_a_spent_budget_ends_the_run_with_the_error_behind_it(failures):
@@ -33,7 +33,7 @@ def test_a_trained_step_fills_the_budgets_up(failures):
 
 def test_the_budgets_of_actors_and_of_data_are_apart(failures):
     failures.reward_failed(RewardTimeout("slow"))
-    with pytest.raises(DataError, match=r"slow; recovery\.max_data_failures=1"):
+    with pytest.raises(DataError, match=r"slow; recovery\.max_dropped_groups=1"):
         failures.reward_failed(RewardTimeout("slow"))
     failures.actor_died("reward", ActorDied("died"))
 

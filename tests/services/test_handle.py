@@ -66,7 +66,7 @@ class Fleet:
         self.processes.append(echo)
         self.endpoints.append(LocalEndpoint(echo, name))
         if self._placed is not None:
-            self.endpoints[-1].placed = self._placed
+            self.endpoints[-1].wait_scheduled = self._placed
         return self.endpoints[-1]
 
     def states(self):
