@@ -20,7 +20,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskErro
 
 from grpo.cluster.shipping import CarriedConfig
 from grpo.errors import ActorDied, PayloadLost
-from grpo.services.call_batching import Answers, Arguments, BatchedWork, CallBatcher
+from grpo.services.call_batching import Answers, Arguments, BatchRunner, CallBatcher
 from grpo.services.endpoint import Process, free_port
 from grpo.telemetry.recording import Recording, TelemetryBatch, record_in
 from grpo.utils.gc_tuning import relax_gc, restore_gc
@@ -96,7 +96,7 @@ class _Host:
         self._name = name
         self._cls, self._kwargs = resolve_name(cls), kwargs
         self._recording = Recording()
-        self._gathered = BatchedWork()
+        self._gathered = BatchRunner()
 
     @cached_property
     def _actor(self) -> Any:
@@ -120,14 +120,14 @@ class _Host:
         return result
 
     async def invoke_gathered(self, calls: tuple[str, Mapping[int, Arguments]], *payloads: Any) -> Answers:
-        """Several calls of a method, by number; see BatchedWork."""
+        """Several calls of a method, by number; see BatchRunner."""
         method, arguments = calls
-        return await self._gathered.answers(
+        return await self._gathered.run(
             {number: self.invoke((method, *each), *payloads) for number, each in arguments.items()}
         )
 
     async def late(self, number: int) -> Any:
-        return await self._gathered.late(number)
+        return await self._gathered.late_answer(number)
 
     async def where(self) -> tuple[str, int]:
         """The node and the process."""

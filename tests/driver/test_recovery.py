@@ -227,7 +227,7 @@ async def test_a_trainer_that_dies_time_and_again_ends_the_run_with_its_error(co
         async def train_step(self, batch):
             raise ActorDied("trainer died: out of memory")
 
-    with pytest.raises(ActorDied, match=r"out of memory; recovery.max_restarts=2 between two steps are spent"):
+    with pytest.raises(ActorDied, match=r"out of memory; no restarts left .recovery.max_restarts=2 between two train "):
         await train(config, make_recorder, fakes={"trainer": Dying()})
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
