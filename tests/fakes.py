@@ -170,10 +170,7 @@ class Parcel:
 
 
 class Worker:
-    """An actor that shows what arrives in its process."""
-
-    async def setup(self):
-        """Nothing to load."""
+    """An actor that shows what arrives in its process; it has neither `setup` nor `close`."""
 
     @returns_payload
     async def make(self, size):
