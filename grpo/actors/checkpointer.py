@@ -29,9 +29,6 @@ class Checkpointer:
         self._config, self._folder = config, Path(folder)
         self._thread = ComputeThread("checkpointer", 1)
 
-    async def setup(self) -> None:
-        """Nothing to load."""
-
     async def save(
         self,
         step: int,

@@ -65,9 +65,6 @@ class Dataloader:
         _, skipped = self._held_out(self._config.eval.prompts)
         return {"problems": len(self._problems), "held_out_skipped_length": skipped}
 
-    async def close(self) -> None:
-        """Nothing to end."""
-
     def _prompt(self, serial: int) -> Prompt | None:
         index = self._problem_index(serial)
         token_ids = self._encoder.encode(self._problems[index])

@@ -1,12 +1,15 @@
-"""What the loop sees of the actors: four verbs on every method, and the six nouns to call.
+"""Marks for actor methods: they tell the services how a call travels, and who gets it.
 
-    await services.trainer.train_step.call(batch)              every rank of an actor, results by rank
-    await services.dataloader.sample.call_one(16)              the one actor; the result of its rank 0
-    await services.generator.generate.route(prompt, params)    one replica of a service, the least loaded
-    await services.generator.update_weights.fanout(weights)    every replica, results by replica
+Example:
 
-An exception in the actor is raised at the await, with its type. A call that a dying process takes with it is made
-again, by another replica or by the replacement.
+    class Generator:
+        @returns_payload
+        async def generate(self, prompt, params) -> tuple[list[Completion], GenerationReport]:
+            ...  # the driver gets (reference to the completions, report)
+
+        @replayed_on_join
+        async def update_weights(self, weights) -> GeneratorStats:
+            ...  # a replica that joins later gets the newest weights before it serves
 """
 
 from __future__ import annotations
@@ -18,45 +21,42 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def methods_marked(cls: type, mark: str) -> frozenset[str]:
-    """The names of the methods of an actor class that bear one of the marks below."""
+    """Return the names of the methods of an actor class that bear one of the marks below."""
     return frozenset(name for name in dir(cls) if hasattr(getattr(cls, name), mark))
 
 
 def replayed_on_join(method: F) -> F:
-    """Mark an actor method whose last fanout a new replica gets before it serves."""
+    """Replay the last fanout of this method on every replica that joins later, before it serves."""
     method.replayed_on_join = True  # type: ignore[attr-defined]
     return method
 
 
 def returns_payload(method: F) -> F:
-    """Mark an actor method whose result is a pair (payload, report).
+    """Return a pair (payload, report), of which the payload stays on the node that made it.
 
-    The payload (tokens, weights) stays on the node that made it: the caller awaits a reference to it and the report,
-    and passes the reference on, by itself or as a field of a dataclass. The actor that receives it sees the value.
+    The caller awaits a reference to the payload (tokens, weights) and the report. It passes the reference on, by itself
+    or as a field of a dataclass; the actor that receives it sees the value.
     """
     method.returns_payload = True  # type: ignore[attr-defined]
     return method
 
 
 def rank_zero_only(method: F) -> F:
-    """Mark an actor method that only rank 0 is asked, beside whatever all ranks do together."""
+    """Send calls of this method to rank 0 alone, concurrently with the calls that all ranks share."""
     method.rank_zero_only = True  # type: ignore[attr-defined]
     return method
 
 
 def batched(method: F) -> F:
-    """Mark an actor method that many call side by side: calls made at about the same time travel together.
-
-    It returns no payload.
-    """
+    """Send concurrent calls of this method together. It can't return a payload."""
     method.batched = True  # type: ignore[attr-defined]
     return method
 
 
 def copied_to_driver(method: F) -> F:
-    """Mark an actor method whose last payload is still needed when the node that made it is lost.
+    """Copy the newest payload of this method to the driver's node, in the background.
 
-    On a cluster of several nodes it is copied to the driver's, beside whatever goes on.
+    For payloads that are still needed when the node that made them is lost.
     """
     method.copied_to_driver = True  # type: ignore[attr-defined]
     return method

@@ -23,9 +23,6 @@ class ReplayBuffer:
         self._head = 0  # the oldest ticket that is neither trained on nor dropped
         self._changed = asyncio.Condition()
 
-    async def setup(self) -> None:
-        """Nothing to load."""
-
     @batched
     async def add(self, ticket: Ticket, group: Group) -> None:
         async with self._changed:
@@ -71,9 +68,6 @@ class ReplayBuffer:
             self._head = min(open_serials, default=next_serial)
             self._passed = set(range(self._head, next_serial)) - open_serials
             self._changed.notify_all()
-
-    async def close(self) -> None:
-        """Nothing to end."""
 
     def _available(self, count: int) -> list[Ticket]:
         """Up to `count` groups that may be taken now, the longest admitted first.

@@ -132,7 +132,7 @@ async def _run(
         )
         services = await run_until_set(shutdown, stack.enter_async_context(launch(config, recorder.failures)))
         recorder.startup.ended("actors")
-        recorder.replicas = services.replicas
+        recorder.replicas = services.replica_stats
         restore_gc()
         try:
             async with open_to_operators(recorder.run_dir.path, services):
@@ -141,7 +141,7 @@ async def _run(
                     async with collecting(services, recorder.failures.progress, recorder.measured, timeline):
                         await train_loop(services, config, recorder, shutdown, resume)
         finally:
-            recorder.replicas = partial(dict, services.replicas())  # as they are before they are closed
+            recorder.replicas = partial(dict, services.replica_stats())  # as they are before they are closed
             if (task := asyncio.current_task()) and not task.cancelling():  # a second Ctrl-C waits for nothing
                 recorder.prompts |= await _prompt_counts(services)
 

@@ -1,1 +1,1 @@
-"""From plain classes to processes. The only place that imports `ray`."""
+"""Actors as Ray processes: connect, place, launch, ship files. The only package that imports `ray`."""

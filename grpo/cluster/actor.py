@@ -1,6 +1,4 @@
-"""Copies that are brought to this node, of payloads that are made faster than they travel."""
-
-# MERGED: Method calls to a Ray actor: payloads by reference, errors with their own type.
+"""Host an actor in a Ray process, and call it: payloads go by reference, errors keep their type."""
 
 from __future__ import annotations
 
@@ -18,269 +16,268 @@ from typing import Any, NoReturn
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
-from grpo.cluster.shipping import CarriedConfig
+from grpo.cluster.shipping import ShippedConfig
 from grpo.errors import ActorDied, PayloadLost
-from grpo.services.call_batching import Answers, Arguments, BatchedWork, CallBatcher
+from grpo.services.call_batching import Answers, Arguments, BatchRunner, CallBatcher
 from grpo.services.endpoint import Process, free_port
 from grpo.telemetry.recording import Recording, TelemetryBatch, record_in
 from grpo.utils.gc_tuning import relax_gc, restore_gc
 
-
-class LatestCopy:
-    """Holds on to a payload that has arrived until a newer one is here; one is under way at a time.
-
-    Meanwhile only the newest waits its turn: those that it takes the place of are let go. `failed` is told why a
-    payload did not arrive.
-    """
-
-    def __init__(self, failed: Callable[[BaseException], None]) -> None:
-        self.held: Any = None
-        self._failed = failed
-        self._coming: asyncio.Future[Any] | None = None
-        self._waiting: Awaitable[Any] | None = None
-
-    def bring(self, payload: Awaitable[Any]) -> None:
-        """Have the copy made: `payload` gives it when it is awaited."""
-        self._waiting = payload
-        if self._coming is None:
-            self._go_on()
-
-    def _go_on(self) -> None:
-        payload, self._waiting, self._coming = self._waiting, None, None
-        if payload is not None:
-            self._coming = asyncio.ensure_future(payload)
-            self._coming.add_done_callback(self._arrived)
-
-    def _arrived(self, copying: asyncio.Future[Any]) -> None:
-        if copying.cancelled():  # the event loop ends
-            return
-        if (error := copying.exception()) is None:
-            self.held = copying.result()
-        else:
-            self._failed(error)
-        self._go_on()
-
-
 log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Slot:
-    """Stands in an argument for a reference that travels beside it, at the top level, where Ray resolves it."""
-
-    index: int
-
-
-@cache
-def host_class(cls: type) -> Any:
-    """Ray's class of the processes that host an instance of `cls`, under the same name in its dashboard.
-
-    Made once: Ray pickles it anew for every other class, which blocks the event loop.
-    """
-    return ray.remote(type(cls.__name__, (_Host,), {}))
-
-
-def name_of(cls: type) -> str:
-    """By which a process finds the class."""
-    return f"{cls.__module__}:{cls.__qualname__}"
-
-
-def _unpacked(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What another node has sent, with the files that belong to it."""
-    return {name: arg.here() if isinstance(arg, CarriedConfig) else arg for name, arg in kwargs.items()}
-
-
-class _Host:
-    def __init__(self, name: str, cls: str, kwargs: dict[str, Any]) -> None:
-        relax_gc()  # before the class's module is imported: hence its name
-        self._name = name
-        self._cls, self._kwargs = resolve_name(cls), kwargs
-        self._recording = Recording()
-        self._gathered = BatchedWork()
-
-    @cached_property
-    def _actor(self) -> Any:
-        return self._cls(**self._kwargs)
-
-    def __repr__(self) -> str:
-        """What Ray's dashboard and logs call it."""
-        return self._name
-
-    async def invoke(self, call: tuple[str, tuple[Any, ...], dict[str, Any]], *payloads: Any) -> Any:
-        """`call` is one argument since Ray pickles each of them apart: method, arguments, keyword arguments."""
-        record_in(self._recording)
-        method, args, kwargs = call
-        args = tuple(_fill(arg, payloads) for arg in args)
-        kwargs = {name: _fill(arg, payloads) for name, arg in kwargs.items()}
-        if method == "setup":  # not as the process starts: `where` says meanwhile that it has found a place
-            self._kwargs = await asyncio.to_thread(_unpacked, self._kwargs)
-        result = await getattr(self._actor, method)(*args, **kwargs)
-        if method == "setup":
-            restore_gc()
-        return result
-
-    async def invoke_gathered(self, calls: tuple[str, Mapping[int, Arguments]], *payloads: Any) -> Answers:
-        """Several calls of a method, by number; see BatchedWork."""
-        method, arguments = calls
-        return await self._gathered.answers(
-            {number: self.invoke((method, *each), *payloads) for number, each in arguments.items()}
-        )
-
-    async def late(self, number: int) -> Any:
-        return await self._gathered.late(number)
-
-    async def where(self) -> tuple[str, int]:
-        """The node and the process."""
-        return ray.get_runtime_context().get_node_id(), os.getpid()
-
-    async def rendezvous(self) -> tuple[str, int]:
-        """An address of this node that the others reach, and a port that is free there."""
-        return ray.util.get_node_ip_address(), free_port()
-
-    async def ping(self) -> None:
-        """Returns when the actor answers: one that has a process behind it asks that too."""
-        if hasattr(self._actor, "ping"):
-            await self._actor.ping()
-
-    async def drain(self, keep_recording: bool) -> TelemetryBatch:
-        return self._recording.drain(keep_recording=keep_recording)
-
-    async def linger(self) -> None:
-        """Never returns: whoever calls it hears at once when the process dies."""
-        await asyncio.get_running_loop().create_future()
-
-
 class RayEndpoint(Process):
-    """A Ray actor that hosts an instance of `cls`."""
+    """The driver's side of a Ray actor that hosts an instance of `cls`."""
 
     def __init__(self, name: str, cls: type, actor: Any) -> None:
         self.name, self.actor = name, actor
-        self.pid: int | None = None  # where it runs on the driver's node
-        self._process: int | None = None  # a descriptor of it, which no later process of the same number can take over
+        self.pid: int | None = None  # if it runs on the driver's node
+        self._pidfd: int | None = None  # unlike the pid, it can't come to mean a later process
         self._cls = cls
-        self._copies: dict[str, LatestCopy] = {}  # of payloads, by the method that made them
-        self._gathering: dict[str, CallBatcher] = {}  # by method
-
-    async def wait_scheduled(self) -> None:
-        node, pid = await self._result(self.actor.where.remote())
-        if node == ray.get_runtime_context().get_node_id():
-            with suppress(AttributeError, ProcessLookupError):  # not every system has it; or it just died
-                self._process = os.pidfd_open(pid)
-            self.pid = pid
+        self._copies: dict[str, LatestCopy] = {}  # of payloads, by the method that returned them
+        self._batchers: dict[str, CallBatcher] = {}  # by method
 
     async def invoke(self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         implementation = getattr(self._cls, method, None)
         if hasattr(implementation, "batched"):
-            return await self._gathering_of(method).call(args, kwargs or {})
-        payloads: list[ray.ObjectRef] = []
-        args, kwargs = _hoist_all((args, kwargs or {}), payloads)
-        returns_payload = getattr(implementation, "returns_payload", False)
+            return await self._batcher(method).call(args, kwargs or {})
+        references: list[ray.ObjectRef] = []
+        args, kwargs = _hoist_all((args, kwargs or {}), references)
+        returns_payload = hasattr(implementation, "returns_payload")
         remote = self.actor.invoke.options(num_returns=2 if returns_payload else 1, name=f"{self.name}.{method}")
-        if returns_payload:
-            payload, report = remote.remote((method, args, kwargs), *payloads)
-            result = payload, await self._result(report)
-            if hasattr(implementation, "copied_to_driver"):
-                self._copy_of(method).bring(payload)
-            return result
-        return await self._result(remote.remote((method, args, kwargs), *payloads))
+        if not returns_payload:
+            return await self._result(remote.remote((method, args, kwargs), *references))
+        payload, report = remote.remote((method, args, kwargs), *references)
+        result = payload, await self._result(report)
+        if hasattr(implementation, "copied_to_driver"):
+            # Arrays in the copy are mapped, not read. While it is held, the payload's reference stays valid even when
+            # the node that made it is lost.
+            self._copies.setdefault(method, LatestCopy(f"{self.name}.{method}")).fetch(payload)
+        return result
+
+    def _batcher(self, method: str) -> CallBatcher:
+        async def send(calls: Mapping[int, Arguments]) -> Answers:
+            references: list[ray.ObjectRef] = []
+            hoisted = {number: _hoist_all(arguments, references) for number, arguments in calls.items()}
+            remote = self.actor.invoke_batch.options(name=f"{self.name}.{method}")
+            answers: Answers = await self._result(remote.remote((method, hoisted), *references))
+            return answers
+
+        async def fetch_late(number: int) -> Any:
+            return await self._result(self.actor.late_answer.options(name=f"{self.name}.{method}").remote(number))
+
+        if method not in self._batchers:
+            self._batchers[method] = CallBatcher(send, fetch_late)
+        return self._batchers[method]
+
+    async def wait_scheduled(self) -> None:
+        node, pid = await self._result(self.actor.where.remote())
+        if node == ray.get_runtime_context().get_node_id():
+            with suppress(AttributeError, ProcessLookupError):  # not every system has pidfds; or it just died
+                self._pidfd = os.pidfd_open(pid)
+            self.pid = pid
 
     async def rendezvous(self) -> tuple[str, int]:
         host, port = await self._result(self.actor.rendezvous.remote())
         return host, port
 
-    def _gathering_of(self, method: str) -> CallBatcher:
-        async def send(calls: Mapping[int, Arguments]) -> Answers:
-            payloads: list[ray.ObjectRef] = []
-            hoisted = {number: _hoist_all(arguments, payloads) for number, arguments in calls.items()}
-            remote = self.actor.invoke_gathered.options(name=f"{self.name}.{method}")
-            answers: Answers = await self._result(remote.remote((method, hoisted), *payloads))
-            return answers
-
-        async def late(number: int) -> Any:
-            return await self._result(self.actor.late.options(name=f"{self.name}.{method}").remote(number))
-
-        if method not in self._gathering:
-            self._gathering[method] = CallBatcher(send, late)
-        return self._gathering[method]
-
     async def ping(self) -> None:
         await self._result(self.actor.ping.remote())
 
     async def drain(self, *, keep_recording: bool) -> TelemetryBatch:
-        drain: TelemetryBatch = await self._result(self.actor.drain.remote(keep_recording))
-        return drain
+        batch: TelemetryBatch = await self._result(self.actor.drain.remote(keep_recording))
+        return batch
 
     async def wait_dead(self) -> NoReturn:
-        await self._result(self.actor.linger.remote())
+        await self._result(self.actor.never_return.remote())
         raise ActorDied(f"{self.name} ended")
 
     def kill(self, *, hung: bool = False) -> None:
         ray.kill(self.actor)
-        if self._process is not None:
+        if self._pidfd is not None:
             with suppress(ProcessLookupError):
                 if hung:  # Ray asks a process to end itself
-                    signal.pidfd_send_signal(self._process, signal.SIGKILL)
-            os.close(self._process)
-            self._process = None
-
-    def _copy_of(self, method: str) -> LatestCopy:
-        """On this node; arrays in it are mapped, not read.
-
-        It makes the payload's reference good for as long as it is held, whatever becomes of the node.
-        """
-
-        def failed(error: BaseException) -> None:
-            log.warning("%s.%s has no copy here: %s", self.name, method, error)
-
-        return self._copies.setdefault(method, LatestCopy(failed))
+                    signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            os.close(self._pidfd)
+            self._pidfd = None
 
     async def _result(self, reference: ray.ObjectRef) -> Any:
         try:
             return await reference
         except RayTaskError as error:
             if isinstance(error.cause, ObjectLostError):
-                raise _lost(self.name, error.cause) from error
+                raise self._payload_lost(error.cause) from error
             raise error.cause from error
         except RayActorError as error:
             raise ActorDied(f"{self.name} died: {_first_line(error)}") from error
         except ObjectLostError as error:
-            raise _lost(self.name, error) from error
+            raise self._payload_lost(error) from error
 
-
-def _lost(name: str, error: ObjectLostError) -> PayloadLost:
-    what_happened, *_how_to_debug_it = _first_line(error).split(". ")
-    return PayloadLost(f"{name}: {what_happened}")
+    def _payload_lost(self, error: ObjectLostError) -> PayloadLost:
+        what_happened, *_how_to_debug_it = _first_line(error).split(". ")
+        return PayloadLost(f"{self.name}: {what_happened}")
 
 
 def _first_line(error: RayError) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def _hoist_all(arguments: Arguments, payloads: list[ray.ObjectRef]) -> Arguments:
+@cache
+def host_class(cls: type) -> Any:
+    """Return the Ray class whose processes host an instance of `cls`, under the same name in Ray's dashboard.
+
+    It is cached, since Ray pickles every new class, which blocks the event loop.
+    """
+    return ray.remote(type(cls.__name__, (_Host,), {}))
+
+
+def name_of(cls: type) -> str:
+    """Return the name by which a process imports the class."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+class _Host:
+    """The actor's side: a process that holds the actor, which is built at its first call."""
+
+    def __init__(self, name: str, cls: str, kwargs: dict[str, Any]) -> None:
+        relax_gc()  # before the class's module is imported, so the class comes by name
+        self._name = name
+        self._cls, self._kwargs = resolve_name(cls), kwargs
+        self._recording = Recording()
+        self._batches = BatchRunner()
+
+    @cached_property
+    def _actor(self) -> Any:
+        return self._cls(**self._kwargs)
+
+    def __repr__(self) -> str:
+        """Return the name of the process in Ray's dashboard and logs."""
+        return self._name
+
+    async def invoke(self, call: tuple[str, tuple[Any, ...], dict[str, Any]], *payloads: Any) -> Any:
+        """Call a method. `call` is method, arguments and keyword arguments, in one since Ray pickles each by itself."""
+        record_in(self._recording)
+        method, args, kwargs = call
+        args = tuple(_insert(arg, payloads) for arg in args)
+        kwargs = {name: _insert(arg, payloads) for name, arg in kwargs.items()}
+        if method == "setup":
+            # Not in the constructor: `where` has to answer meanwhile that the process runs.
+            self._kwargs = await asyncio.to_thread(_localize, self._kwargs)
+        if method == "close" and "_actor" not in vars(self):
+            return None  # it was not built yet
+        if method in ("setup", "close") and not hasattr(self._actor, method):
+            result = None
+        else:
+            result = await getattr(self._actor, method)(*args, **kwargs)
+        if method == "setup":
+            restore_gc()
+        return result
+
+    async def invoke_batch(self, calls: tuple[str, Mapping[int, Arguments]], *payloads: Any) -> Answers:
+        """Make several calls of a method, by number; see BatchRunner."""
+        method, arguments = calls
+        return await self._batches.run(
+            {number: self.invoke((method, *each), *payloads) for number, each in arguments.items()}
+        )
+
+    async def late_answer(self, number: int) -> Any:
+        return await self._batches.late_answer(number)
+
+    async def where(self) -> tuple[str, int]:
+        """Return the ids of the node and of the process."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    async def rendezvous(self) -> tuple[str, int]:
+        """Return an address of this node that other nodes reach, and a port that is free here."""
+        return ray.util.get_node_ip_address(), free_port()
+
+    async def ping(self) -> None:
+        """Return when the actor answers. An actor with a process behind it has a `ping` that asks that process."""
+        if hasattr(self._actor, "ping"):
+            await self._actor.ping()
+
+    async def drain(self, keep_recording: bool) -> TelemetryBatch:
+        return self._recording.drain(keep_recording=keep_recording)
+
+    async def never_return(self) -> None:
+        """Wait until the process dies, which raises an error at the caller."""
+        await asyncio.get_running_loop().create_future()
+
+
+def _localize(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments for this node, once the files they name are here."""
+    return {name: arg.localize() if isinstance(arg, ShippedConfig) else arg for name, arg in kwargs.items()}
+
+
+class LatestCopy:
+    """Holds the newest payload that has arrived on this node. One payload is under way at a time.
+
+    Payloads may be made faster than they travel: while one is under way, only the newest of the others waits.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.held: Any = None
+        self._name = name
+        self._fetching: asyncio.Future[Any] | None = None
+        self._next: Awaitable[Any] | None = None
+
+    def fetch(self, payload: Awaitable[Any]) -> None:
+        """Fetch a payload by awaiting it, after the one that is under way."""
+        self._next = payload
+        if self._fetching is None:
+            self._fetch_next()
+
+    def _fetch_next(self) -> None:
+        payload, self._next, self._fetching = self._next, None, None
+        if payload is not None:
+            self._fetching = asyncio.ensure_future(payload)
+            self._fetching.add_done_callback(self._arrived)
+
+    def _arrived(self, fetching: asyncio.Future[Any]) -> None:
+        if fetching.cancelled():  # the event loop ends
+            return
+        if (error := fetching.exception()) is None:
+            self.held = fetching.result()
+        else:
+            log.warning("%s: no copy on the driver's node: %s", self._name, error)
+        self._fetch_next()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """Stands in an argument for a reference that is sent at the top level, where Ray resolves it."""
+
+    index: int
+
+
+def _hoist_all(arguments: Arguments, references: list[ray.ObjectRef]) -> Arguments:
     args, kwargs = arguments
-    return tuple(_hoist(arg, payloads) for arg in args), {name: _hoist(arg, payloads) for name, arg in kwargs.items()}
+    return (
+        tuple(_hoist(arg, references) for arg in args),
+        {name: _hoist(arg, references) for name, arg in kwargs.items()},
+    )
 
 
-def _hoist(arg: Any, payloads: list[ray.ObjectRef]) -> Any:
-    """Replace references in an argument, or in its items or fields, by slots; collect them in `payloads`."""
+def _hoist(arg: Any, references: list[ray.ObjectRef]) -> Any:
+    """Replace the references in an argument, or in its items or fields, by slots; append them to `references`."""
     if isinstance(arg, ray.ObjectRef):
-        payloads.append(arg)
-        return _Slot(len(payloads) - 1)
-    if type(arg) is tuple:
-        return tuple(_hoist(each, payloads) for each in arg)
-    if dataclasses.is_dataclass(arg) and not isinstance(arg, type):
-        references = {name: _hoist(v, payloads) for name, v in vars(arg).items() if isinstance(v, ray.ObjectRef)}
-        return dataclasses.replace(arg, **references) if references else arg
-    return arg
+        references.append(arg)
+        return _Slot(len(references) - 1)
+    return _map_inside(arg, ray.ObjectRef, lambda each: _hoist(each, references))
 
 
-def _fill(arg: Any, payloads: tuple[Any, ...]) -> Any:
-    """The inverse of `_hoist`, once Ray has brought the values."""
+def _insert(arg: Any, payloads: tuple[Any, ...]) -> Any:
+    """Put the payloads into the slots, the inverse of `_hoist`."""
     if isinstance(arg, _Slot):
         return payloads[arg.index]
+    return _map_inside(arg, _Slot, lambda each: _insert(each, payloads))
+
+
+def _map_inside(arg: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
+    """Convert the items of a tuple, or the fields of a dataclass that are of a kind."""
     if type(arg) is tuple:
-        return tuple(_fill(each, payloads) for each in arg)
+        return tuple(map(convert, arg))
     if dataclasses.is_dataclass(arg) and not isinstance(arg, type):
-        values = {name: payloads[v.index] for name, v in vars(arg).items() if isinstance(v, _Slot)}
-        return dataclasses.replace(arg, **values) if values else arg
+        converted = {name: convert(value) for name, value in vars(arg).items() if isinstance(value, kind)}
+        return dataclasses.replace(arg, **converted) if converted else arg
     return arg

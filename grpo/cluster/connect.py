@@ -1,4 +1,7 @@
-"""Looks at a Ray cluster before it is joined: `ray.init` tries for minutes, and says little of why it could not."""
+"""Join a Ray cluster, or start one on this machine; check first that it can be joined and has room.
+
+The check is here since `ray.init` tries for minutes, and says little about why it fails.
+"""
 
 from __future__ import annotations
 
@@ -25,42 +28,7 @@ from grpo.cluster.shipping import runtime_env
 from grpo.config.schema import ClusterConfig
 from grpo.errors import ConfigError, LaunchError
 
-_LOOK_AGAIN_S = 2.0
-
-
-def wait_for_room(specs: Sequence[ActorSpec], address: str, timeout_s: float, warn: Callable[[str], None]) -> None:
-    """Return when the cluster has room for the actors. What it lacks for longer than `timeout_s` is a LaunchError.
-
-    Nodes that were started together join one after the other, the driver's own too. `warn` gets one line when there is
-    something to wait for.
-    """
-    deadline = time.monotonic() + timeout_s
-    told = False
-    while True:
-        try:
-            return check_placement(specs, nodes_at(address), "the Ray cluster")
-        except LaunchError as lacking:
-            if time.monotonic() >= deadline:
-                raise
-            if not told:
-                warn(f"waiting up to {timeout_s:g} s for the Ray cluster (cluster.wait_for_nodes_s): {lacking}")
-                told = True
-            time.sleep(_LOOK_AGAIN_S)
-
-
-def nodes_at(address: str) -> list[Node]:
-    """The nodes of the cluster at `auto` or `host:port`. LaunchError, with the fix, where it can't be joined."""
-    done = subprocess.run([sys.executable, probe.__file__, address], capture_output=True, text=True)
-    if done.returncode == -signal.SIGALRM:
-        raise LaunchError(f"cluster.address: something listens at {address}, but no Ray of this version answers")
-    if done.returncode:
-        raise LaunchError(f"cluster.address: can't look at {address}: {done.stderr.strip()[-1000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    if "error" in found:
-        raise LaunchError(f"cluster.address: {found['error']}")
-    return [Node(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in found["nodes"]]
-
-
+_RETRY_S = 2.0
 _DASHBOARD_PACKAGES = ("aiohttp", "aiohttp_cors", "opencensus", "prometheus_client")  # some of ray[default]
 
 
@@ -68,13 +36,18 @@ _DASHBOARD_PACKAGES = ("aiohttp", "aiohttp_cors", "opencensus", "prometheus_clie
 def ray_cluster(config: ClusterConfig) -> Iterator[str | None]:
     """Join the cluster at `cluster.address`, or start one on this machine that ends with the run, however that ends.
 
-    Gives the address of the dashboard where `cluster.dashboard` started one. Raises LaunchError when there is no
-    cluster at that address.
+    Gives the address of the dashboard if `cluster.dashboard` started one. Raises LaunchError when there is no cluster
+    at the address.
+
+    Example:
+
+        with ray_cluster(config.cluster):
+            asyncio.run(work())  # in which `launch(config, failures)` starts the actors
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the behaviour that Ray announces
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # those of cancelled calls
-    # Freed objects give their memory back at once, not once a second: the next weights find its pages mapped, and
-    # copying into fresh ones takes six times as long.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # errors of cancelled calls
+    # Free the memory of objects at once, not once a second: the next weights find its pages mapped. Copying into fresh
+    # pages takes six times as long.
     os.environ.setdefault("RAY_free_objects_batch_size", "1")
     with session_reaper():
         try:
@@ -85,19 +58,13 @@ def ray_cluster(config: ClusterConfig) -> Iterator[str | None]:
             ray.shutdown()
 
 
-def check_dashboard(config: ClusterConfig) -> None:
-    """Raise ConfigError when it is wanted and Ray came without it."""
-    if config.dashboard and not all(map(importlib.util.find_spec, _DASHBOARD_PACKAGES)):
-        raise ConfigError("is not installed: pip install -e '.[dashboard]'", key="cluster.dashboard")
-
-
 def _connect(config: ClusterConfig) -> str | None:
     address = config.address
     if address is not None:
         nodes_at(address)
     try:
         with TemporaryDirectory() as empty:
-            there = ray.init(
+            context = ray.init(
                 address=address or "local",
                 include_dashboard=None if address else config.dashboard,
                 dashboard_host="127.0.0.1",
@@ -106,16 +73,16 @@ def _connect(config: ClusterConfig) -> str | None:
                 logging_level=logging.WARNING,
             )
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())  # of versions that differ, it lists them line by line
+        reason = " ".join(str(error).split())  # Ray lists versions that differ line by line
         raise LaunchError(f"cluster.address: can't reach Ray at {address or 'local'}: {reason}") from error
-    except SystemExit as ended:  # by Ray's handler of SIGTERM, which it puts in the place of ours
+    except SystemExit as ended:  # raised by Ray's handler of SIGTERM, which replaces ours
         raise KeyboardInterrupt from ended
-    return f"http://{there.dashboard_url}" if config.dashboard else None
+    return f"http://{context.dashboard_url}" if config.dashboard else None
 
 
 @contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM wait: interrupted half-way, `ray.init` leaves processes behind."""
+    """Delay Ctrl-C and SIGTERM until the block ends: `ray.init` leaves processes behind when it is interrupted."""
     held: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, lambda number, frame: held.append(number)) for number in numbers}
@@ -126,3 +93,42 @@ def _signals_held_back() -> Iterator[None]:
             signal.signal(number, handler)
     if held:
         raise KeyboardInterrupt
+
+
+def check_dashboard(config: ClusterConfig) -> None:
+    """Raise ConfigError when the dashboard is wanted and Ray was installed without it."""
+    if config.dashboard and not all(map(importlib.util.find_spec, _DASHBOARD_PACKAGES)):
+        raise ConfigError("is not installed: pip install -e '.[dashboard]'", key="cluster.dashboard")
+
+
+def wait_for_room(specs: Sequence[ActorSpec], address: str, timeout_s: float, warn: Callable[[str], None]) -> None:
+    """Wait until the cluster has room for the actors. Raises LaunchError when it has none after `timeout_s`.
+
+    Nodes that are started together join one after the other, the driver's node too. `warn` gets one line when there is
+    something to wait for.
+    """
+    deadline = time.monotonic() + timeout_s
+    warned = False
+    while True:
+        try:
+            return check_placement(specs, nodes_at(address), "the Ray cluster")
+        except LaunchError as error:
+            if time.monotonic() >= deadline:
+                raise
+            if not warned:
+                warn(f"waiting up to {timeout_s:g} s for the Ray cluster (cluster.wait_for_nodes_s): {error}")
+                warned = True
+            time.sleep(_RETRY_S)
+
+
+def nodes_at(address: str) -> list[Node]:
+    """Return the nodes of the cluster at `auto` or `host:port`. Raises LaunchError if it can't be joined."""
+    done = subprocess.run([sys.executable, probe.__file__, address], capture_output=True, text=True)
+    if done.returncode == -signal.SIGALRM:
+        raise LaunchError(f"cluster.address: something listens at {address}, but no Ray of this version answers")
+    if done.returncode:
+        raise LaunchError(f"cluster.address: can't probe {address}: {done.stderr.strip()[-1000:]}")
+    answer = json.loads(done.stdout.splitlines()[-1])
+    if "error" in answer:
+        raise LaunchError(f"cluster.address: {answer['error']}")
+    return [Node(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in answer["nodes"]]

@@ -1,6 +1,7 @@
-"""Whether the actors of a run have room on the nodes of a cluster: Ray would wait for it for ever."""
+"""Check that the actors of a run fit on the nodes of a cluster, and reserve room for actors of several ranks.
 
-# MERGED: Where the ranks of an actor run: together on one node, if one has room for all of them.
+Ray has no such check: an actor that fits on no node stays pending, without an error.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +15,12 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from grpo.actors.specs import ActorSpec
 from grpo.errors import LaunchError
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Node:
-    """What one machine has for actors."""
+    """CPUs and GPUs of one node that actors can use."""
 
     cpus: float
     gpus: float
@@ -26,95 +29,78 @@ class Node:
         return f"{self.cpus:g} CPUs and {self.gpus:g} GPUs"
 
 
-def check_placement(specs: Sequence[ActorSpec], nodes: Sequence[Node], where: str) -> None:
-    """Raise LaunchError, naming key and fix, when the actors ask for more than there is, in all or on one node.
+def check_placement(specs: Sequence[ActorSpec], nodes: Sequence[Node], cluster: str) -> None:
+    """Raise LaunchError, naming key and fix, when the actors ask for more than there is in all or on one node.
 
-    Room for all is looked for as Ray does it, greedily: a process that is too large for what is left of every node
-    counts as one without room.
+    The processes are placed greedily, as Ray does: a process that is too large for the rest of every node has no room.
+    `cluster` names the cluster in the message.
     """
-    _check_sum(specs, nodes, where)
-    _check_each(specs, nodes, where)
-    if unplaced := _without_room(specs, nodes):
-        fewer = _fewer(unplaced, specs, nodes)
+    _check_sum(specs, nodes, cluster)
+    _check_largest(specs, nodes, cluster)
+    if unplaced := _first_unplaced(specs, nodes):
+        fitting = _largest_fitting_count(unplaced, specs, nodes)
         key = f"{unplaced.config_group}.{unplaced.counted_by}"
         raise LaunchError(
-            f"{unplaced.config_group}.num_{_scarce(unplaced)}: {where} has enough in all, but on its nodes "
+            f"{unplaced.config_group}.num_{_scarce(unplaced)}: {cluster} has enough in all, but on its nodes "
             f"({_listed(nodes)}) not every {unplaced.name} finds {_needs(unplaced)} together; "
-            + (f"set {key}={fewer}" if fewer else "ask for less in each process")
+            + (f"set {key}={fitting}" if fitting else "ask for less in each process")
         )
 
 
-def nodes_for_all_ranks(gang: ActorSpec, specs: Sequence[ActorSpec], nodes: Sequence[Node]) -> list[int]:
-    """Which nodes hold all ranks of an actor such that the others find room in what is left."""
-    others = [spec for spec in specs if spec is not gang]
-    return [
-        i
-        for i, node in enumerate(nodes)
-        if holds_all_ranks(gang, node) and not _without_room(others, [*nodes[:i], _left(gang, node), *nodes[i + 1 :]])
-    ]
-
-
-def holds_all_ranks(gang: ActorSpec, node: Node) -> bool:
-    left = _left(gang, node)
-    return left.cpus >= 0 and left.gpus >= 0
-
-
-def _left(gang: ActorSpec, node: Node) -> Node:
-    return Node(node.cpus - gang.ranks * gang.num_cpus, node.gpus - gang.ranks * gang.num_gpus)
-
-
-def _check_sum(specs: Sequence[ActorSpec], nodes: Sequence[Node], where: str) -> None:
+def _check_sum(specs: Sequence[ActorSpec], nodes: Sequence[Node], cluster: str) -> None:
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
-    for resource, key, there in (("GPUs", "num_gpus", gpus), ("CPUs", "num_cpus", cpus)):
-        asking = {spec: spec.processes * getattr(spec, key) for spec in specs}
-        wanted = sum(asking.values())
-        if wanted > there:
-            shares = ", ".join(f"{spec.name} {share:g}" for spec, share in asking.items() if share)
-            most = max(asking, key=lambda spec: asking[spec])
-            group = most.config_group
-            if resource == "GPUs" and there == 0:
-                zeros = " ".join(f"{spec.config_group}.num_gpus=0" for spec, share in asking.items() if share)
-                fix = f"to run without, take +experiment=gsm8k_cpu or set generator.engine=torch {zeros}"
-            else:
-                fewer = int((there - wanted + asking[most]) / getattr(most, key))
-                fix = f"set {group}.{most.counted_by}={fewer}" if fewer > 0 else f"lower {group}.{key}"
-            raise LaunchError(
-                f"{group}.{key}: the actors ask for {wanted:g} {resource} ({shares}) but {where} has {there:g}; {fix}"
-            )
+    for resource, key, available in (("GPUs", "num_gpus", gpus), ("CPUs", "num_cpus", cpus)):
+        asked = {spec: spec.processes * getattr(spec, key) for spec in specs}
+        total = sum(asked.values())
+        if total <= available:
+            continue
+        # The fix is fewer processes of the actor that asks for most, or for GPUs a setting that needs none.
+        most = max(asked, key=lambda spec: asked[spec])
+        group = most.config_group
+        if resource == "GPUs" and available == 0:
+            zeros = " ".join(f"{spec.config_group}.num_gpus=0" for spec, amount in asked.items() if amount)
+            fix = f"to run without, take +experiment=gsm8k_cpu or set generator.engine=torch {zeros}"
+        else:
+            fitting = int((available - total + asked[most]) / getattr(most, key))
+            fix = f"set {group}.{most.counted_by}={fitting}" if fitting > 0 else f"lower {group}.{key}"
+        amounts = ", ".join(f"{spec.name} {amount:g}" for spec, amount in asked.items() if amount)
+        raise LaunchError(
+            f"{group}.{key}: the actors ask for {total:g} {resource} ({amounts}) but {cluster} has {available:g}; {fix}"
+        )
 
 
-def _check_each(specs: Sequence[ActorSpec], nodes: Sequence[Node], where: str) -> None:
+def _check_largest(specs: Sequence[ActorSpec], nodes: Sequence[Node], cluster: str) -> None:
     for spec in specs:
         if not any(spec.num_cpus <= node.cpus and spec.num_gpus <= node.gpus for node in nodes):
             group = spec.config_group
             raise LaunchError(
-                f"{group}.num_{_scarce(spec)}: one process needs {_needs(spec)} on one node, and no node of {where} "
+                f"{group}.num_{_scarce(spec)}: one process needs {_needs(spec)} on one node, and no node of {cluster} "
                 f"has them ({_listed(nodes)}); lower {group}.num_cpus or {group}.num_gpus"
             )
 
 
-def _without_room(specs: Sequence[ActorSpec], nodes: Sequence[Node]) -> ActorSpec | None:
-    """The first actor that finds no room when the largest are placed first, each where the least is left over.
+def _first_unplaced(specs: Sequence[ActorSpec], nodes: Sequence[Node]) -> ActorSpec | None:
+    """Place the largest processes first, each on the fullest node that holds it; return the first without room.
 
-    A fraction of a GPU has to be free on one of them.
+    A fraction of a GPU has to be free on a single GPU.
     """
     cpus = [node.cpus for node in nodes]
     gpus = [[1.0] * int(node.gpus) for node in nodes]
     for spec in sorted(specs, key=lambda spec: (spec.num_gpus, spec.num_cpus), reverse=True):
         for _ in range(spec.processes):
-            devices = {i: _devices(spec, gpus[i]) for i in range(len(nodes)) if spec.num_cpus <= cpus[i]}
-            having = {i: found for i, found in devices.items() if found is not None}
-            if not having:
+            devices = {i: _free_devices(spec, gpus[i]) for i in range(len(nodes)) if spec.num_cpus <= cpus[i]}
+            fitting = {i: chosen for i, chosen in devices.items() if chosen is not None}
+            if not fitting:
                 return spec
-            chosen = min(having, key=lambda i: (sum(gpus[i]), cpus[i]))
-            cpus[chosen] -= spec.num_cpus
-            for device in having[chosen]:
-                gpus[chosen][device] -= min(1.0, spec.num_gpus)
+            fullest = min(fitting, key=lambda i: (sum(gpus[i]), cpus[i]))
+            cpus[fullest] -= spec.num_cpus
+            for device in fitting[fullest]:
+                gpus[fullest][device] -= min(1.0, spec.num_gpus)
     return None
 
 
-def _devices(spec: ActorSpec, free: Sequence[float]) -> list[int] | None:
-    """Which GPUs of a node a process would get; None when they are not free. Whole ones, or a share of a single one."""
+def _free_devices(spec: ActorSpec, free: Sequence[float]) -> list[int] | None:
+    """Return the GPUs of a node that a process would get: whole GPUs, or a share of one. None if they are not free."""
     count, share = max(1, int(spec.num_gpus)), min(1.0, spec.num_gpus)
     if share == 0:
         return []
@@ -122,11 +108,11 @@ def _devices(spec: ActorSpec, free: Sequence[float]) -> list[int] | None:
     return fitting[:count] if len(fitting) >= count else None
 
 
-def _fewer(unplaced: ActorSpec, specs: Sequence[ActorSpec], nodes: Sequence[Node]) -> int:
-    """The most processes of it with which all find room; 0 when that would not help."""
+def _largest_fitting_count(unplaced: ActorSpec, specs: Sequence[ActorSpec], nodes: Sequence[Node]) -> int:
+    """Return the most processes of the actor with which every actor has room; 0 when fewer would not help."""
     for count in range(unplaced.processes - 1, 0, -1):
         smaller = replace(unplaced, ranks=count) if unplaced.ranks > 1 else replace(unplaced, replicas=count)
-        if not _without_room([smaller if spec is unplaced else spec for spec in specs], nodes):
+        if not _first_unplaced([smaller if spec is unplaced else spec for spec in specs], nodes):
             return count
     return 0
 
@@ -144,13 +130,11 @@ def _listed(nodes: Sequence[Node]) -> str:
     return ", ".join(f"{count} with {node}" for node, count in kinds.items())
 
 
-log = logging.getLogger(__name__)
+class RankGroups:
+    """Placement groups for actors of several ranks, reserved before a run starts any other process.
 
-
-class Places:
-    """Reserved before a run asks for anything else: Ray would spread that over all nodes, and leave ranks some of each.
-
-    A replacement takes what room there is: others are at work by then.
+    Ray would spread the other processes over all nodes, and leave room for a few ranks on each of them. A replacement
+    takes the room that is left: the rest of the run is at work by then.
     """
 
     def __init__(self, patience_s: float = 10.0) -> None:
@@ -158,53 +142,72 @@ class Places:
         self._patience_s = patience_s
 
     async def reserve(self, specs: Sequence[ActorSpec], nodes: Mapping[str, Node]) -> None:
-        """Wait for a place for all ranks of each actor that has several; `nodes` are those of the cluster, by id.
+        """Wait for room for all ranks of every actor that has several; `nodes` are the nodes of the cluster, by id.
 
-        It is on one node if possible. If others hold that node's room for longer than the patience, or no node is large
-        enough, it is on as few as there is room on. Where all ranks on one node would leave another actor without
-        room, nothing is reserved.
+        The ranks are on one node if possible. If that node's room is in use for longer than `patience_s`, or no node is
+        large enough, they are on as few nodes as there is room on. If all ranks on one node would leave another actor
+        without room, nothing is reserved.
         """
-        for gang in specs:
-            if gang.ranks == 1:
+        for spec in specs:
+            if spec.ranks == 1:
                 continue
-            fitting = nodes_for_all_ranks(gang, specs, list(nodes.values()))
-            if fitting and await self._on_one_of(gang, [list(nodes)[i] for i in fitting]):
+            fitting = nodes_for_all_ranks(spec, specs, list(nodes.values()))
+            if fitting and await self._reserve_on_one_of(spec, [list(nodes)[i] for i in fitting]):
                 continue
-            if fitting or not any(holds_all_ranks(gang, node) for node in nodes.values()):
-                await self._ready(gang, _asked_for(gang, "PACK"))
+            if fitting or not any(_holds_all_ranks(spec, node) for node in nodes.values()):
+                await self._wait_ready(spec, _request_group(spec, "PACK"))
 
-    def take(self, gang: ActorSpec) -> PlacementGroup:
-        """The one that is reserved, once; later another, which Ray may not have room for yet."""
-        return self._reserved.pop(gang.name, None) or _asked_for(gang, "PACK")
+    def pop(self, spec: ActorSpec) -> PlacementGroup:
+        """Return the group that is reserved for the actor, once; later a new one, which may have to wait for room."""
+        return self._reserved.pop(spec.name, None) or _request_group(spec, "PACK")
 
     def release(self) -> None:
-        """Give back what nobody has taken."""
-        for place in self._reserved.values():
-            remove_placement_group(place)
+        """Give back the groups that were not used."""
+        for group in self._reserved.values():
+            remove_placement_group(group)
         self._reserved.clear()
 
-    async def _on_one_of(self, gang: ActorSpec, ids: Iterable[str]) -> bool:
-        place = _asked_for(gang, "STRICT_PACK", {"ray.io/node-id": f"in({','.join(ids)})"})
+    async def _reserve_on_one_of(self, spec: ActorSpec, node_ids: Iterable[str]) -> bool:
+        group = _request_group(spec, "STRICT_PACK", {"ray.io/node-id": f"in({','.join(node_ids)})"})
         try:
             async with asyncio.timeout(self._patience_s):
-                await self._ready(gang, place)
+                await self._wait_ready(spec, group)
         except TimeoutError:
-            log.warning("no node has room for all ranks of the %s now: they may run on several", gang.name)
+            log.warning("no node has room for all ranks of the %s now; they may run on several nodes", spec.name)
             return False
         return True
 
-    async def _ready(self, gang: ActorSpec, place: PlacementGroup) -> None:
+    async def _wait_ready(self, spec: ActorSpec, group: PlacementGroup) -> None:
         try:
-            await place.ready()
+            await group.ready()
         except BaseException:
-            remove_placement_group(place)
+            remove_placement_group(group)
             raise
-        self._reserved[gang.name] = place
+        self._reserved[spec.name] = group
 
 
-def _asked_for(gang: ActorSpec, strategy: str, labels: Mapping[str, str] | None = None) -> PlacementGroup:
-    needs = {"CPU": gang.num_cpus, "GPU": gang.num_gpus}
-    bundle = {key: share for key, share in needs.items() if share}
+def nodes_for_all_ranks(spec: ActorSpec, specs: Sequence[ActorSpec], nodes: Sequence[Node]) -> list[int]:
+    """Return the nodes that hold all ranks of an actor and leave room for the other actors."""
+    others = [other for other in specs if other is not spec]
+    fitting = []
+    for i, node in enumerate(nodes):
+        rest = [*nodes[:i], _remaining(spec, node), *nodes[i + 1 :]]
+        if _holds_all_ranks(spec, node) and not _first_unplaced(others, rest):
+            fitting.append(i)
+    return fitting
+
+
+def _holds_all_ranks(spec: ActorSpec, node: Node) -> bool:
+    remaining = _remaining(spec, node)
+    return remaining.cpus >= 0 and remaining.gpus >= 0
+
+
+def _remaining(spec: ActorSpec, node: Node) -> Node:
+    return Node(node.cpus - spec.ranks * spec.num_cpus, node.gpus - spec.ranks * spec.num_gpus)
+
+
+def _request_group(spec: ActorSpec, strategy: str, labels: Mapping[str, str] | None = None) -> PlacementGroup:
+    bundle = {key: amount for key, amount in (("CPU", spec.num_cpus), ("GPU", spec.num_gpus)) if amount}
     return placement_group(
-        [bundle] * gang.ranks, strategy, bundle_label_selector=labels and [dict(labels)] * gang.ranks
+        [bundle] * spec.ranks, strategy, bundle_label_selector=labels and [dict(labels)] * spec.ranks
     )

@@ -60,7 +60,7 @@ class Recorder:
         self._wall_s_before = 0.0  # of the run that this one goes on with
         self._for_next_line: Metrics = {}  # what evaluations and checkpoints have left since the last one
         self._events = Events(run_dir, self._run_s)
-        failures.warn, failures.on_death, failures.on_return = self.warn, self._events.died, self._events.is_back
+        failures.warn, failures.on_death, failures.on_recovery = self.warn, self._events.died, self._events.is_back
         self._waiting, self._waiting_seen = MeanWaiting(), MeanWaiting()  # for lines, and for the view
         self._started = self._step_began = time.perf_counter()
         self._generators = GeneratorRates((), self._started)

@@ -1,6 +1,7 @@
-"""An operator's door to a run that is going on: a socket in its folder, to look at its replicas and to scale them.
+"""Control socket of a running training: show its replicas, and scale its services.
 
-A line of JSON goes in, `{"scale": {"generator": 3}}`, and one comes out, `{"replicas": {...}}` or `{"error": "..."}`.
+The socket is in the run folder. A request is a line of JSON, `{"scale": {"generator": 3}}`; so is the answer,
+`{"replicas": {...}}` or `{"error": "..."}`.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ _NAME = "control.sock"
 
 @asynccontextmanager
 async def open_to_operators(folder: Path, services: Services) -> AsyncIterator[None]:
-    """Answer requests while the block runs. Whoever may write to the folder may ask."""
+    """Answer requests while the block runs, from anyone who may write to the folder."""
     async with AsyncExitStack() as stack:
         try:
-            (folder / _NAME).unlink(missing_ok=True)  # of a run that was killed
-            with _short(folder) as path:
+            (folder / _NAME).unlink(missing_ok=True)  # left by a run that was killed
+            with _short_path(folder) as path:
                 server = await asyncio.start_unix_server(partial(_serve, services), path)
         except OSError as error:  # not every file system has sockets, and a run can do without
-            log.warning("no scaling while the run goes on, its folder takes no socket: %s", error)
+            log.warning("this run can't be scaled: no socket in its folder: %s", error)
         else:
             stack.callback((folder / _NAME).unlink, missing_ok=True)
             stack.callback(server.close)
@@ -40,15 +41,15 @@ async def open_to_operators(folder: Path, services: Services) -> AsyncIterator[N
 
 
 async def ask(folder: Path, scale: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Scale services of the run in `folder`, and return what every replica looks like then, by name.
+    """Scale services of the run in `folder`, and return the statistics of every replica by its name.
 
-    Raises ControlError when no run is going on there, or it refuses.
+    Raises ControlError when no run is active in the folder, or when the run refuses.
     """
     try:
-        with _short(folder) as path:
+        with _short_path(folder) as path:
             reader, writer = await asyncio.open_unix_connection(path)
     except OSError as error:
-        raise ControlError(f"no run is going on in {folder}") from error
+        raise ControlError(f"no run is active in {folder}") from error
     writer.write(json.dumps({"scale": dict(scale)}).encode() + b"\n")
     reply = json.loads(await reader.readline())
     writer.close()
@@ -59,32 +60,33 @@ async def ask(folder: Path, scale: Mapping[str, int]) -> dict[str, dict[str, Any
 
 
 async def _serve(services: Services, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with suppress(ConnectionError):  # who asked may have left
+    with suppress(ConnectionError):  # the client may disconnect before its answer
         while line := await reader.readline():
             writer.write(json.dumps(_answer(services, line)).encode() + b"\n")
             await writer.drain()
     writer.close()
 
 
-def _answer(services: Services, line: bytes) -> dict[str, Any]:
+def _answer(services: Services, request: bytes) -> dict[str, Any]:
     try:
-        wanted: dict[str, int] = {name: int(count) for name, count in json.loads(line)["scale"].items()}
+        wanted: dict[str, int] = {name: int(count) for name, count in json.loads(request)["scale"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
-        return {"error": f"can't read {line!r}"}
-    there = {name: getattr(services, name) for name in SCALABLE if getattr(services, name) is not None}
+        return {"error": f"can't read {request!r}"}
+    scalable = {name: getattr(services, name) for name in SCALABLE if getattr(services, name) is not None}
     for name, count in wanted.items():
-        if name not in there:
-            return {"error": f"{name} can't be scaled; this run has {', '.join(there)}"}
+        if name not in scalable:
+            return {"error": f"{name}: can't be scaled. Scalable services of this run: {', '.join(scalable)}"}
         if count < 1:
-            return {"error": f"{name}={count}: at least 1 has to stay"}
+            return {"error": f"{name}: must be >= 1 ({count})"}
     for name, count in wanted.items():
-        there[name].scale(count)
-    return {"replicas": services.replica_stats()}
+        scalable[name].scale(count)
+    stats_by_actor = services.replica_stats().values()
+    return {"replicas": {name: stats for replicas in stats_by_actor for name, stats in replicas.items()}}
 
 
 @contextmanager
-def _short(folder: Path) -> Iterator[str]:
-    """A path to the socket of at most 108 bytes, all that the kernel takes, however long the folder's is."""
+def _short_path(folder: Path) -> Iterator[str]:
+    """Give a path to the socket that fits into the kernel's limit of 108 bytes, however long the folder's path is."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         yield f"/proc/self/fd/{descriptor}/{_NAME}"

@@ -1,17 +1,7 @@
-"""What takes the calls of one actor, whatever the transport: Ray's is in ray_actor.py, the one here is an object.
+"""Transport-independent interface to one actor: a single process, or a gang of ranks.
 
-Most actors are one process; one of several ranks is a `Gang` of them. The object in this process lets tests run the
-real loop without a cluster; it can be killed like a process.
+`cluster/actor.py` implements a process on Ray, `services/local.py` one that is an object of this process.
 """
-
-# MERGED: An actor of several ranks: processes that compute together, and live and die together.
-#
-# A call goes to every rank, and the next one is sent when all have answered: each of them makes the same calls in the
-# same order, as collectives need it. Only what rank 0 does alone goes beside. A rank that dies leaves the
-# others waiting
-# in one, or with an error of their transport; in either case the actor has died, and whoever replaces it ends what is
-# left of it.
-#
 
 from __future__ import annotations
 
@@ -30,48 +20,51 @@ _random = random.SystemRandom()  # processes must not draw alike
 
 
 class Endpoint(Protocol):
-    """An actor. Every call raises ActorDied when a process of it is gone, also one that is under way as it dies."""
+    """One actor. A call raises ActorDied when a process of the actor is dead, or dies before it has answered.
 
-    async def invoke(self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """The answer; that of rank 0 where there are several."""
-        ...
+    The actor's methods `setup` and `close` are optional: a call of one that is missing returns None.
+    """
 
     async def call(self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> list[Any]:
-        """The answers of all ranks, in their order."""
+        """Return the answers by rank."""
         ...
 
     async def wait_scheduled(self) -> None:
-        """Returns when the actor runs somewhere: a cluster may have no room for it yet."""
+        """Return when the actor runs on a node: a cluster may have no room for it yet."""
         ...
 
     async def ping(self) -> None:
-        """Returns when the actor answers."""
+        """Return when the actor answers."""
         ...
 
     async def wait_dead(self) -> NoReturn:
-        """Raises ActorDied as soon as a process is gone."""
-        ...
-
-    async def rendezvous(self) -> tuple[str, int]:
-        """Host and port at which the actor, or its rank 0, can wait for others."""
+        """Raise ActorDied as soon as a process is dead."""
         ...
 
     def processes(self) -> Sequence[Process]:
-        """All that there are, in the order of their ranks."""
+        """Return the processes by rank."""
         ...
 
     def kill(self, *, hung: bool = False) -> None:
-        """End the actor at once; with `hung`, also one that answers nobody."""
+        """End the actor at once; `hung` also ends a process that no longer responds."""
         ...
 
 
 class Process(Endpoint, Protocol):
-    """An actor of one process, or one rank of it."""
+    """An actor of one process, or one rank of a gang."""
 
     name: str
 
+    async def invoke(self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Return the answer of this process."""
+        ...
+
+    async def rendezvous(self) -> tuple[str, int]:
+        """Return a host and a free port at which this process can wait for other processes."""
+        ...
+
     async def drain(self, *, keep_recording: bool) -> TelemetryBatch:
-        """What the process has recorded; `keep_recording` says whether it is to record spans from now on."""
+        """Return what the process has recorded; `keep_recording`: record spans from now on."""
         ...
 
     async def call(self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> list[Any]:
@@ -81,43 +74,37 @@ class Process(Endpoint, Protocol):
         return (self,)
 
 
-def free_port() -> int:
-    """One of this machine that nobody listens at.
-
-    It is below those that systems give to outgoing connections, one of which could take it before it is used.
-    """
-    while True:
-        port = _random.randrange(20_000, 32_768)
-        with suppress(OSError), socket.socket() as free:
-            free.bind(("", port))
-            return port
-
-
 Spawn = Callable[[str], Endpoint]  # starts an actor of the given name
 
 
 class Gang(Endpoint):
-    """The ranks in their order. `release` gives back the place that they held, once they have been ended."""
+    """An actor of several ranks: processes that compute together, and live and die together.
 
-    def __init__(self, ranks: Sequence[Process], release: Callable[[], None], apart: Collection[str] = ()) -> None:
-        self._ranks, self._release, self._apart = tuple(ranks), release, apart
-        self._turn = asyncio.Lock()
+    A call goes to every rank, and the next call is sent when all ranks have answered: collectives need the same calls
+    in the same order on each of them. A rank that dies leaves the other ranks waiting in a collective, or with an error
+    of their transport. Either way the whole actor counts as dead, and its supervisor kills the ranks that are left.
+
+    `release` frees the room that the ranks held, once they were killed. `rank_zero_only` names the methods that rank 0
+    alone is asked.
+    """
+
+    def __init__(
+        self, ranks: Sequence[Process], release: Callable[[], None], rank_zero_only: Collection[str] = ()
+    ) -> None:
+        self._ranks, self._release, self._rank_zero_only = tuple(ranks), release, rank_zero_only
+        self._one_call = asyncio.Lock()
         self._killed = False
 
-    async def invoke(self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        answer, *_ = await self.call(method, args, kwargs)
-        return answer
-
     async def call(self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> list[Any]:
-        """The answers of all ranks; `setup` is told where they meet. Methods in `apart` are calls to rank 0 alone.
+        """Return the answers by rank; `setup` gets the rendezvous of rank 0 as its last argument.
 
-        The first error of a rank is raised, and not waited for the others: they may be waiting for it.
+        Raises the first error of a rank without waiting for the other ranks: they may wait for the one that failed.
         """
-        if method in self._apart:
+        if method in self._rank_zero_only:
             return [await self._ranks[0].invoke(method, args, kwargs)]
-        async with self._turn:
+        async with self._one_call:
             if method == "setup":
-                args = (*args, await self.rendezvous())
+                args = (*args, await self._ranks[0].rendezvous())
             try:
                 return await gather_or_cancel(*(rank.invoke(method, args, kwargs) for rank in self._ranks))
             except Exception:
@@ -129,9 +116,6 @@ class Gang(Endpoint):
 
     async def ping(self) -> None:
         await gather_or_cancel(*(rank.ping() for rank in self._ranks))
-
-    async def rendezvous(self) -> tuple[str, int]:
-        return await self._ranks[0].rendezvous()
 
     async def wait_dead(self) -> NoReturn:
         await gather_or_cancel(*(rank.wait_dead() for rank in self._ranks))
@@ -146,3 +130,15 @@ class Gang(Endpoint):
         if not self._killed:
             self._killed = True
             self._release()
+
+
+def free_port() -> int:
+    """Return a free port of this machine.
+
+    It lies below the range that systems use for outgoing connections, one of which could take it before it is used.
+    """
+    while True:
+        port = _random.randrange(20_000, 32_768)
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            return port

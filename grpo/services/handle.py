@@ -1,12 +1,13 @@
-"""The four verbs.
+"""Handles to actors and services, with the four verbs.
 
-    call_one   the one actor behind the handle
-    call       every rank of an actor, and every replica of a service; results by rank
-    route      one replica of a service, the one with the fewest calls under way
-    fanout     every healthy replica of a service
+    await services.dataloader.sample.call_one(0, 16)           the one actor; the answer of its rank 0
+    await services.trainer.train_step.call(batch)              every rank of every replica; a list
+    await services.generator.generate.route(prompt, params)    the replica with the fewest calls under way
+    await services.generator.update_weights.fanout(weights)    every healthy replica; a list
 
-A call that a dying process takes with it is made again: by another replica, or by its replacement once that is
-restored. What was acknowledged before is the restorer's business, so no call is lost and none takes effect twice.
+An exception in the actor is raised at the `await`, with its type. A call that a dying process did not answer is
+repeated: by another replica, or by the replacement once it is restored. A call that it answered is not repeated: the
+restore accounts for it. So no call is lost, and none takes effect twice.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from grpo.errors import ActorDied
@@ -26,23 +28,38 @@ from grpo.utils.aio import gather_or_cancel
 
 
 class ActorHandle:
-    """An actor or a service. Attributes are its methods: `handle.method.verb(...)`."""
+    """An actor or a service, as its callers see it. Other attributes are methods: `handle.method.verb(...)`.
+
+    Example:
+
+        generator = services.generator
+        completions, report = await generator.generate.route(prompt, params)
+        generator.scale(3)
+        print(generator.replica_stats()["generator-0"]["state"])
+    """
 
     def __init__(self, service: Service, *, sticky: bool = False) -> None:
         self.service = service
         self._sticky = sticky
-        self._replica: Replica | None = None  # the one that a session keeps to
+        self._session_replica: Replica | None = None
 
     @property
     def name(self) -> str:
         return self.service.name
 
     def on_restart(self, restore: Restore) -> None:
-        """Have `restore` called with every replacement of a process that died, before that serves.
+        """Call `restore` with a NewReplica whenever a process replaces one that died, before it serves.
 
-        It gets a handle of which only `call_one` works. What it raises ends the run, unless the newcomer died too.
+        An error of `restore` ends the run, unless it is the death of the new process.
         """
         self.service.context.restore = lambda endpoint: restore(NewReplica(endpoint))
+
+    def session(self) -> ActorHandle:
+        """Return a handle whose `route` keeps to one replica, as long as it is healthy."""
+        return ActorHandle(self.service, sticky=True)
+
+    def scale(self, replicas: int) -> None:
+        self.service.scale(replicas)
 
     def replica_stats(self) -> dict[str, dict[str, Any]]:
         return self.service.replica_stats()
@@ -50,91 +67,89 @@ class ActorHandle:
     def processes(self) -> Sequence[Process]:
         return self.service.processes()
 
-    async def wait_member_lost(self, sources: Iterable[Any]) -> NoReturn:
-        await self.service.wait_member_lost(list(sources))
+    async def wait_member_lost(self, processes: Iterable[Any]) -> NoReturn:
+        await self.service.wait_member_lost(list(processes))
 
     async def rendezvous(self) -> tuple[str, int]:
+        """Return a host and a free port at which rank 0 of the one replica can wait for other processes."""
         (replica,) = self.service.replicas
         if replica.endpoint is None:
             raise ActorDied(f"{self.name} is not up")
-        return await replica.endpoint.rendezvous()
-
-    def scale(self, replicas: int) -> None:
-        self.service.scale(replicas)
-
-    def session(self) -> ActorHandle:
-        """A handle whose routed calls all go to one replica, as long as that lives."""
-        return ActorHandle(self.service, sticky=True)
+        return await replica.endpoint.processes()[0].rendezvous()
 
     def __getattr__(self, method: str) -> BoundMethod:
         if method.startswith("_"):
             raise AttributeError(method)  # copy and pickle look for such names
         return BoundMethod(self, method)
 
-    async def _route(self, call: Call) -> Any:
-        while True:
-            replica = await self.service.available(self._replica)
-            if self._sticky:
-                self._replica = replica
-            with suppress(ActorDied):
-                answer, *_ = await replica.attempt(call)
-                return answer
-
 
 class BoundMethod:
-    """One method of a handle, callable by the four verbs."""
+    """One method of a handle, with the four verbs."""
 
     def __init__(self, handle: ActorHandle, method: str) -> None:
         self._handle, self._method = handle, method
 
     async def call_one(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the one actor behind the handle. Raises TypeError for a service of several replicas."""
         replicas = self._handle.service.replicas
         if len(replicas) != 1:
             raise TypeError(f"{self._handle.name} has {len(replicas)} processes; use call or route")
         return await self.route(*args, **kwargs)
 
     async def route(self, *args: Any, **kwargs: Any) -> Any:
-        with waiting_for(f"{self._handle.name}.{self._method}"):
-            return await self._handle._route(Call(self._method, args, kwargs))
+        """Call the healthy replica with the fewest calls under way, or the replica of the session."""
+        handle, call = self._handle, Call(self._method, args, kwargs)
+        with waiting_for(f"{handle.name}.{self._method}"):
+            while True:
+                replica = await handle.service.available(handle._session_replica)
+                if handle._sticky:
+                    handle._session_replica = replica
+                with suppress(ActorDied):
+                    answer, *_ = await replica.attempt(call)
+                    return answer
 
     async def call(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Call every rank of every replica; return the answers by replica and rank."""
         service, call = self._handle.service, Call(self._method, args, kwargs)
-        with waiting_for(f"{self._handle.name}.{self._method}"):
+        with waiting_for(f"{service.name}.{self._method}"):
             answers = await gather_or_cancel(*(service.call_replica(replica, call) for replica in service.replicas))
             return list(chain.from_iterable(answers))
 
     async def fanout(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Call every healthy replica; return the answers of those that stay alive."""
         with waiting_for(f"{self._handle.name}.{self._method}"):
             return await self._handle.service.fanout(Call(self._method, args, kwargs))
 
     def set_join_call(self, *args: Any) -> None:
+        """Make this call on every process that joins from now on, without calling the present ones."""
         self._handle.service.set_join_call(Call(self._method, args))
 
 
 class NewReplica:
-    """A process that does not serve yet."""
+    """A replacement that does not serve yet, for `on_restart`: `await replica.method.call_one(...)`."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
 
-    def __getattr__(self, method: str) -> _NewReplicaMethod:
-        return _NewReplicaMethod(self._endpoint, method)
+    def __getattr__(self, method: str) -> Any:
+        async def call_one(*args: Any, **kwargs: Any) -> Any:
+            answer, *_ = await self._endpoint.call(method, args, kwargs)
+            return answer
 
-
-class _NewReplicaMethod:
-    def __init__(self, endpoint: Endpoint, method: str) -> None:
-        self._endpoint, self._method = endpoint, method
-
-    async def call_one(self, *args: Any, **kwargs: Any) -> Any:
-        return await self._endpoint.invoke(self._method, args, kwargs)
+        return SimpleNamespace(call_one=call_one)
 
 
 @dataclass(frozen=True)
 class Services:
-    """The nouns of the picture.
+    """Handles to all actors of a training run.
 
-    The reference exists only when the loss has a KL term. The evaluator is a generator that only evaluations use; a
-    run without one borrows the training's. The checkpointer is there when checkpoints are written or resumed from.
+    The reference exists when the loss has a KL term, the checkpointer when checkpoints are written or resumed from. The
+    evaluator is a generator for evaluations only; a run without one evaluates with the generator.
+
+    Example:
+
+        async with launch(config, Failures(config.recovery)) as services:
+            prompts = await services.dataloader.sample.call_one(0, 16)
     """
 
     dataloader: ActorHandle
@@ -146,17 +161,13 @@ class Services:
     evaluator: ActorHandle | None = None
     checkpointer: ActorHandle | None = None
 
-    def replica_stats(self) -> dict[str, dict[str, Any]]:
-        """Those of every replica of every actor."""
-        return {name: figures for replicas in self.replicas().values() for name, figures in replicas.items()}
-
-    def replicas(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """The same, by actor."""
+    def replica_stats(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Return the statistics of every replica, by actor and by replica name."""
         return {name: handle.replica_stats() for name, handle in self._handles().items()}
 
-    def processes(self) -> Iterable[Any]:
-        """The processes of all actors that answer at the moment."""
-        return [source for handle in self._handles().values() for source in handle.processes()]
+    def processes(self) -> list[Process]:
+        """Return the processes of all actors that are in service."""
+        return [process for handle in self._handles().values() for process in handle.processes()]
 
     def _handles(self) -> dict[str, ActorHandle]:
         handles = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -165,7 +176,7 @@ class Services:
 
 @dataclass(frozen=True)
 class EvaluationServices:
-    """Who hands out held-out prompts, who answers them, and who scores the answers."""
+    """Handles to the actors of an evaluation: held-out prompts, completions, rewards."""
 
     dataloader: ActorHandle
     generator: ActorHandle

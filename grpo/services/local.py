@@ -1,4 +1,4 @@
-"""The same run in one process, without a cluster: for tests, debuggers and notebooks."""
+"""Run all actors in this process, without a cluster: for tests, debuggers and notebooks."""
 
 from __future__ import annotations
 
@@ -21,11 +21,44 @@ from grpo.services.service import make_service
 from grpo.telemetry.recording import Recording, TelemetryBatch, context_for
 from grpo.utils.aio import gather_or_cancel
 
+_CLOSE_TIMEOUT_S = 5.0
+
+
+@asynccontextmanager
+async def launch_local(
+    config: RunConfig, failures: Failures, fakes: Mapping[str, Any] | None = None
+) -> AsyncIterator[Services]:
+    """Launch all actors of a run as objects of this process. The trainer has one rank, which computes the same.
+
+    `fakes` replace actors by name; a fake that is a function is called once per replica.
+
+    Example:
+
+        async with launch_local(config, Failures(config.recovery), {"reward": FakeReward()}) as services:
+            scores = await services.reward.score.route(prompt, completions)
+    """
+    config = replace(config, trainer=replace(config.trainer, ranks=1))
+    preemption = PreemptionState()
+    services = {
+        spec.name: make_service(spec, partial(_spawn, spec, (fakes or {}).get(spec.name)), failures, config, preemption)
+        for spec in actor_specs(config)
+    }
+    try:
+        await gather_or_cancel(*(service.ready() for service in services.values()))
+        yield Services(**{name: ActorHandle(service) for name, service in services.items()})
+    finally:
+        await asyncio.gather(*(service.close(_CLOSE_TIMEOUT_S) for service in services.values()))
+
+
+def _spawn(spec: ActorSpec, fake: Any, name: str) -> LocalEndpoint:
+    actor = spec.cls(**spec.kwargs) if fake is None else fake() if callable(fake) else fake
+    return LocalEndpoint(actor, name)
+
 
 class LocalEndpoint(Process):
-    """An object in this process, that can be killed like one of its own; a fake needs neither `setup` nor `close`.
+    """An actor as an object of this process, which can be killed like a process.
 
-    Payloads are copied: actors write to their buffers again, and a process border would have kept them apart.
+    Payloads are copied: actors overwrite their buffers, and a process boundary would have separated them.
     """
 
     def __init__(self, actor: Any, name: str = "actor") -> None:
@@ -47,6 +80,7 @@ class LocalEndpoint(Process):
         try:
             result = await call
         except asyncio.CancelledError:
+            # `kill` cancels the call, not its caller: for the caller that is the death of the actor.
             caller = asyncio.current_task()
             if caller is None or not caller.cancelling():
                 self._raise_if_dead()
@@ -81,7 +115,7 @@ class LocalEndpoint(Process):
         for call in self._calls:
             call.cancel()
         if self._closing is None and hasattr(self.actor, "close"):
-            self._closing = asyncio.ensure_future(self.actor.close())  # its threads, which a process takes with it
+            self._closing = asyncio.ensure_future(self.actor.close())  # ends its threads, as the end of a process does
 
     def _raise_if_dead(self) -> None:
         if self._dead.is_set():
@@ -89,32 +123,3 @@ class LocalEndpoint(Process):
 
     def _death(self) -> ActorDied:
         return ActorDied(f"{self.name} died: it was killed")
-
-
-_CLOSE_TIMEOUT_S = 5.0
-
-
-@asynccontextmanager
-async def launch_local(
-    config: RunConfig, failures: Failures, fakes: Mapping[str, Any] | None = None
-) -> AsyncIterator[Services]:
-    """All actors of a run as objects of this process; a trainer is one rank here, which computes the same.
-
-    `fakes` stand in for actors by name; one that is a function is called for each replica.
-    """
-    config = replace(config, trainer=replace(config.trainer, ranks=1))
-    preemption = PreemptionState()
-    services = {
-        spec.name: make_service(spec, partial(_spawn, spec, (fakes or {}).get(spec.name)), failures, config, preemption)
-        for spec in actor_specs(config)
-    }
-    try:
-        await gather_or_cancel(*(service.ready() for service in services.values()))
-        yield Services(**{name: ActorHandle(service) for name, service in services.items()})
-    finally:
-        await asyncio.gather(*(service.close(_CLOSE_TIMEOUT_S) for service in services.values()))
-
-
-def _spawn(spec: ActorSpec, fake: Any, name: str) -> LocalEndpoint:
-    actor = spec.cls(**spec.kwargs) if fake is None else fake() if callable(fake) else fake
-    return LocalEndpoint(actor, name)

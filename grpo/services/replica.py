@@ -1,7 +1,7 @@
-"""One place of a service, taken by one process after another.
+"""Supervise one replica of a service: start a process, sync it, check its health, replace it when it dies.
 
-starting --setup--> stale --brought up to date--> healthy --died, or does not answer--> unhealthy --> starting ...
-any of them --removed--> stopped
+starting --setup--> stale --synced--> healthy --died, or does not answer--> unhealthy --> starting ...
+any state --stop--> stopped
 """
 
 from __future__ import annotations
@@ -20,11 +20,27 @@ from grpo.services.endpoint import Endpoint, Spawn
 from grpo.services.failures import Death, Failures
 from grpo.utils.aio import Signal, cancel_and_wait, timeout_as
 
-Restore = Callable[[Any], Awaitable[None]]  # takes a Newcomer
+log = logging.getLogger(__name__)
+Restore = Callable[[Any], Awaitable[None]]  # takes a NewReplica
+
+
+class State(StrEnum):
+    STARTING = "starting"
+    STALE = "stale"
+    HEALTHY = "healthy"
+    UNHEALTHY = "unhealthy"
+    STOPPED = "stopped"
 
 
 class LazyArg:
-    """An argument of a fanout, or for newcomers: fetched when it is needed, if ever, and anew when it was lost."""
+    """An argument of a fanout that is fetched when a replica first needs it, and again when it was lost.
+
+    Example:
+
+        weights = LazyArg(publish)  # `publish` is an async function that returns a reference
+        await services.generator.update_weights.fanout(weights)
+        # A generator that joins later gets the same weights; `publish` is called again if they were lost.
+    """
 
     def __init__(self, fetch: Callable[[], Awaitable[Any]]) -> None:
         self._fetch, self._fetching = fetch, asyncio.Lock()
@@ -36,21 +52,10 @@ class LazyArg:
                 self._value = await self._fetch()
         return self._value
 
-    def forget(self, value: Any) -> None:
-        """Fetch it anew the next time, unless that was done already."""
+    def invalidate(self, value: Any) -> None:
+        """Fetch again the next time, unless that value was replaced already."""
         if self._value is value:
             self._value = None
-
-
-log = logging.getLogger(__name__)
-
-
-class State(StrEnum):
-    STARTING = "starting"
-    STALE = "stale"
-    HEALTHY = "healthy"
-    UNHEALTHY = "unhealthy"
-    STOPPED = "stopped"
 
 
 @dataclass(frozen=True)
@@ -61,24 +66,24 @@ class Call:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
 
-    async def fetched(self) -> Call:
-        """With the arguments that were to be fetched on demand."""
+    async def resolve(self) -> Call:
+        """Return the call with the values of its lazy arguments."""
         if not any(isinstance(arg, LazyArg) for arg in self.args):
             return self
         args = [await arg.value() if isinstance(arg, LazyArg) else arg for arg in self.args]
         return replace(self, args=tuple(args))
 
-    def forget(self, fetched: Call) -> bool:
-        """Whether there were arguments that can be fetched anew, and will be."""
-        lost = [(arg, value) for arg, value in zip(self.args, fetched.args, strict=True) if isinstance(arg, LazyArg)]
-        for arg, value in lost:
-            arg.forget(value)
-        return bool(lost)
+    def invalidate(self, resolved: Call) -> bool:
+        """Have the lazy arguments of a resolved call fetched again; False if there are none."""
+        lazy = [(arg, value) for arg, value in zip(self.args, resolved.args, strict=True) if isinstance(arg, LazyArg)]
+        for arg, value in lazy:
+            arg.invalidate(value)
+        return bool(lazy)
 
 
 @dataclass(frozen=True)
 class Timeouts:
-    """How long a process may take to be up, and how its health is asked for; in seconds."""
+    """Seconds that a replacement may take to start, between two health checks, and for the answer to one."""
 
     start_s: float = 600.0
     health_interval_s: float = 10.0
@@ -86,63 +91,61 @@ class Timeouts:
 
 
 class PreemptionState:
-    """Who has no place in the cluster yet. Optional replicas step back while a required one is among them.
+    """Required processes that have no room in the cluster yet, so that optional replicas make room for them.
 
-    Those that serve go on at first: there may be room beside them. They leave, one after another, while a required
-    one has been without a place for so many seconds again. One for all services of a run. `changed` is notified of
-    every change that anybody may wait for, there and here.
+    An optional replica that is starting steps back at once while a required process is pending. Optional replicas that
+    serve stay at first, since there may be room beside them. One of them yields every time that a required process has
+    been without room for `patience_s`.
+
+    All services of a run share one. `changed` is notified of every change in a replica or service, and here.
     """
 
     def __init__(self, patience_s: float = 10.0) -> None:
         self.changed = Signal()
-        self.place_requested = False
-        self._required, self._patience_s = 0, patience_s
-
-    @property
-    def pending_required(self) -> bool:
-        return self._required > 0
+        self.pending_required = 0  # required processes that are not up
+        self._yield_requested, self._patience_s = False, patience_s
 
     @contextmanager
-    def required(self) -> Iterator[None]:
-        self._required += 1
+    def pending(self) -> Iterator[None]:
+        """Count a required process that is starting."""
+        self.pending_required += 1
         self.changed.notify()
         try:
             yield
         finally:
-            self._required -= 1
+            self.pending_required -= 1
             self.changed.notify()
 
     async def wait_scheduled(self, endpoint: Endpoint) -> None:
-        """Wait for a required process to have a place, and ask for one where it finds none."""
-        placed = asyncio.ensure_future(endpoint.wait_scheduled())
+        """Wait until a required process runs on a node; request room from an optional replica while it does not."""
+        scheduled = asyncio.ensure_future(endpoint.wait_scheduled())
         try:
-            while not (await asyncio.wait({placed}, timeout=self._patience_s))[0]:
-                self.place_requested = True
+            while not (await asyncio.wait({scheduled}, timeout=self._patience_s))[0]:
+                self._yield_requested = True
                 self.changed.notify()
-            placed.result()
+            scheduled.result()
         finally:
-            self.place_requested = False
-            await cancel_and_wait([placed])
+            self._yield_requested = False
+            await cancel_and_wait([scheduled])
 
-    def should_yield(self) -> bool:
-        """Whether an optional replica has to leave; true for one of those that ask."""
-        asked, self.place_requested = self.place_requested, False
-        return asked
+    def accept_yield_request(self) -> bool:
+        """Return True to the first caller after a request: that optional replica has to yield its room."""
+        requested, self._yield_requested = self._yield_requested, False
+        return requested
 
 
 @dataclass
 class ServiceContext:
-    """What the replicas of a service share.
+    """State that the replicas of a service share.
 
-    `latest` is the last call that a newcomer has to be given before it serves, `restore` does whatever else a
-    replacement needs.
+    `join_call` is made on every new process before it serves. `restore` does whatever else a replacement needs.
     """
 
     spawn: Spawn
     failures: Failures
     timeouts: Timeouts
     preemption: PreemptionState
-    latest: Call | None = None
+    join_call: Call | None = None
     restore: Callable[[Endpoint], Awaitable[None]] | None = None
 
     @property
@@ -151,11 +154,11 @@ class ServiceContext:
 
 
 class Replica:
-    """`live` keeps it alive. The figures count over all of its processes."""
+    """One replica, served by one process after another; the statistics cover all of them."""
 
     def __init__(self, name: str, context: ServiceContext, *, optional: bool = False) -> None:
         self.name = name
-        self.optional = optional  # comes when the cluster has room for it
+        self.optional = optional  # starts when the cluster has room for it
         self.state = State.STARTING
         self.in_flight = self.requests = self.failures = 0
         self.busy_s = 0.0  # sum over the requests
@@ -164,7 +167,7 @@ class Replica:
         self._death: asyncio.Future[ActorDied] = asyncio.get_running_loop().create_future()
 
     async def attempt(self, call: Call) -> list[Any]:
-        """The answers, by rank. Raises ActorDied when a process died. It is replaced: the call can be made again."""
+        """Return the answers by rank. Raises ActorDied when a process died: its replacement can be asked again."""
         endpoint, death = self.endpoint, self._death
         assert endpoint is not None
         self.in_flight += 1
@@ -174,8 +177,8 @@ class Replica:
             return await endpoint.call(call.method, call.args, call.kwargs)
         except ActorDied as error:
             self.failures += 1
-            if self.endpoint is endpoint:  # else its replacement is there already
-                self._become(State.UNHEALTHY)
+            if self.endpoint is endpoint:  # else its replacement is up already
+                self._set_state(State.UNHEALTHY)
                 if not death.done():
                     death.set_result(error)
             raise
@@ -186,11 +189,11 @@ class Replica:
                 self._context.changed.notify()
 
     def stop(self) -> None:
-        """It gets no more calls, finishes those it has, and leaves."""
-        self._become(State.STOPPED)
+        """Send no more calls, and end the process when it has finished its calls."""
+        self._set_state(State.STOPPED)
 
     def stats(self) -> dict[str, Any]:
-        """For people: state, requests, failures, calls under way, and the mean latency in seconds."""
+        """Return state, requests, failures, calls under way, and the mean latency in seconds."""
         return {
             "state": str(self.state),
             "requests": self.requests,
@@ -200,34 +203,41 @@ class Replica:
         }
 
     async def supervise(self) -> None:
-        """One process after another, until it is stopped. Raises what no other process would mend."""
+        """Keep a process running until the replica is stopped.
+
+        Consumes: restarts, from the budget in `Failures`.
+        Waits for: room in the cluster and `setup`; then for `stop`, a death, or a request to yield.
+        Unblocked by: the process; `stop`; other replicas, through `PreemptionState`.
+        Ends when: the replica is stopped and idle. Raises what no new process can fix: the errors of `setup` and of
+        the restore, ActorDied when the budget is used up, or when a required replica dies before it was ever up.
+        """
         death: Death | None = None
         while self.state is not State.STOPPED:
             try:
-                if await self._start(again=death is not None):
+                if await self._start(replacing=death is not None):
                     await self._serve(death)
                     death = None
             except LaunchError as error:  # other replicas may serve meanwhile
-                self._context.failures.warn(f"{error}; trying again")
+                self._context.failures.warn(f"{error}; retrying")
                 self.kill(hung=True)
             except ActorDied as error:
                 if death is None and self.state is State.STARTING and not self.optional:
                     raise  # it has never been up: another process would do no better
-                self._become(State.UNHEALTHY)
+                self._set_state(State.UNHEALTHY)
                 self.kill(hung=True)
                 death = self._context.failures.actor_died(self.name, error)
         await self.close(self._context.timeouts.health_timeout_s)
 
     async def close(self, patience_s: float) -> None:
-        """Let the process close; one that does not is logged. It is ended in any case."""
+        """Let the process close itself within `patience_s`, then kill it. Errors are logged."""
         hung = False
         try:
             if self.endpoint is not None:
                 async with asyncio.timeout(patience_s):
-                    await self.endpoint.invoke("close")
+                    await self.endpoint.call("close")
         except TimeoutError:
             hung = True
-            log.warning("%s did not close within %g s", self.name, patience_s)
+            log.warning("%s did not close within %g s; killing it", self.name, patience_s)
         except Exception as error:  # nothing depends on it any more
             log.warning("%s did not close: %s", self.name, error)
         finally:
@@ -237,10 +247,10 @@ class Replica:
         if self.endpoint is not None:
             self.endpoint.kill(hung=hung)
 
-    async def _start(self, *, again: bool) -> bool:
-        """Have a process set up; False when it was stopped, or stepped back, before.
+    async def _start(self, *, replacing: bool) -> bool:
+        """Start a process and set it up; return False when the replica was stopped or stepped back before.
 
-        Raises what the actor's `setup` raises, ActorDied when the process dies of it, and LaunchError for a
+        Raises what the actor's `setup` raises, ActorDied when the process dies meanwhile, and LaunchError for a
         replacement that is late.
         """
         preemption, changed = self._context.preemption, self._context.changed
@@ -248,19 +258,21 @@ class Replica:
             await changed.wait_for(lambda: not preemption.pending_required or self.state is State.STOPPED)
         if self.state is State.STOPPED:
             return False
-        self._become(State.STARTING)
+        self._set_state(State.STARTING)
         self._death = asyncio.get_running_loop().create_future()
         self.endpoint = self._context.spawn(self.name)
-        start_s = self._context.timeouts.start_s if again and not self.optional else None
+
+        # The first start is limited by the launch as a whole, an optional replica waits for room without a limit.
+        start_s = self._context.timeouts.start_s if replacing and not self.optional else None
         late = LaunchError(f"{self.name} not up after {start_s} s (cluster.start_timeout_s)")
         setup = asyncio.ensure_future(self._set_up(self.endpoint))
-        taken_back = asyncio.ensure_future(
+        withdrawn = asyncio.ensure_future(
             changed.wait_for(lambda: self.state is State.STOPPED or (self.optional and preemption.pending_required))
         )
         try:
             async with timeout_as(start_s, lambda: late):
-                with nullcontext() if self.optional else preemption.required():
-                    await asyncio.wait((setup, taken_back), return_when=asyncio.FIRST_COMPLETED)
+                with nullcontext() if self.optional else preemption.pending():
+                    await asyncio.wait((setup, withdrawn), return_when=asyncio.FIRST_COMPLETED)
             if setup.done():
                 setup.result()
                 return True
@@ -268,91 +280,74 @@ class Replica:
             self.endpoint = None
             return False
         finally:
-            await cancel_and_wait((setup, taken_back))
+            await cancel_and_wait((setup, withdrawn))
 
     async def _set_up(self, endpoint: Endpoint) -> None:
         if not self.optional:
             await self._context.preemption.wait_scheduled(endpoint)
-        await endpoint.invoke("setup")
+        await endpoint.call("setup")
 
     async def _serve(self, death: Death | None) -> None:
-        """Bring the process up to date and watch over it; returns when it was stopped and has finished, or has left.
+        """Sync the process and watch over it. Returns when it was stopped and is idle, or has yielded its room.
 
-        Raises ActorDied as soon as it is gone or does not answer, and what the restoring raises.
+        Raises ActorDied as soon as the process is dead or does not answer, and what the restore raises.
         """
-        endpoint = self.endpoint
+        endpoint, changed, preemption = self.endpoint, self._context.changed, self._context.preemption
         assert endpoint is not None
-        stopped = asyncio.ensure_future(
-            self._context.changed.wait_for(lambda: self.state is State.STOPPED and not self.in_flight)
-        )
-        preemption = self._context.preemption
-        leaving = asyncio.ensure_future(
-            self._context.changed.wait_for(
-                lambda: self.optional and preemption.place_requested and preemption.should_yield()
-            )
-        )
-        works = (
-            self._bring_up_to_date(endpoint, death),
-            endpoint.wait_dead(),
-            _raised(self._death),
-            self._ask(endpoint),
-        )
-        tasks = pending = {stopped, leaving, *map(asyncio.ensure_future, works)}
+
+        async def death_of_a_call() -> NoReturn:
+            raise await self._death
+
+        finished = asyncio.ensure_future(changed.wait_for(lambda: self.state is State.STOPPED and not self.in_flight))
+        yielding = asyncio.ensure_future(changed.wait_for(lambda: self.optional and preemption.accept_yield_request()))
+        work = self._sync(endpoint, death), endpoint.wait_dead(), death_of_a_call(), self._check_health(endpoint)
+        tasks = pending = {finished, yielding, *map(asyncio.ensure_future, work)}
         try:
-            while not (stopped.done() or leaving.done()):
+            while not (finished.done() or yielding.done()):
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                for work in done:
-                    work.result()
+                for task in done:
+                    task.result()
         finally:
-            await cancel_and_wait(
-                tasks
-            )  # also those that failed at the same moment: one error is told, the others are heard
-        if not leaving.cancelled() and self.state is not State.STOPPED:
-            self._leave()
+            await cancel_and_wait(tasks)  # of several errors at the same moment, one is raised
 
-    def _leave(self) -> None:
-        """Make room; its calls are made again by others, and it comes back when there is room for it."""
-        log.info("%s leaves its place to one that is needed", self.name)
-        self._become(State.STARTING)
-        endpoint, self.endpoint = self.endpoint, None
-        assert endpoint is not None
-        endpoint.kill(hung=True)
+        # Its calls are repeated by other replicas, and it starts again when the cluster has room.
+        if not yielding.cancelled() and self.state is not State.STOPPED:
+            log.info("%s yields its room in the cluster to a required process", self.name)
+            self._set_state(State.STARTING)
+            self.endpoint = None
+            endpoint.kill(hung=True)
 
-    async def _bring_up_to_date(self, endpoint: Endpoint, death: Death | None) -> None:
-        self._become(State.STALE)
+    async def _sync(self, endpoint: Endpoint, death: Death | None) -> None:
+        """Restore a replacement, make the newest join call, and mark the replica healthy."""
+        self._set_state(State.STALE)
         if death is not None and self._context.restore is not None:
             await self._context.restore(endpoint)
-        loaded = None
-        while loaded is not self._context.latest:  # another may be published meanwhile
-            loaded = self._context.latest
-            assert loaded is not None
-            call = await loaded.fetched()
+        synced: Call | None = None
+        while synced is not self._context.join_call:  # a newer one may arrive meanwhile
+            synced = self._context.join_call
+            assert synced is not None
+            call = await synced.resolve()
             try:
-                await endpoint.invoke(call.method, call.args, call.kwargs)
+                await endpoint.call(call.method, call.args, call.kwargs)
             except PayloadLost as error:  # with its node, before there was a copy
-                if not loaded.forget(call):
+                if not synced.invalidate(call):
                     raise
-                self._context.failures.warn(f"{error}; it is fetched anew")
-                loaded = None
-        self._become(State.HEALTHY)
+                self._context.failures.warn(f"{error}; fetching it again")
+                synced = None
+        self._set_state(State.HEALTHY)
         if death is not None:
-            self._context.failures.actor_is_back(death)
+            self._context.failures.actor_recovered(death)
 
-    async def _ask(self, endpoint: Endpoint) -> NoReturn:
-        """Whether a process still answers, time and again."""
-        every_s, timeout_s = self._context.timeouts.health_interval_s, self._context.timeouts.health_timeout_s
+    async def _check_health(self, endpoint: Endpoint) -> NoReturn:
+        """Ping the process at regular intervals. Raises ActorDied when it does not answer in time."""
+        interval_s, timeout_s = self._context.timeouts.health_interval_s, self._context.timeouts.health_timeout_s
         late = ActorDied(f"{self.name} did not answer for {timeout_s:g} s (recovery.health_timeout_s)")
         while True:
-            await asyncio.sleep(every_s)
+            await asyncio.sleep(interval_s)
             async with timeout_as(timeout_s, lambda: late):
                 await endpoint.ping()
 
-    def _become(self, state: State) -> None:
-        """Once stopped, it stays so."""
-        if self.state is not State.STOPPED:
+    def _set_state(self, state: State) -> None:
+        if self.state is not State.STOPPED:  # which is final
             self.state = state
             self._context.changed.notify()
-
-
-async def _raised(death: asyncio.Future[ActorDied]) -> NoReturn:
-    raise await death

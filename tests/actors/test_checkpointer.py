@@ -33,7 +33,6 @@ async def trainer(config):
 @pytest.fixture
 async def checkpointer(config, tmp_path):
     checkpointer = Checkpointer(config, str(tmp_path / "checkpoints"))
-    await checkpointer.setup()
     yield checkpointer
     await checkpointer.close()
 
@@ -135,7 +134,7 @@ async def test_states_and_groups_are_payloads():
 async def test_of_adapters_only_they_are_kept_and_gone_on_from(config, make_group, tmp_path):
     config = replace(config, lora=LoraConfig(rank=4), loss=LossConfig(beta=0.1))
     trainer, other, checkpointer = Trainer(config), Trainer(config), Checkpointer(config, str(tmp_path / "checkpoints"))
-    for actor in (trainer, other, checkpointer):
+    for actor in (trainer, other):
         await actor.setup()
     await trainer.train_step(Batch([make_group()]))
     await checkpointer.save(1, [(await trainer.snapshot())[0]], [], {})

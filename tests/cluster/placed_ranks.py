@@ -1,4 +1,4 @@
-"""The driver of test_places.py, on a cluster of two nodes of two CPUs: prints on which nodes ranks find places."""
+"""The driver of test_placement.py, on a cluster of two nodes of two CPUs: prints on which nodes ranks find places."""
 
 import asyncio
 import json
@@ -9,8 +9,8 @@ import ray
 from ray.util import placement_group, placement_group_table, remove_placement_group
 
 from grpo.actors.specs import ActorSpec
-from grpo.cluster.launch import _nodes, launch_actors
-from grpo.cluster.placement import Places
+from grpo.cluster.launch import cluster_nodes, launch_actors
+from grpo.cluster.placement import RankGroups
 from grpo.config.schema import RunConfig
 from grpo.services.failures import Failures
 from tests.fakes import MeetingRank, Worker
@@ -55,9 +55,9 @@ async def beside_generators():
 
 
 async def where_others_hold_room():
-    held, places = await one_cpu_of_each_node(), Places(patience_s=0.1)
-    await places.reserve([TRAINER], _nodes())
-    place = places.take(TRAINER)
+    held, groups = await one_cpu_of_each_node(), RankGroups(patience_s=0.1)
+    await groups.reserve([TRAINER], cluster_nodes())
+    place = groups.pop(TRAINER)
     found = list(placement_group_table(place)["bundles_to_node_id"].values())
     for each in (held, place):
         remove_placement_group(each)

@@ -33,8 +33,8 @@ class Publisher:
         self.transport = Collective(services, config, self.told.append)
 
     async def publish(self):
-        await self.transport.take()
-        return len(await self.transport.spread())
+        await self.transport.snapshot()
+        return len(await self.transport.broadcast())
 
 
 async def test_a_run_trains_and_a_replica_killed_in_the_middle_of_a_transfer_holds_nobody_up(config, make_recorder):

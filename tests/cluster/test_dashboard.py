@@ -13,7 +13,7 @@ EXPORTS = """
 import json, sys, time, urllib.request
 from pathlib import Path
 import ray
-from grpo.cluster.launch import ray_cluster
+from grpo.cluster.connect import ray_cluster
 from grpo.cluster.ray_metrics import RaySink
 from grpo.config.schema import ClusterConfig
 

@@ -9,8 +9,8 @@ import pytest
 from ray.util import placement_group, placement_group_table, remove_placement_group
 
 from grpo.actors.specs import ActorSpec
-from grpo.cluster.launch import _nodes, _spawn, launch_actors
-from grpo.cluster.placement import Places
+from grpo.cluster.launch import _spawn, cluster_nodes, launch_actors
+from grpo.cluster.placement import RankGroups
 from grpo.config.schema import RunConfig
 from grpo.errors import ActorDied, LaunchError
 from grpo.services.failures import Failures
@@ -38,9 +38,9 @@ async def until_dead(process):
 
 
 async def test_ranks_meet_and_are_ended_together_with_their_place(states):
-    gang = _spawn(SPEC, Places(), "trainer")
+    gang = _spawn(SPEC, RankGroups(), "trainer")
     await gang.wait_scheduled()
-    await gang.invoke("setup")
+    await gang.call("setup")
     assert states() == ["CREATED"]
     assert await gang.call("meet", ("hi",)) == ["0 heard hi from 1", "1 heard hi from 0"]
     assert [process.name for process in gang.processes()] == ["trainer-0", "trainer-1"]
@@ -55,7 +55,7 @@ async def test_ranks_meet_and_are_ended_together_with_their_place(states):
 
 async def test_ranks_find_their_places_together_or_not_at_all(states):
     """There is room for one of two; while they wait for it, they can be taken back."""
-    gang = _spawn(too_large_for_two(), Places(), "trainer")
+    gang = _spawn(too_large_for_two(), RankGroups(), "trainer")
     placed = [asyncio.ensure_future(rank.wait_scheduled()) for rank in gang.processes()]
     assert await asyncio.wait(placed, timeout=1.0) == (set(), set(placed))
     assert states() == ["PENDING"]
@@ -67,9 +67,9 @@ async def test_ranks_find_their_places_together_or_not_at_all(states):
 
 
 async def test_a_rank_that_is_killed_in_a_collective_is_the_death_of_all(states):
-    gang = _spawn(SPEC, Places(), "trainer")
+    gang = _spawn(SPEC, RankGroups(), "trainer")
     await gang.wait_scheduled()
-    await gang.invoke("setup")
+    await gang.call("setup")
     meeting = asyncio.ensure_future(gang.call("wait_for_the_other"))
     hears_of_it = asyncio.ensure_future(gang.wait_dead())
     first, second = gang.processes()
@@ -84,10 +84,10 @@ async def test_a_rank_that_is_killed_in_a_collective_is_the_death_of_all(states)
 
 
 async def test_a_reserved_place_is_taken_once(states):
-    places = Places()
-    await places.reserve([SPEC], _nodes())
+    groups = RankGroups()
+    await groups.reserve([SPEC], cluster_nodes())
     assert states() == ["CREATED"]
-    gangs = [_spawn(SPEC, places, "trainer") for _ in range(2)]
+    gangs = [_spawn(SPEC, groups, "trainer") for _ in range(2)]
     assert len(states()) == 2
     for gang in gangs:
         gang.kill()

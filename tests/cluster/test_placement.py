@@ -1,8 +1,16 @@
+"""Room on the nodes of a cluster: by calculation, and for ranks on real Ray."""
+
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 
 from grpo.actors.specs import ActorSpec, actor_specs
 from grpo.cluster.placement import Node, check_placement, nodes_for_all_ranks
 from grpo.errors import LaunchError
+from tests.ray_nodes import ENVIRONMENT, ROOT
 
 
 def spec(name, replicas, cpus, gpus=0.0, ranks=1):
@@ -97,3 +105,21 @@ def test_all_ranks_get_a_node_on_which_they_are_in_nobodys_way():
     assert nodes_for_all_ranks(ranks, [spec("generator", 1, 4, 4), ranks], nodes) == [1, 2, 3]
     assert nodes_for_all_ranks(ranks, [spec("generator", 2, 4, 4), ranks], nodes) == [1]
     assert nodes_for_all_ranks(ranks, [spec("generator", 2, 4, 4), spec("evaluator", 1, 1, 2), ranks], nodes) == []
+
+
+def test_ranks_share_a_node_where_one_has_room_for_all(nodes):
+    for _ in range(2):
+        nodes.start(cpus=2)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.cluster.placed_ranks", nodes.address],
+        env=os.environ | ENVIRONMENT,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["beside generators"]) == len(found["others hold room"]) == 2
+    assert len(set(found["beside generators"])) == 1
+    assert len(set(found["others hold room"])) == 2

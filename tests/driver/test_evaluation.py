@@ -172,7 +172,7 @@ class LosingAnswers(GatedAnswers):
 
     def guard(self, handle):
         super().guard(handle)
-        spawn = handle.service.common.spawn
+        spawn = handle.service.context.spawn
 
         def spawn_without(name):
             endpoint = spawn(name)
@@ -186,7 +186,7 @@ class LosingAnswers(GatedAnswers):
             endpoint.invoke = losing
             return endpoint
 
-        handle.service.common.spawn = spawn_without
+        handle.service.context.spawn = spawn_without
 
 
 async def test_an_evaluator_that_was_replaced_and_finds_only_newer_weights_leaves_its_evaluation_out(loop):

@@ -257,7 +257,7 @@ async def test_whatever_a_reward_does_the_run_ends_with_the_kind_of_it_or_counts
     simulated.reward.on_error, simulated.recovery.max_dropped_groups = "drop", 3
     recorder = make_recorder(simulated)
     async with launch_local(simulated, recorder.failures, {"trainer": CountingTrainer()}) as services:
-        with pytest.raises(DataError, match=r"recovery.max_dropped_groups=3 between two steps are spent"):
+        with pytest.raises(DataError, match=r"recovery.max_dropped_groups=3 between two train steps"):
             await train_loop(services, simulated, recorder, asyncio.Event())
     assert set(recorder.pacer.dropped) == {error.reason}  # three are tolerated, one more, or two at once, end the run
     assert recorder.pacer.dropped.total() in (4, 5)

@@ -223,7 +223,7 @@ def test_a_resumed_run_goes_on_from_what_the_files_and_the_state_hold(tiny_confi
 
 def test_the_summary_tells_deaths_and_how_fast_all_was_well_again(tiny_config, make_recorder):
     recorder = make_recorder(tiny_config)
-    recorder.failures.actor_is_back(recorder.failures.actor_died("trainer", ActorDied("trainer died: killed")))
+    recorder.failures.actor_recovered(recorder.failures.actor_died("trainer", ActorDied("trainer died: killed")))
     recorder.failures.actor_died("reward", ActorDied("reward died: killed"))
     record_steps(recorder, [0.5])
     summary = recorder.write_summary("completed")
@@ -305,7 +305,7 @@ def test_deaths_are_told_at_once_on_the_clock_of_the_run(tiny_config, make_recor
     recorder = make_recorder(tiny_config)
     recorder.offset_clock(1000.0)
     death = recorder.failures.actor_died("trainer", ActorDied("trainer died: killed"))
-    recorder.failures.actor_is_back(death)
+    recorder.failures.actor_recovered(death)
     summary = recorder.write_summary("completed")
     recorder.restore(7, recorder.state())
     recorder.run_dir.close()

@@ -19,8 +19,8 @@ class Executioner:
         self.done = asyncio.Event()
         self._service, self._method, self._nth, self._when = getattr(services, actor).service, method, nth, when
         self._calls = 0
-        spawn = self._service.common.spawn
-        self._service.common.spawn = lambda name: self._armed(spawn(name))
+        spawn = self._service.context.spawn
+        self._service.context.spawn = lambda name: self._armed(spawn(name))
         for replica in self._service.replicas:
             self._armed(replica.endpoint)
 
@@ -177,7 +177,7 @@ async def test_between_two_snapshots_the_trainer_takes_its_steps_again(config, m
 def lose(snapshots, services):
     """Trainers to come are told of so many snapshots that they were lost with a node."""
     service, lost = services.trainer.service, []
-    spawn = service.common.spawn
+    spawn = service.context.spawn
 
     def spawn_without(name):
         endpoint = spawn(name)
@@ -192,7 +192,7 @@ def lose(snapshots, services):
         endpoint.invoke = losing
         return endpoint
 
-    service.common.spawn = spawn_without
+    service.context.spawn = spawn_without
     return lost
 
 
@@ -227,7 +227,7 @@ async def test_a_trainer_that_dies_time_and_again_ends_the_run_with_its_error(co
         async def train_step(self, batch):
             raise ActorDied("trainer died: out of memory")
 
-    with pytest.raises(ActorDied, match=r"out of memory; recovery.max_restarts=2 between two steps are spent"):
+    with pytest.raises(ActorDied, match=r"out of memory; no restarts left .recovery.max_restarts=2 between two train "):
         await train(config, make_recorder, fakes={"trainer": Dying()})
     assert asyncio.all_tasks() == {asyncio.current_task()}
 

@@ -3,7 +3,7 @@ import asyncio
 import pytest
 
 from grpo.errors import ActorDied, PayloadLost, RewardError
-from grpo.services.call_batching import BatchedWork, CallBatcher
+from grpo.services.call_batching import BatchRunner, CallBatcher
 
 
 class Process:
@@ -13,7 +13,7 @@ class Process:
         self.sent, self.asked_late = [], 0
         self.lost, self.dead = lost, dead
         self.reached, self.let_go = asyncio.Event(), asyncio.Event()
-        self._work = BatchedWork()
+        self._work = BatchRunner()
 
     async def send(self, calls):
         numbers = [number for (number,), _ in calls.values()]
@@ -24,11 +24,11 @@ class Process:
             raise ActorDied("it is gone")
         if set(self.lost) & set(numbers):
             raise PayloadLost("it is gone")
-        return await self._work.answers({at: self.double(*args, **kwargs) for at, (args, kwargs) in calls.items()})
+        return await self._work.run({at: self.double(*args, **kwargs) for at, (args, kwargs) in calls.items()})
 
     async def late(self, number):
         self.asked_late += 1
-        return await self._work.late(number)
+        return await self._work.late_answer(number)
 
     async def double(self, number, held=False):
         if number < 0:

@@ -32,7 +32,10 @@ async def test_an_operator_sees_the_replicas_and_scales_them(services, tmp_path)
 
 @pytest.mark.parametrize(
     ("scale", "message"),
-    [({"trainer": 2}, "trainer can't be scaled; this run has generator, reward$"), ({"generator": 0}, "at least 1")],
+    [
+        ({"trainer": 2}, r"^trainer: can't be scaled\. Scalable services of this run: generator, reward$"),
+        ({"generator": 0}, r"^generator: must be >= 1 \(0\)$"),
+    ],
 )
 async def test_what_cannot_be_is_refused(services, tmp_path, scale, message):
     async with open_to_operators(tmp_path, services):
@@ -52,7 +55,7 @@ async def test_garbage_is_answered_with_an_error(services, tmp_path):
 async def test_without_a_run_there_is_nobody_to_ask(services, tmp_path):
     async with open_to_operators(tmp_path, services):
         pass
-    with pytest.raises(ControlError, match="no run is going on in"):
+    with pytest.raises(ControlError, match="no run is active in"):
         await ask(tmp_path, {})
 
 

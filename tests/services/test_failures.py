@@ -8,7 +8,7 @@ from grpo.types import GenerationReport, Group, Rollout, Scores
 
 @pytest.fixture
 def failures():
-    return Failures(RecoveryConfig(max_restarts=2, max_data_failures=1))
+    return Failures(RecoveryConfig(max_restarts=2, max_dropped_groups=1))
 
 
 def test_a_spent_budget_ends_the_run_with_the_error_behind_it(failures):
@@ -16,7 +16,9 @@ def test_a_spent_budget_ends_the_run_with_the_error_behind_it(failures):
         failures.actor_died(actor, ActorDied(f"{actor} died: killed"))
         failures.payload_lost(PayloadLost("its tokens are gone"))  # costs nothing on top
     last = ActorDied("generator-1 died: out of memory")
-    with pytest.raises(ActorDied, match=r"generator-1 died: out of memory; recovery.max_restarts=2 .* spent") as caught:
+    with pytest.raises(
+        ActorDied, match=r"generator-1 died: out of memory; no restarts left .recovery.max_restarts=2 "
+    ) as caught:
         failures.actor_died("generator-1", last)
     assert caught.value.__cause__ is last
     assert failures.restarts == {"generator-0": 1, "reward": 1}
@@ -33,7 +35,9 @@ def test_a_trained_step_fills_the_budgets_up(failures):
 
 def test_the_budgets_of_actors_and_of_data_are_apart(failures):
     failures.reward_failed(RewardTimeout("slow"))
-    with pytest.raises(DataError, match=r"slow; recovery\.max_data_failures=1"):
+    with pytest.raises(
+        DataError, match=r"slow; too many dropped groups \(recovery\.max_dropped_groups=1 between two train steps\)"
+    ):
         failures.reward_failed(RewardTimeout("slow"))
     failures.actor_died("reward", ActorDied("died"))
 
@@ -46,7 +50,7 @@ def test_a_death_is_remembered_with_the_times_until_all_was_well_again(failures)
         None,
         None,
     )
-    failures.actor_is_back(death)
+    failures.actor_recovered(death)
     failures.step_trained()
     assert 0 <= death.back_s <= death.next_step_s
     before = death.next_step_s
@@ -67,8 +71,8 @@ def test_one_group_more_than_the_limit_ends_the_run_and_says_what_was_seen(failu
         failures.group_filtered(group_filtered(0.25, 0.25), limit=6)
     message = str(caught.value)
     assert message.startswith(
-        "filter.zero_variance: 7 groups with nothing to learn from (3 with reward 0 throughout, "
-        "2 with reward 1 throughout, 1 with reward 0.25 throughout), with no batch in between; "
+        "filter.zero_variance: dropped 7 zero-variance groups before a batch was full (3 with reward 0 throughout, "
+        "2 with reward 1 throughout, 1 with reward 0.25 throughout); "
     )
     assert "raise filter.max_dropped_batches" in message
     assert "\n" not in message
@@ -83,7 +87,7 @@ def test_every_batch_that_passes_the_filter_fills_up_what_may_be_dropped(failure
     for _ in range(2):
         failures.group_filtered(group_filtered(0.0, 0.0), limit=2)
         failures.group_kept(batch=3)  # not a batch yet
-    with pytest.raises(DataError, match="3 groups with nothing to learn from"):
+    with pytest.raises(DataError, match="dropped 3 zero-variance groups"):
         failures.group_filtered(group_filtered(0.0, 0.0), limit=2)
 
 

@@ -56,7 +56,7 @@ class Fleet:
         self.failures = Failures(RecoveryConfig(max_restarts=max_restarts))
         self._setup, self._placed = setup, placed
         common = ServiceContext(self._spawn, self.failures, timeouts or Timeouts(), preemption or PreemptionState())
-        self.service = Service("echo", common, replicas, updates=frozenset({"load"}), **options)
+        self.service = Service("echo", common, replicas, replayed_on_join=frozenset({"load"}), **options)
         self.handle = ActorHandle(self.service)
 
     def _spawn(self, name):
@@ -66,7 +66,7 @@ class Fleet:
         self.processes.append(echo)
         self.endpoints.append(LocalEndpoint(echo, name))
         if self._placed is not None:
-            self.endpoints[-1].placed = self._placed
+            self.endpoints[-1].wait_scheduled = self._placed
         return self.endpoints[-1]
 
     def states(self):
@@ -273,7 +273,9 @@ async def test_a_spent_budget_reaches_every_caller():
         await fleet.processes[1].asked.wait()
         fleet.endpoints[1].kill()
         for call in (waiting, fleet.handle.say.call_one("hi")):
-            with pytest.raises(ActorDied, match=r"echo died: it was killed; recovery\.max_restarts=1"):
+            with pytest.raises(
+                ActorDied, match=r"echo died: it was killed; no restarts left .recovery\.max_restarts=1 "
+            ):
                 await call
 
 

@@ -101,7 +101,7 @@ class Fleet:
         def release():
             self.released += 1
 
-        return Gang(self.endpoints[-1], release, apart={"alone"})
+        return Gang(self.endpoints[-1], release, rank_zero_only={"alone"})
 
     async def __aenter__(self):
         await self.service.ready()
