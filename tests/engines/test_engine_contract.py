@@ -1,4 +1,4 @@
-"""What every engine promises. `make test` holds the embedded engine to it, `make test-vllm` vLLM."""
+"""What every engine promises. `make test` holds the torch engine to it, `make test-vllm` vLLM."""
 
 import asyncio
 import copy
@@ -71,10 +71,10 @@ async def opened(kind, make_model, weight_update, folder):
         from grpo.engines.vllm.engine import VLLMEngine
 
         model.save_pretrained(folder)
-        engine = await VLLMEngine.start(
+        engine = await VLLMEngine(
             str(folder), stop_token_ids=(EOS,), shapes=parameter_shapes(model), limits=LIMITS,
             weight_update=weight_update, threads=1, settings={"dtype": "float32"},
-        )  # fmt: skip
+        ).start()  # fmt: skip
     try:
         yield Bench(make_model, engine, weight_update)
     finally:
