@@ -26,16 +26,7 @@ from grpo.weights.payload import Weights, WeightsHeader, parameter_shapes
 
 
 class Generator:
-    """Host one engine. Calls of `generate` run concurrently, and `update_weights` does not queue behind them.
-
-    Example:
-
-        generator = Generator(config)
-        await generator.setup()
-        completions, report = await generator.generate(prompt, SamplingParams(n=8, max_tokens=64))
-        stats = await generator.update_weights(weights)
-        await generator.close()
-    """
+    """Host one engine. Calls of `generate` run concurrently, and `update_weights` does not queue behind them."""
 
     def __init__(self, config: RunConfig, *, device: str = "cpu", threads: int = 0) -> None:
         self._config, self._device, self._threads = config, device, threads
@@ -74,7 +65,7 @@ class Generator:
         self._broadcaster.leave(number)
 
     async def ping(self) -> None:
-        """Return when the engine answers; it may run in a process of its own."""
+        """Return when the engine answers; it may run in a separate process."""
         await self._engine.ping()
 
     async def close(self) -> None:

@@ -66,14 +66,10 @@ class Limits:
 
     def check(self, prompt_ids: Ints, params: SamplingParams) -> None:
         """Raise ValueError for a request that can't fit."""
-        if not 0 < (length := len(prompt_ids)) <= self.max_prompt_tokens:
-            raise ValueError(
-                f"prompt has {length} tokens; must be 1 to {self.max_prompt_tokens} (rollout.max_prompt_tokens)"
-            )
-        if not 0 < params.max_tokens <= self.max_completion_tokens:
-            raise ValueError(
-                f"max_tokens={params.max_tokens}; must be 1 to {self.max_completion_tokens} "
-                "(rollout.max_completion_tokens)"
-            )
-        if not 0 < params.n <= self.max_sequences:
-            raise ValueError(f"n={params.n} completions; must be 1 to {self.max_sequences} (generator.max_sequences)")
+        for name, value, most, key in (
+            ("prompt_tokens", len(prompt_ids), self.max_prompt_tokens, "rollout.max_prompt_tokens"),
+            ("max_tokens", params.max_tokens, self.max_completion_tokens, "rollout.max_completion_tokens"),
+            ("n", params.n, self.max_sequences, "generator.max_sequences"),
+        ):
+            if not 0 < value <= most:
+                raise ValueError(f"{name}={value} must be 1 to {most} ({key})")

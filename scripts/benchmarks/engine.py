@@ -27,7 +27,7 @@ AT_LEAST = {("model.generate", False): 1.0, ("model.generate", True): 1.8, ("vLL
 def run(quick: bool) -> list[Figure]:
     figures = []
     if vllm_python() is None:
-        print("skipped vLLM: not installed. `make vllm` installs it into an environment of its own")
+        print("skipped vLLM: not installed. `make vllm` installs it into a separate environment")
     for name in ("tiny",) if quick else ("tiny", "SmolLM2"):
         with tempfile.TemporaryDirectory() as folder:
             asyncio.run(run_in_temp_thread(1, _save, name, folder))

@@ -105,7 +105,7 @@ def vllm_python() -> Path | None:
 
 
 class VLLMProcess:
-    """vLLM in a process and an environment of its own (vllm_rounds.py). It is idle between rounds."""
+    """vLLM in a separate process and environment (vllm_rounds.py). It is idle between rounds."""
 
     def __init__(self, python: Path, folder: str, dtype: str, sequences: int) -> None:
         program = Path(__file__).with_name("vllm_rounds.py")

@@ -1,4 +1,4 @@
-"""Actors that do no work, each in a process of its own: the time of a run is then the overhead of grpo and Ray.
+"""Actors that do no work, each in a separate process: the time of a run is then the overhead of grpo and Ray.
 
 The module imports neither torch nor grpo's engines, because every figure starts five such processes.
 """

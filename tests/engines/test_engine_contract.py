@@ -336,11 +336,11 @@ async def test_cancelling_frees_the_place_for_others(bench):
 @pytest.mark.parametrize(
     ("length", "settings", "message"),
     [
-        (0, {}, "prompt has 0 tokens"),
-        (301, {}, "prompt has 301 tokens; must be 1 to 300"),
+        (0, {}, "prompt_tokens=0"),
+        (301, {}, "prompt_tokens=301 must be 1 to 300"),
         (4, {"n": 17}, "n=17"),
         (4, {"n": 0}, "n=0"),
-        (4, {"count": 201}, "max_tokens=201; must be 1 to 200"),
+        (4, {"count": 201}, "max_tokens=201 must be 1 to 200"),
         (4, {"count": 0}, "max_tokens=0"),
     ],
 )

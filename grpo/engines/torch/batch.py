@@ -233,7 +233,7 @@ class RowTensors:
         self._stops_BS = torch.cat([stops_S.expand(len(rows), -1), ints_BK[:, 3:]], dim=1)
 
     def ended(self, tokens_B: Tensor, position_B: Tensor) -> dict[int, bool]:
-        """Map the rows that end with these tokens to whether a stop token ended them (else their limit did)."""
+        """Map each row that ends with these tokens to True after a stop token, or False at its limit."""
         stopped_B = (tokens_B[:, None] == self._stops_BS).any(dim=1)
         full_B = position_B + 1 >= self._max_tokens_B
         both = (2 * stopped_B + full_B).tolist()  # one transfer from the device

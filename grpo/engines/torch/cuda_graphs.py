@@ -65,7 +65,7 @@ class GraphedDecoding:
         return self._logits_RV[:count]
 
     def _capture(self, rows: int) -> torch.cuda.CUDAGraph:
-        # Warm up on a stream of its own, as torch asks for: kernels are compiled and allocate what they need once.
+        # Warm up on a side stream, as torch requires: kernels are compiled and make their one-time allocations.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -97,7 +97,7 @@ class GraphedDecoding:
 
 
 def _padded_rows(rows: int) -> int:
-    """Round up to a multiple of an eighth of the next power of two: at most an eighth is computed in vain."""
+    """Round up to a multiple of an eighth of the next power of two: at most an eighth of the rows is padding."""
     step = max(1, (1 << (rows - 1).bit_length()) // 8) if rows > 1 else 1
     return -(-rows // step) * step
 

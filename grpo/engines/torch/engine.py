@@ -1,6 +1,6 @@
 """Torch engine: continuous batching over any Hugging Face causal LM with full or sliding attention.
 
-Requests wait in arrival order. One task steps the batch in a thread of its own. Between two steps it drops cancelled
+Requests wait in arrival order. One task steps the batch in a separate thread. Between two steps it drops cancelled
 requests, swaps in new weights, and lets rows of waiting groups take the slots of finished rows.
 """
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,12 +18,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class Decoding(Protocol):
-    """Decode step of one model over one grid. Writes the grid's next column, `kv.end`, but does not advance `end`."""
-
-    def __call__(self, tokens_B1: Tensor, start_B: Tensor) -> Tensor:
-        """Return the logits [B, V] of the token after `tokens_B1`, in rows that begin at columns `start_B`."""
-        ...
+# Decode step: from tokens [B, 1] and the columns [B] at which rows begin to the logits [B, V] of the next tokens. It
+# writes column `end` of the KV grid and leaves it to the caller to advance `end`.
+Decoding = Callable[[Tensor, Tensor], Tensor]
 
 
 def choose_decoding(model: PreTrainedModel, kv: KVGrid, *, cuda_graphs: bool) -> Decoding:

@@ -49,7 +49,7 @@ class KVGrid:
     def store(self, prefix: Prefix, rows: slice) -> None:
         """Copy a freshly computed prefix into `rows`, so that it ends before column `end`."""
         if not self.layers:
-            self._allocate(prefix.cache)
+            self.layers = [Layer(self, self._empty(x.keys), self._empty(x.values)) for x in prefix.cache.layers]
         columns = slice(self.end - prefix.length, self.end)
         for layer, computed in zip(self.layers, prefix.cache.layers, strict=True):
             layer.keys[rows, :, columns] = computed.keys[prefix.source, :, -prefix.length :]
@@ -70,13 +70,10 @@ class KVGrid:
     def _buffers(self) -> list[Tensor]:
         return [buffer for layer in self.layers for buffer in (layer.keys, layer.values)]
 
-    def _allocate(self, computed: DynamicCache) -> None:
-        def empty(like: Tensor) -> Tensor:
-            _, heads, _, size = like.shape
-            # Zeros, because a masked column still enters the attention as 0 * value, and 0 * NaN is NaN.
-            return torch.zeros(self.max_rows, heads, self.max_columns, size, dtype=like.dtype, device=like.device)
-
-        self.layers = [Layer(self, empty(layer.keys), empty(layer.values)) for layer in computed.layers]
+    def _empty(self, like: Tensor) -> Tensor:
+        _, heads, _, size = like.shape
+        # Zeros, because a masked column still enters the attention as 0 * value, and 0 * NaN is NaN.
+        return torch.zeros(self.max_rows, heads, self.max_columns, size, dtype=like.dtype, device=like.device)
 
 
 class Layer(CacheLayerMixin):
@@ -140,8 +137,8 @@ class Prefix:
 def prefill(model: PreTrainedModel, sequences: Sequence[Tensor], version: int) -> Iterator[Prefix]:
     """Yield a prefix for each sequence of token ids, in order.
 
-    Sequences are computed in chunks, each with a cache of its own. Copy a prefix before asking for the next one, so
-    that only one chunk is in memory.
+    Sequences are computed in chunks, each with a separate cache. Copy a prefix before you ask for the next one, so that
+    only one chunk is in memory.
     """
     chunk_size = max(1, _PREFILL_TOKENS // max(map(len, sequences), default=1))
     for i in range(0, len(sequences), chunk_size):

@@ -31,7 +31,6 @@ from grpo.weights.adapters import Merge
 from grpo.weights.payload import Weights, check_fit, check_intact
 
 R = TypeVar("R")
-WORKER = "grpo.engines.vllm.worker"
 BACKEND = "grpo_shared_memory"  # name under which the worker registers its weight transfer
 _PAUSE: dict[WeightUpdate, dict[str, Any]] = {
     "in_flight": {"mode": "keep", "clear_cache": False},
@@ -51,14 +50,6 @@ class VLLMEngine:
     vLLM is given no more requests than it has slots for, and none during an update, so it is known which weights a
     prompt is computed with. Cached prefixes are reused within a policy version, because the version salts the cache.
     (In flight, a completion handed over just before a pause may still share a prefix that was computed before it.)
-
-    Example:
-
-        engine = await VLLMEngine(
-            "HuggingFaceTB/SmolLM2-135M-Instruct", stop_token_ids=[2], shapes=parameter_shapes(model), limits=limits
-        ).start()
-        completions = await engine.generate(prompt_ids, SamplingParams(n=8, max_tokens=256, seed=0))
-        await engine.close()
     """
 
     def __init__(
@@ -165,7 +156,7 @@ class VLLMEngine:
             self._buffer.close()
 
     def _start_llm(self) -> Any:
-        """Return vLLM with the model in an engine process of its own. Raises the errors of `start`."""
+        """Return vLLM with the model in a separate engine process. Raises the errors of `start`."""
         from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
@@ -184,7 +175,7 @@ class VLLMEngine:
                 max_num_seqs=self._limits.max_sequences,
                 logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature and filters applied
                 weight_transfer_config=WeightTransferConfig(backend=BACKEND),
-                worker_extension_cls=f"{WORKER}.WorkerExtension",
+                worker_extension_cls="grpo.engines.vllm.worker.WorkerExtension",
                 disable_log_stats=True,
                 **{**(cpu_settings(context) if self._device == "cpu" else {}), **self._settings},
             )

@@ -50,6 +50,8 @@ def sampling_params(params: SamplingParams, sample: int, stop_token_ids: tuple[i
     from vllm import SamplingParams as VLLMParams
     from vllm.sampling_params import RequestOutputKind
 
+    # One seed for the completion, of 48 bits: the generator of every device accepts these.
+    seed = hashlib.blake2b(f"{params.seed}/{sample}".encode(), digest_size=6).digest()
     return VLLMParams(
         temperature=params.temperature,
         top_p=params.top_p,
@@ -57,7 +59,7 @@ def sampling_params(params: SamplingParams, sample: int, stop_token_ids: tuple[i
         max_tokens=params.max_tokens,
         stop_token_ids=[*stop_token_ids, *params.stop_token_ids],
         ignore_eos=True,  # `stop_token_ids` is complete
-        seed=None if params.temperature == 0 else _seed(params.seed, sample),
+        seed=None if params.temperature == 0 else int.from_bytes(seed, "big"),
         logprobs=0,  # of the sampled token only
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
@@ -75,8 +77,3 @@ def as_completion(output: Any) -> Completion:
         versions=tuple((int(span.version), span.end - span.start) for span in output.weight_versions),
         finish_reason=output.finish_reason,
     )
-
-
-def _seed(seed: int, sample: int) -> int:
-    """Hash seed and sample number into one seed of 48 bits, which the generator of every device accepts."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{sample}".encode(), digest_size=6).digest(), "big")

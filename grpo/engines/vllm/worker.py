@@ -12,7 +12,6 @@ import os
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from vllm.distributed.weight_transfer.base import (
@@ -69,17 +68,14 @@ class SharedMemoryTransfer(WeightTransferEngine[SharedMemory, Layout]):
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
-        _repack_tied_head(self.model)
+        # On a CPU vLLM computes with a repacked copy of each matrix, and its reload omits that of a tied output head.
+        head = getattr(self.model, "lm_head", None)
+        embedding = getattr(getattr(self.model, "model", None), "embed_tokens", None)
+        if head is not None and embedding is not None and head.weight is embedding.weight:
+            head.quant_method.process_weights_after_loading(head)
 
     def shutdown(self) -> None:
         """Do nothing: the mapping ends with the process."""
-
-
-def _repack_tied_head(model: Any) -> None:
-    """Repack a tied output head for the CPU, where vLLM computes with repacked matrices; its reload omits this one."""
-    head, embedding = getattr(model, "lm_head", None), getattr(getattr(model, "model", None), "embed_tokens", None)
-    if head is not None and embedding is not None and head.weight is embedding.weight:
-        head.quant_method.process_weights_after_loading(head)
 
 
 def _die_with_parent() -> None:
