@@ -1,9 +1,10 @@
-"""Samples completions with an engine. One replica of the generator service."""
+"""Generator actor: sample completions with an engine. One replica of the generator service."""
 
 from __future__ import annotations
 
 import uuid
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ from grpo.weights.payload import Weights, WeightsHeader, parameter_shapes
 
 
 class Generator:
-    """Answers `generate` calls side by side; `update_weights` does not wait behind them."""
+    """Host one engine. Calls of `generate` run concurrently, and `update_weights` does not queue behind them."""
 
     def __init__(self, config: RunConfig, *, device: str = "cpu", threads: int = 0) -> None:
         self._config, self._device, self._threads = config, device, threads
@@ -37,7 +38,7 @@ class Generator:
 
     @returns_payload
     async def generate(self, prompt: Prompt, params: SamplingParams) -> tuple[list[Completion], GenerationReport]:
-        """The group of `params.n` completions of one prompt."""
+        """Sample the group of `params.n` completions of one prompt."""
         completions = await self._engine.generate(prompt.token_ids, params)
         versions = [version for completion in completions for version, _ in completion.versions]
         return completions, GenerationReport(
@@ -49,46 +50,49 @@ class Generator:
 
     @replayed_on_join
     async def update_weights(self, weights: Weights) -> GeneratorStats:
-        """Returns once every further token is sampled under `weights`; the answer carries the counters so far."""
+        """Return the counters so far, once every further token is sampled under `weights`."""
         await self._engine.update_weights(weights)
         return replace(self._engine.stats(), process=self._name)
 
     async def receive_weights(self, header: WeightsHeader, group: BroadcastGroup) -> GeneratorStats:
-        """As `update_weights`, of weights that the trainer sends to the group. Raises TransferError."""
+        """Receive weights that the trainer broadcasts to the group, then `update_weights`. Raises TransferError."""
         with span("receive", version=header.version):
             weights = await self._broadcaster.receive(group, header)
         return await self.update_weights(weights)
 
     async def leave_group(self, number: int) -> None:
-        """A transfer in it raises TransferError, under way or to come."""
+        """Leave broadcast group `number`: running and later transfers in it raise TransferError."""
         self._broadcaster.leave(number)
 
     async def ping(self) -> None:
-        """Returns when the engine answers, which may live in a process of its own."""
+        """Return when the engine answers; it may run in a separate process."""
         await self._engine.ping()
 
     async def close(self) -> None:
         self._broadcaster.leave()
-        if hasattr(self, "_engine"):  # else: it was closed before there was one; what starts ends with the process
+        if hasattr(self, "_engine"):  # else `setup` was not done: an engine that starts ends with the process
             await self._engine.close()
 
 
 async def make_engine(config: RunConfig, device: str, threads: int) -> Engine:
-    """The engine that `generator.engine` names."""
+    """Build the engine that `generator.engine` names."""
     settings = config.generator
     if settings.engine == "simulated":
         check_arguments(SimulatedEngine, settings.args, key="generator.args")
         return SimulatedEngine(**settings.args)
     limits = Limits(config.rollout.max_prompt_tokens, config.rollout.max_completion_tokens, settings.max_sequences)
     tokenizer = load_tokenizer(config.model)
-    dtype = getattr(torch, config.model.dtype)
+
+    # vLLM loads the model itself; with adapters the base is also needed here, to merge them into it.
     merge = None
     if settings.engine == "torch" or config.uses_adapters:
+        dtype = getattr(torch, config.model.dtype)
         model = await run_in_temp_thread(threads, load_model, config.model, dtype, "cpu")
         merge = Merge(base_of(model), config.lora.scale) if config.uses_adapters else None
+
     if settings.engine == "vllm":
         skeleton = load_skeleton(config.model)
-        return await VLLMEngine.start(
+        engine = VLLMEngine(
             str(config.model.path),
             stop_token_ids=stop_token_ids(skeleton, tokenizer),
             shapes=parameter_shapes(skeleton),
@@ -96,19 +100,10 @@ async def make_engine(config: RunConfig, device: str, threads: int) -> Engine:
             weight_update=settings.weight_update,  # type: ignore[arg-type]  # validated by the config
             device=device,
             threads=threads,
-            settings={
-                "dtype": config.model.dtype,
-                "trust_remote_code": config.model.trust_remote_code,
-                "load_format": "auto" if config.model.allow_pickle else "safetensors",
-                "tensor_parallel_size": settings.tensor_parallel,
-                "enforce_eager": not settings.cuda_graphs,
-                "gpu_memory_utilization": settings.gpu_memory_fraction,
-                # vLLM must not ask Ray for workers: this actor has the GPUs.
-                "distributed_executor_backend": "mp" if settings.tensor_parallel > 1 else None,
-                **settings.args,
-            },
+            settings=_vllm_settings(config),
             merge=merge,
         )
+        return await engine.start()
     return TorchEngine(
         model.to(device),
         stop_token_ids=stop_token_ids(model, tokenizer),
@@ -118,3 +113,18 @@ async def make_engine(config: RunConfig, device: str, threads: int) -> Engine:
         threads=threads,
         merge=merge,
     )
+
+
+def _vllm_settings(config: RunConfig) -> dict[str, Any]:
+    """Return engine arguments of vLLM; `generator.args` come last and win."""
+    return {
+        "dtype": config.model.dtype,
+        "trust_remote_code": config.model.trust_remote_code,
+        "load_format": "auto" if config.model.allow_pickle else "safetensors",
+        "tensor_parallel_size": config.generator.tensor_parallel,
+        "enforce_eager": not config.generator.cuda_graphs,
+        "gpu_memory_utilization": config.generator.gpu_memory_fraction,
+        # vLLM must not ask Ray for workers: this actor has the GPUs.
+        "distributed_executor_backend": "mp" if config.generator.tensor_parallel > 1 else None,
+        **config.generator.args,
+    }

@@ -1,1 +1,1 @@
-"""Engines turn prompts into completions. The `Engine` protocol is all that the generator knows of them."""
+"""Engines that turn prompts into completions. The generator knows them by the `Engine` protocol alone."""

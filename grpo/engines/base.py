@@ -1,4 +1,4 @@
-"""The protocol every engine follows, and what the engines share."""
+"""Protocol that every engine follows, and the limits that every engine checks a request against."""
 
 from __future__ import annotations
 
@@ -12,7 +12,25 @@ WeightUpdate = Literal["in_flight", "in_flight_recompute", "drain"]
 
 
 class Engine(Protocol):
-    """Generates groups of completions and takes new weights while doing so."""
+    """Generate groups of completions, and swap in new weights between two decode steps.
+
+    Example: an engine without a model, which answers every prompt with the token 5.
+
+        class ConstantEngine:
+            version = 0
+
+            async def generate(self, prompt_ids, params):
+                count = params.max_tokens
+                logprobs = np.zeros(count, dtype=np.float32)
+                return [Completion(np.full(count, 5), logprobs, ((self.version, count),), "length")] * params.n
+
+            async def update_weights(self, weights):
+                self.version = weights.version
+
+            async def ping(self): ...
+            def stats(self): return GeneratorStats(busy_s=0.0, tokens=0)
+            async def close(self): ...
+    """
 
     @property
     def version(self) -> int:
@@ -28,19 +46,19 @@ class Engine(Protocol):
         ...
 
     async def ping(self) -> None:
-        """Return when whatever computes still answers."""
+        """Return once the process or thread that computes has answered."""
         ...
 
     def stats(self) -> GeneratorStats: ...
 
     async def close(self) -> None:
-        """Abort what is running and free threads and processes."""
+        """Abort running requests and free threads and processes."""
         ...
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for, and how many completions are decoded together."""
+    """Largest request that an engine accepts, and the number of completions that it decodes together."""
 
     max_prompt_tokens: int
     max_completion_tokens: int
@@ -48,9 +66,10 @@ class Limits:
 
     def check(self, prompt_ids: Ints, params: SamplingParams) -> None:
         """Raise ValueError for a request that can't fit."""
-        if not 0 < len(prompt_ids) <= self.max_prompt_tokens:
-            raise ValueError(f"a prompt of {len(prompt_ids)} tokens; the engine takes 1 to {self.max_prompt_tokens}")
-        if not 0 < params.max_tokens <= self.max_completion_tokens:
-            raise ValueError(f"max_tokens={params.max_tokens}; the engine takes 1 to {self.max_completion_tokens}")
-        if not 0 < params.n <= self.max_sequences:
-            raise ValueError(f"n={params.n} completions; the engine holds {self.max_sequences}")
+        for name, value, most, key in (
+            ("prompt_tokens", len(prompt_ids), self.max_prompt_tokens, "rollout.max_prompt_tokens"),
+            ("max_tokens", params.max_tokens, self.max_completion_tokens, "rollout.max_completion_tokens"),
+            ("n", params.n, self.max_sequences, "generator.max_sequences"),
+        ):
+            if not 0 < value <= most:
+                raise ValueError(f"{name}={value} must be 1 to {most} ({key})")

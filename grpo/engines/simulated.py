@@ -1,21 +1,22 @@
-"""An engine without a model: latencies, lengths and failures as configured, for tests and for planning."""
+"""Engine without a model: configured latencies, lengths and failures, for tests and for planning."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 
 import numpy as np
 
 from grpo.types import Completion, GeneratorStats, Ints, SamplingParams
+from grpo.utils.torch_utils import BusyClock
 from grpo.weights.payload import Weights
 
 
 class SimulatedEngine:
-    """A group takes `latency_s`, times a lognormal factor of median 1 and shape `latency_sigma`.
+    """Answer each group after `latency_s`, times a lognormal factor of median 1 and shape `latency_sigma`.
 
-    Lengths are geometric with mean `mean_tokens`, cut at the request's limit; `mean_tokens` None always fills it.
-    A call fails with RuntimeError with probability `failure_rate`. Everything random follows from the request's seed.
+    Lengths are geometric with mean `mean_tokens`, cut at the request's limit. With `mean_tokens` None every completion
+    fills its limit. A call fails with RuntimeError with probability `failure_rate`. All randomness follows from the
+    request's seed.
     """
 
     def __init__(
@@ -30,18 +31,15 @@ class SimulatedEngine:
         self.version = 0
         self._latency_s, self._latency_sigma, self._load_s = latency_s, latency_sigma, load_s
         self._mean_tokens, self._failure_rate, self._vocabulary = mean_tokens, failure_rate, vocabulary
-        self._running, self._busy_s, self._tokens, self._since = 0, 0.0, 0, time.perf_counter()
+        self._clock, self._tokens = BusyClock(), 0
 
     async def generate(self, prompt_ids: Ints, params: SamplingParams) -> list[Completion]:
         rng = np.random.default_rng(params.seed)
         version = self.version
-        self._count(+1)
-        try:
+        with self._clock.busy():
             await asyncio.sleep(self._latency_s * float(rng.lognormal(0.0, self._latency_sigma)))
-        finally:
-            self._count(-1)
         if rng.random() < self._failure_rate:
-            raise RuntimeError("a simulated failure of the engine")
+            raise RuntimeError("simulated engine failure")
         completions = [self._completion(rng, version, params.max_tokens) for _ in range(params.n)]
         self._tokens += sum(len(completion.token_ids) for completion in completions)
         return completions
@@ -51,14 +49,14 @@ class SimulatedEngine:
         self.version = weights.version
 
     async def ping(self) -> None:
-        """It lives in this process: who hears this is answered."""
+        """In-process: always healthy."""
 
     def stats(self) -> GeneratorStats:
-        self._count(0)
-        return GeneratorStats(busy_s=self._busy_s, tokens=self._tokens)
+        """Count as busy the time during which at least one group is running."""
+        return GeneratorStats(busy_s=self._clock.seconds, tokens=self._tokens)
 
     async def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing: there are no threads and no processes."""
 
     def _completion(self, rng: np.random.Generator, version: int, max_tokens: int) -> Completion:
         length = max_tokens + 1 if self._mean_tokens is None else int(rng.geometric(1 / self._mean_tokens))
@@ -69,9 +67,3 @@ class SimulatedEngine:
             versions=((version, cut),),
             finish_reason="length" if length > max_tokens else "stop",
         )
-
-    def _count(self, change: int) -> None:
-        """Busy is the time in which at least one group is under way."""
-        now = time.perf_counter()
-        self._busy_s += (now - self._since) * (self._running > 0)
-        self._since, self._running = now, self._running + change

@@ -1,4 +1,4 @@
-"""Tokens per second of the embedded engine against `model.generate` and vLLM, with even and with ragged lengths."""
+"""Tokens per second of the torch engine against `model.generate` and vLLM, with even and with ragged lengths."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from benchmarks.engine_rounds import Case, VLLMProcess, embedded_tokens_per_s, generate_tokens_per_s, vllm_python
+from benchmarks.engine_rounds import Case, VLLMProcess, generate_tokens_per_s, torch_tokens_per_s, vllm_python
 from benchmarks.figures import Figure
 from grpo.config.schema import ModelConfig
 from grpo.models.loading import load_model
@@ -19,15 +19,15 @@ from grpo.models.tiny import tiny_llama
 from grpo.utils.torch_utils import run_in_temp_thread
 
 DTYPES = {"tiny": "float32", "SmolLM2": "bfloat16"}
-ROUNDS = {"tiny": 4, "SmolLM2": 1}  # the first of several warms up; with SmolLM2 one takes minutes, and needs none
-# At 64 sequences.
+ROUNDS = {"tiny": 4, "SmolLM2": 1}  # the first of several is a warm-up; a round of SmolLM2 takes minutes and needs none
+# Targets at 64 sequences, by opponent and raggedness.
 AT_LEAST = {("model.generate", False): 1.0, ("model.generate", True): 1.8, ("vLLM", False): 1.0, ("vLLM", True): 1.0}
 
 
 def run(quick: bool) -> list[Figure]:
     figures = []
     if vllm_python() is None:
-        print("vLLM is left out; `make vllm` installs it into an environment of its own")
+        print("skipped vLLM: not installed. `make vllm` installs it into a separate environment")
     for name in ("tiny",) if quick else ("tiny", "SmolLM2"):
         with tempfile.TemporaryDirectory() as folder:
             asyncio.run(run_in_temp_thread(1, _save, name, folder))
@@ -40,8 +40,8 @@ def run(quick: bool) -> list[Figure]:
 
 
 def _compare(model: PreTrainedModel, vllm: VLLMProcess | None, case: Case, rounds: int) -> list[Figure]:
-    """Rounds alternate, so that a slow moment of the machine meets all."""
-    sides = {"embedded engine": lambda: embedded_tokens_per_s(model, case)}
+    """Measure in alternating rounds, so that a slow moment of the machine affects all programs."""
+    sides = {"torch engine": lambda: torch_tokens_per_s(model, case)}
     sides["model.generate"] = lambda: generate_tokens_per_s(model, case)
     if vllm is not None:
         sides["vLLM"] = lambda: vllm.tokens_per_s(case)
@@ -49,8 +49,8 @@ def _compare(model: PreTrainedModel, vllm: VLLMProcess | None, case: Case, round
     for _ in range(rounds):
         for side, measure in sides.items():
             speeds[side].append(measure())
-    ours, *others = ((side, max(found[1:] or found)) for side, found in speeds.items())
-    figures = [Figure("engine", f"{case}: embedded engine", ours[1], "tokens/s")]
+    ours, *others = ((side, max(measured[1:] or measured)) for side, measured in speeds.items())
+    figures = [Figure("engine", f"{case}: torch engine", ours[1], "tokens/s")]
     for side, speed in others:
         target = AT_LEAST[side, case.ragged] if (case.model, case.sequences) == ("tiny", 64) else None
         figures.append(Figure("engine", f"{case}: over {side}", ours[1] / speed, at_least=target))
@@ -58,7 +58,7 @@ def _compare(model: PreTrainedModel, vllm: VLLMProcess | None, case: Case, round
 
 
 def _save(name: str, folder: str) -> None:
-    """A model whose head of zeros makes all tokens equally likely: so many stop tokens, so likely is an end."""
+    """Save a model whose head is zero: all tokens are equally likely, so the number of stop tokens sets the length."""
     if name == "tiny":
         config = tiny_llama().config
         config.vocab_size = 96

@@ -1,4 +1,4 @@
-"""One round of the engine's benchmark: the same groups, for each of those compared."""
+"""One round of the engine benchmark for each of the programs compared; all generate the same groups."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ GROUP = 8
 PROMPT_TOKENS = 32
 EVEN_TOKENS = 32
 MEAN_TOKENS, MOST_TOKENS = 32, 256
-BATCHES = 3  # of as many sequences as run at once
+BATCHES = 3  # per round, each of as many sequences as run at once
 THREADS = os.cpu_count() or 1
 _PROJECT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
 class Case:
-    """`sequences` at a time, all waiting from the start; ragged ones end by chance."""
+    """Model and workload: all prompts wait from the start, `sequences` run at once, ragged ones end at random."""
 
     model: str
     sequences: int
@@ -44,22 +44,22 @@ class Case:
 
     @property
     def seeds(self) -> range:
-        """One a group."""
+        """One seed per group."""
         return range(BATCHES * self.sequences // GROUP)
 
     def stop_token_ids(self, vocabulary: int) -> list[int]:
-        """Enough of equally likely tokens to end a completion after `MEAN_TOKENS` on average."""
+        """Return so many of the equally likely tokens that a completion ends after `MEAN_TOKENS` on average."""
         return list(range(vocabulary // MEAN_TOKENS)) if self.ragged else []
 
     def __str__(self) -> str:
         return f"{self.model}, {'ragged' if self.ragged else 'even'}, {self.sequences} sequences"
 
 
-def embedded_tokens_per_s(model: PreTrainedModel, case: Case) -> float:
-    return asyncio.run(_embedded_tokens_per_s(model, case))
+def torch_tokens_per_s(model: PreTrainedModel, case: Case) -> float:
+    return asyncio.run(_torch_tokens_per_s(model, case))
 
 
-async def _embedded_tokens_per_s(model: PreTrainedModel, case: Case) -> float:
+async def _torch_tokens_per_s(model: PreTrainedModel, case: Case) -> float:
     limits = Limits(PROMPT_TOKENS, case.most_tokens, case.sequences)
     stops = case.stop_token_ids(model.config.vocab_size)
     engine = TorchEngine(model, stop_token_ids=stops, limits=limits, threads=THREADS)
@@ -73,8 +73,8 @@ async def _embedded_tokens_per_s(model: PreTrainedModel, case: Case) -> float:
 
 
 def generate_tokens_per_s(model: PreTrainedModel, case: Case) -> float:
-    """Batch after batch of as many sequences as the engine runs at once."""
-    # Its threads have to end with the round: two pools of OpenMP's slow each other down, even when one is idle.
+    """Measure `model.generate` on one batch after the other, each of as many sequences as the engine runs at once."""
+    # Its threads have to end with the round: two OpenMP pools slow each other down, even when one is idle.
     return asyncio.run(run_in_temp_thread(THREADS, _generate_tokens_per_s, model, case))
 
 
@@ -94,18 +94,18 @@ def _generate_tokens_per_s(model: PreTrainedModel, case: Case) -> float:
                 pad_token_id=0,
             )
         ended = torch.isin(made[:, PROMPT_TOKENS:], torch.tensor(stops)).int()
-        tokens += int(((ended.cumsum(dim=1) - ended) == 0).sum())  # up to the end, that included
+        tokens += int(((ended.cumsum(dim=1) - ended) == 0).sum())  # up to and including the stop token
     return tokens / (time.perf_counter() - began)
 
 
 def vllm_python() -> Path | None:
-    """The interpreter of the environment that vLLM lives in."""
+    """Return the interpreter of the environment that has vLLM, or None."""
     python = Path(os.environ.get("VLLM_VENV", _PROJECT / ".venv-vllm")) / "bin/python"
     return python if python.exists() else None
 
 
 class VLLMProcess:
-    """vLLM in a process and an environment of its own (vllm_rounds.py), idle between rounds."""
+    """vLLM in a separate process and environment (vllm_rounds.py). It is idle between rounds."""
 
     def __init__(self, python: Path, folder: str, dtype: str, sequences: int) -> None:
         program = Path(__file__).with_name("vllm_rounds.py")
@@ -139,7 +139,7 @@ class VLLMProcess:
         self._process.stdin.write(json.dumps(question) + "\n")
         self._process.stdin.flush()
         if not (line := self._process.stdout.readline()):
-            raise RuntimeError(f"vLLM's process ended; run {shlex.join(self._command)} to see why")
+            raise RuntimeError(f"vLLM's process ended. To see why, run {shlex.join(self._command)}")
         return dict(json.loads(line))
 
 

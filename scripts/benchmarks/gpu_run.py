@@ -1,4 +1,4 @@
-"""A whole run on one GPU, which trainer and embedded engine share: `scripts/train.py` on a model of random weights."""
+"""A whole run on one GPU, which trainer and torch engine share: `scripts/train.py` on a model of random weights."""
 
 from __future__ import annotations
 

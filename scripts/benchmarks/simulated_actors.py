@@ -1,6 +1,6 @@
-"""Actors that do nothing, but as processes of their own: what is left is what the framework and Ray take.
+"""Actors that do no work, each in a separate process: the time of a run is then the overhead of grpo and Ray.
 
-Imports little: every figure starts five of them.
+The module imports neither torch nor grpo's engines, because every figure starts five such processes.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ class IdleWeights(NamedTuple):
     version: int
 
 
-class IdleDataloader:
+class _Idle:
     async def setup(self) -> None: ...
 
     async def close(self) -> None: ...
 
+
+class IdleDataloader(_Idle):
     async def stats(self) -> dict[str, int]:
         return {}
 
@@ -45,20 +47,16 @@ class IdleDataloader:
         return PromptBatch(prompts, first + count)
 
 
-class IdleGenerator:
-    """Every group takes `latency_s`, give or take the share `spread` of it.
+class IdleGenerator(_Idle):
+    """Answer each group after `latency_s`, varied uniformly by the fraction `spread` in both directions.
 
-    The first `staggered` groups end evenly over that time, as they would if they had not begun at once.
+    The first `staggered` groups end at even intervals over `latency_s`, as if they had not started all at once.
     """
 
     def __init__(self, latency_s: float, spread: float = 0.0, staggered: int = 0) -> None:
         self._latency_s, self._spread, self._staggered = latency_s, spread, staggered
         self._version = self._begun = 0
         self._random = random.Random(0)
-
-    async def setup(self) -> None: ...
-
-    async def close(self) -> None: ...
 
     @returns_payload
     async def generate(self, prompt: Prompt, params: SamplingParams) -> tuple[list[Completion], GenerationReport]:
@@ -82,23 +80,15 @@ class IdleGenerator:
         return GeneratorStats(0.0, 0)
 
 
-class IdleReward:
-    async def setup(self) -> None: ...
-
-    async def close(self) -> None: ...
-
+class IdleReward(_Idle):
     async def score(self, prompt: Prompt, completions: list[Completion], detail: str = "rewards") -> Scores:
         rewards = tuple(float(i % 2) for i in range(len(completions)))
         return Scores(rewards, {"task": rewards}, ())
 
 
-class IdleTrainer:
+class IdleTrainer(_Idle):
     def __init__(self) -> None:
         self._version = 0
-
-    async def setup(self) -> None: ...
-
-    async def close(self) -> None: ...
 
     async def train_step(self, batch: Batch) -> dict[str, float]:
         ages = [self._version - group.oldest_version for group in batch.groups]

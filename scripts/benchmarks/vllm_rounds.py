@@ -1,9 +1,9 @@
-"""vLLM's side of the engine's benchmark, run with the interpreter of vLLM's own environment.
+"""Rounds of vLLM for the engine benchmark, run with the interpreter of vLLM's own environment.
 
     python vllm_rounds.py '{"model": FOLDER, ...}' THREADS
 
-Every line on stdin is a round: {"prompts": [[token id, ...], ...], "params": {...}}; it is answered with a line of what
-was sampled and how long it took. All prompts of a round wait from its start.
+Every line on stdin is a round: {"prompts": [[token id, ...], ...], "params": {...}}. The answer is a line with the
+number of tokens sampled and the seconds taken. All prompts of a round wait from its start.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import sys
 import time
 
-# vLLM in this very process, on every core: its fastest form on a CPU.
+# vLLM in this process, on every core: its fastest configuration on a CPU.
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": sys.argv[2],
@@ -27,7 +27,7 @@ os.environ |= {
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what vLLM prints goes elsewhere
+    os.dup2(2, 1)  # vLLM prints to stdout
     from vllm import LLM, SamplingParams
 
     llm = LLM(

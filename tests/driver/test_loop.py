@@ -195,7 +195,7 @@ async def test_the_trainer_goes_on_while_weights_are_on_their_way_as_far_as_stal
 
 async def test_an_error_in_a_rollout_ends_the_run_with_that_error(simulated, make_recorder):
     simulated.generator.args["failure_rate"] = 0.05
-    with pytest.raises(RuntimeError, match="a simulated failure"):
+    with pytest.raises(RuntimeError, match="simulated engine failure"):
         await run_loop(simulated, make_recorder, {"trainer": CountingTrainer()})
     assert asyncio.all_tasks() == {asyncio.current_task()}
 

@@ -11,6 +11,7 @@ from engine_helpers import (
     weights_of,
 )
 
+from grpo.engines.base import Limits
 from grpo.engines.torch import batch as batch_module
 from grpo.engines.torch.batch import DecodeBatch, Request
 from grpo.engines.torch.sampling import RowSampler, uniforms
@@ -24,9 +25,7 @@ def batch_of(model, stop_token_ids=(2, 3)):
     return DecodeBatch(
         model,
         stop_token_ids=stop_token_ids,
-        max_rows=MAX_ROWS,
-        max_prompt_tokens=MAX_PROMPT,
-        max_completion_tokens=MAX_COMPLETION,
+        limits=Limits(MAX_PROMPT, MAX_COMPLETION, MAX_ROWS),
     )
 
 

@@ -1,4 +1,4 @@
-"""Engines that are given adapters, the embedded one and vLLM: they sample from the base with the adapters merged."""
+"""Engines that are given adapters, the torch engine and vLLM: they sample from the base with the adapters merged."""
 
 from __future__ import annotations
 
@@ -77,10 +77,10 @@ async def opened(kind, model, folder):
         from grpo.engines.vllm.engine import VLLMEngine
 
         model.save_pretrained(folder)
-        engine = await VLLMEngine.start(
+        engine = await VLLMEngine(
             str(folder), stop_token_ids=(), shapes=parameter_shapes(model), limits=LIMITS, threads=1,
             settings={"dtype": "float32"}, merge=merge,
-        )  # fmt: skip
+        ).start()  # fmt: skip
     try:
         async with asyncio.timeout(120):
             yield engine
@@ -123,7 +123,7 @@ async def test_what_are_no_adapters_of_it_is_refused_and_the_old_ones_stay(reque
     assert completion.versions == ((1, 10),)
 
 
-async def test_the_embedded_engine_generates_while_it_merges():
+async def test_the_torch_engine_generates_while_it_merges():
     """The merge waits for a forward pass that waits for the merge to begin."""
     began, passed, model = threading.Event(), threading.Event(), llama()
 

@@ -1,4 +1,4 @@
-"""What every engine promises. `make test` holds the embedded engine to it, `make test-vllm` vLLM."""
+"""What every engine promises. `make test` holds the torch engine to it, `make test-vllm` vLLM."""
 
 import asyncio
 import copy
@@ -71,10 +71,10 @@ async def opened(kind, make_model, weight_update, folder):
         from grpo.engines.vllm.engine import VLLMEngine
 
         model.save_pretrained(folder)
-        engine = await VLLMEngine.start(
+        engine = await VLLMEngine(
             str(folder), stop_token_ids=(EOS,), shapes=parameter_shapes(model), limits=LIMITS,
             weight_update=weight_update, threads=1, settings={"dtype": "float32"},
-        )  # fmt: skip
+        ).start()  # fmt: skip
     try:
         yield Bench(make_model, engine, weight_update)
     finally:
@@ -336,11 +336,11 @@ async def test_cancelling_frees_the_place_for_others(bench):
 @pytest.mark.parametrize(
     ("length", "settings", "message"),
     [
-        (0, {}, "a prompt of 0 tokens"),
-        (301, {}, "a prompt of 301 tokens; the engine takes 1 to 300"),
+        (0, {}, "prompt_tokens=0"),
+        (301, {}, "prompt_tokens=301 must be 1 to 300"),
         (4, {"n": 17}, "n=17"),
         (4, {"n": 0}, "n=0"),
-        (4, {"count": 201}, "max_tokens=201; the engine takes 1 to 200"),
+        (4, {"count": 201}, "max_tokens=201 must be 1 to 200"),
         (4, {"count": 0}, "max_tokens=0"),
     ],
 )

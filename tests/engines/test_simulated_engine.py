@@ -7,6 +7,7 @@ import pytest
 from grpo.engines import simulated
 from grpo.engines.simulated import SimulatedEngine
 from grpo.types import SamplingParams
+from grpo.utils import torch_utils
 from grpo.weights.payload import Weights
 
 PROMPT = np.array([1, 2, 3])
@@ -20,7 +21,7 @@ def weights(version):
 def clock(monkeypatch):
     """The engine's clock; it stands still unless a test moves it."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(simulated, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(torch_utils, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     return clock
 
 

@@ -72,11 +72,11 @@ async def test_a_request_cancelled_while_it_waits_is_never_computed():
 @pytest.mark.parametrize(
     ("length", "settings", "message"),
     [
-        (0, {}, "a prompt of 0 tokens"),
-        (9, {}, "a prompt of 9 tokens; the engine takes 1 to 8"),
+        (0, {}, "prompt_tokens=0"),
+        (9, {}, "prompt_tokens=9 must be 1 to 8"),
         (4, {"n": 5}, "n=5"),
         (4, {"n": 0}, "n=0"),
-        (4, {"count": 41}, "max_tokens=41; the engine takes 1 to 40"),
+        (4, {"count": 41}, "max_tokens=41 must be 1 to 40"),
         (4, {"count": 0}, "max_tokens=0"),
     ],
 )

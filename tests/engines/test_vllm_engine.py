@@ -38,7 +38,7 @@ def folder(tmp_path):
 
 async def start(folder, **settings):
     shapes = parameter_shapes(tiny_llama(width=64, layers=2, heads=2))
-    return await VLLMEngine.start(
+    engine = VLLMEngine(
         str(folder),
         stop_token_ids=(),
         shapes=shapes,
@@ -46,6 +46,7 @@ async def start(folder, **settings):
         threads=1,
         settings={"dtype": "float32", **settings},
     )
+    return await engine.start()
 
 
 def engine_processes(parent):
@@ -75,7 +76,7 @@ async def test_an_engine_process_that_is_killed_ends_every_call_with_a_typed_err
     await asyncio.sleep(0.05)
     for process in engine_processes(os.getpid()):
         process.kill()
-    with pytest.raises(ActorDied, match="the engine process of vLLM is gone"):
+    with pytest.raises(ActorDied, match="vLLM's engine process has died"):
         await asyncio.wait_for(call, 30)
     with pytest.raises(ActorDied):
         await asyncio.wait_for(engine.generate(np.array([5, 6]), greedy(4)), 30)
@@ -94,7 +95,7 @@ async def test_an_engine_process_that_dies_during_an_update_ends_it(folder):
     for process in engine_processes(os.getpid()):
         process.kill()
     for pending in (update, call):
-        with pytest.raises(ActorDied, match="the engine process of vLLM is gone"):
+        with pytest.raises(ActorDied, match="vLLM's engine process has died"):
             await asyncio.wait_for(pending, 10)
     await engine.close()
 
@@ -113,7 +114,7 @@ async def test_an_engine_found_dead_by_an_update_is_a_death_for_everybody(folder
     await asyncio.sleep(0)
     update = asyncio.create_task(engine.update_weights(weights_of(tiny_llama(width=64, layers=2, heads=2), 1)))
     for pending in (update, call):
-        with pytest.raises(ActorDied, match="the engine process of vLLM is gone"):
+        with pytest.raises(ActorDied, match="vLLM's engine process has died"):
             await asyncio.wait_for(pending, 10)
     await engine.close()
 
@@ -178,7 +179,7 @@ async def test_an_update_that_fails_half_way_stops_the_engine(folder):
     engine._load = fail
     with pytest.raises(OSError, match="half-way"):
         await engine.update_weights(weights_of(tiny_llama(width=64, layers=2, heads=2), 1))
-    with pytest.raises(RuntimeError, match="an update of its weights failed"):
+    with pytest.raises(RuntimeError, match="a weight update failed half-way"):
         await engine.generate(np.array([5, 6]), greedy(4))
     await engine.close()
 
@@ -237,7 +238,7 @@ def test_a_killed_generator_takes_its_engine_along(folder):
 
 @pytest.mark.parametrize("settings", [{"no_such_setting": 1}, {"dtype": "float3"}])
 async def test_a_setting_that_vllm_refuses_is_named(folder, settings):
-    with pytest.raises(ConfigError, match=r"generator\.args: vLLM refuses it: .*(no_such_setting|float3)"):
+    with pytest.raises(ConfigError, match=r"generator\.args: rejected by vLLM: .*(no_such_setting|float3)"):
         await start(folder, **settings)
 
 

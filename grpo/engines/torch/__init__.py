@@ -1,1 +1,1 @@
-"""The engine on plain PyTorch and transformers."""
+"""Engine on plain PyTorch and transformers."""

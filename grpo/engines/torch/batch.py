@@ -1,7 +1,11 @@
-"""What the embedded engine is asked for: groups, and the rows that sample their completions."""
+"""Batch of running completions, the rows: they join, decode one token together, and leave.
 
-# MERGED: What the running rows have sampled, on the columns of the KV grid.
-# MERGED: The synchronous heart of the embedded engine: rows join, decode one token together, and leave.
+`DecodeBatch` runs the model. `TokenGrid` holds what the rows have sampled, on the columns of the KV grid (kv_cache.py).
+`RowTensors` holds the parameters of the running rows.
+
+Shape suffixes: B running rows   N some rows   R all rows   C columns   T tokens of a completion   S stop tokens
+                V vocabulary
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grpo.engines.torch.forward import decoding_for
+from grpo.engines.base import Limits
+from grpo.engines.torch.forward import choose_decoding
 from grpo.engines.torch.kv_cache import KVGrid, Prefix, prefill
 from grpo.engines.torch.sampling import RowSampler, uniforms
 from grpo.telemetry.recording import span
@@ -23,10 +28,12 @@ from grpo.types import Completion, Ints, SamplingParams
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_SLACK_COLUMNS = 64  # the grid is shifted once in so many steps: rare enough not to cost anything
+
 
 @dataclass(eq=False)
 class Request:
-    """One group being generated: rows join as places become free, `completions` fills up as they finish."""
+    """Group being generated. Its rows join as slots become free; `completions` fills up as they finish."""
 
     prompt_ids: Ints
     params: SamplingParams
@@ -49,133 +56,39 @@ class Request:
 
 @dataclass
 class Row:
-    """One running completion: the columns where its prompt and its sampled tokens begin."""
+    """Running completion: the columns at which its prompt and its sampled tokens begin."""
 
     request: Request
     sample: int
-    start: int
-    begin: int
-
-
-class RowTensors:
-    """What a decode step has to know of each of its B rows; `stops_S` end any of them."""
-
-    def __init__(self, rows: Sequence[Row], stops_S: Tensor) -> None:
-        params, device = [row.request.params for row in rows], stops_S.device
-        self.sampler = RowSampler(params, device)
-        longest = max((len(p.stop_token_ids) for p in params), default=0)
-        own = (p.stop_token_ids + (-1,) * (longest - len(p.stop_token_ids)) for p in params)
-        ints = [(row.start, row.begin, p.max_tokens, *stops) for row, p, stops in zip(rows, params, own, strict=True)]
-        # All at once: rows change at nearly every step, and each transfer to a device takes its time.
-        ints_BK = torch.from_numpy(np.array(ints, dtype=np.int64).reshape(len(rows), 3 + longest)).to(device)
-        self.start_B, self.begin_B, self._limit_B = ints_BK[:, :3].unbind(dim=1)
-        self._stops_BS = torch.cat([stops_S.expand(len(rows), -1), ints_BK[:, 3:]], dim=1)
-
-    def endings(self, tokens_B: Tensor, position_B: Tensor) -> dict[int, bool]:
-        """The rows that end with these tokens: whether by a stop token, or else at their limit."""
-        stopped_B = (tokens_B[:, None] == self._stops_BS).any(dim=1)
-        full_B = position_B + 1 >= self._limit_B
-        both = (2 * stopped_B + full_B).tolist()  # one transfer from the device
-        return {row: ending >= 2 for row, ending in enumerate(both) if ending}
-
-
-class TokenGrid:
-    """Tokens, log-probabilities and policy versions [rows, columns], and the random numbers still to come."""
-
-    def __init__(self, max_rows: int, max_columns: int, max_completion_tokens: int, device: torch.device) -> None:
-        grid = (max_rows, max_columns)
-        self._tokens_RC = torch.zeros(grid, dtype=torch.long, device=device)
-        self._logprobs_RC = torch.zeros(grid, device=device)
-        self._versions_RC = torch.zeros(grid, dtype=torch.long, device=device)
-        self._uniforms_RT = torch.zeros(max_rows, max_completion_tokens, device=device)
-
-    def column(self, rows: int, column: int) -> Tensor:
-        """The tokens [rows, 1] there."""
-        return self._tokens_RC[:rows, column : column + 1]
-
-    def tokens(self, i: int, row: Row, end: int) -> Tensor:
-        """Prompt and completion of row `i` up to column `end`."""
-        return self._tokens_RC[i, row.start : end]
-
-    def uniforms(self, position_B: Tensor) -> Tensor:
-        """The random number [B] of each row for token `position_B` of its completion."""
-        return self._uniforms_RT[: len(position_B)].gather(1, position_B[:, None])[:, 0]
-
-    def join(self, first: int, joining: Sequence[Row]) -> None:
-        """Rows of one group, from row `first` on."""
-        row, rows = joining[0], slice(first, first + len(joining))
-        params = row.request.params
-        self._tokens_RC[rows, row.start : row.begin] = torch.tensor(
-            row.request.prompt_ids
-        )  # a copy: it may be read-only
-        numbers = [uniforms(params.seed, each.sample, params.max_tokens) for each in joining]
-        self._uniforms_RT[rows, : params.max_tokens] = torch.stack(numbers)
-
-    def write(self, column: int, tokens_B: Tensor, logprobs_B: Tensor, version: int) -> None:
-        rows = len(tokens_B)
-        self._tokens_RC[:rows, column] = tokens_B
-        self._logprobs_RC[:rows, column] = logprobs_B
-        self._versions_RC[:rows, column] = version
-
-    def completions(
-        self, rows: Sequence[Row], leaving: Mapping[int, bool], end: int
-    ) -> Iterator[tuple[Row, Completion]]:
-        """What those that are `leaving`, by a stop token or at their limit, have sampled up to column `end`."""
-        if not leaving:
-            return
-        first = min(rows[i].begin for i in leaving)
-        rows_N = torch.tensor(list(leaving), device=self._tokens_RC.device)
-        grids = (self._tokens_RC, self._logprobs_RC, self._versions_RC)
-        sampled = [grid[:, first:end].index_select(0, rows_N).cpu().numpy() for grid in grids]
-        for (i, stopped), *columns in zip(leaving.items(), *sampled, strict=True):
-            token_ids, logprobs, versions = (values[rows[i].begin - first :].copy() for values in columns)
-            runs = tuple((version, len(list(run))) for version, run in groupby(versions.tolist()))
-            yield rows[i], Completion(token_ids, logprobs, runs, "stop" if stopped else "length")
-
-    def move_rows(self, sources_N: Tensor, rows_N: Tensor) -> None:
-        for grid in (self._tokens_RC, self._logprobs_RC, self._versions_RC, self._uniforms_RT):
-            grid[rows_N] = grid[sources_N]
-
-    def shift_left(self, columns: int) -> None:
-        for grid in (self._tokens_RC, self._logprobs_RC, self._versions_RC):
-            grid[:, :-columns] = grid[:, columns:].clone()  # source and target overlap
-
-
-_SLACK_COLUMNS = 64  # the grid is shifted once in so many steps: rare enough not to show
+    prompt_start: int
+    completion_start: int
 
 
 class DecodeBatch:
     """All running rows of a model. Not thread-safe: the engine calls it from one thread at a time.
 
-    Between steps every row's tokens stand in columns [start, end] of the token grid; the newest, at column `end`,
-    has been sampled and not yet been run through the model.
+    Between steps, the tokens of every row are in columns [prompt_start, end] of the token grid. The newest one, at
+    column `end`, has been sampled and has not been run through the model.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        stop_token_ids: Sequence[int],
-        max_rows: int,
-        max_prompt_tokens: int,
-        max_completion_tokens: int,
-        cuda_graphs: bool = True,
+        self, model: PreTrainedModel, *, stop_token_ids: Sequence[int], limits: Limits, cuda_graphs: bool = True
     ) -> None:
         self.model = model
         self.version = 0
-        self.max_rows, self.max_prompt_tokens = max_rows, max_prompt_tokens
-        self.device = next(model.parameters()).device
-        self._stops_S = torch.tensor(list(stop_token_ids), dtype=torch.long, device=self.device)
-        columns = max_prompt_tokens + max_completion_tokens + _SLACK_COLUMNS
-        self._kv = KVGrid(max_rows, columns)
-        self._decoding = decoding_for(model, self._kv, cuda_graphs=cuda_graphs)
-        self._tokens = TokenGrid(max_rows, columns, max_completion_tokens, self.device)
+        self._limits = limits
+        self._device = next(model.parameters()).device
+        self._stops_S = torch.tensor(list(stop_token_ids), dtype=torch.long, device=self._device)
+        max_columns = limits.max_prompt_tokens + limits.max_completion_tokens + _SLACK_COLUMNS
+        self._kv = KVGrid(limits.max_sequences, max_columns)
+        self._decoding = choose_decoding(model, self._kv, cuda_graphs=cuda_graphs)
+        self._tokens = TokenGrid(limits, max_columns, self._device)
         self._rows: list[Row] = []
-        self._refresh()
+        self._rows_changed()
 
     @property
     def free_rows(self) -> int:
-        return self.max_rows - len(self._rows)
+        return self._limits.max_sequences - len(self._rows)
 
     @property
     def running(self) -> int:
@@ -183,11 +96,12 @@ class DecodeBatch:
 
     @torch.inference_mode()
     def step(self, joining: Sequence[Request]) -> tuple[list[Request], int]:
-        """Sample one token for every running row, and the first one of every row that joins.
+        """Sample one token for every running row, and the first token of every row that joins.
 
-        As many rows of the requests join, in order, as there are places. Returns the requests that this finished, and
-        the number of tokens sampled.
+        As many rows of the requests join, in order, as there are free slots. Returns the requests that this step
+        finished, and the number of tokens sampled.
         """
+        # Running and joining rows are sampled together, within the span of the last forward pass.
         decoded = []
         if self._rows:
             with span("decode", rows=self.running):
@@ -202,7 +116,7 @@ class DecodeBatch:
 
     @torch.inference_mode()
     def recompute(self) -> None:
-        """Rebuild every running row's keys and values under the present weights."""
+        """Recompute the keys and values of every running row under the current weights."""
         with span("recompute", rows=len(self._rows)):
             sequences = [self._tokens.tokens(i, row, self._kv.end) for i, row in enumerate(self._rows)]
             for i, prefix in enumerate(prefill(self.model, sequences, self.version)):
@@ -213,58 +127,72 @@ class DecodeBatch:
         self._remove([i for i, row in enumerate(self._rows) if row.request is request])
 
     def _decode(self) -> Tensor:
-        """The logits [B, V] of the next token of every row."""
+        """Return the logits [B, V] of the next token of every row."""
         self._make_room()
-        logits_BV = self._decoding(self._tokens.column(self.running, self._kv.end), self._of_rows.start_B)
+        logits_BV = self._decoding(self._tokens.column(self.running, self._kv.end), self._row_tensors.prompt_start_B)
         self._kv.end += 1
         return logits_BV
 
+    def _make_room(self) -> None:
+        """Move the used columns left when the next column would not fit."""
+        if self._kv.end + 1 < self._kv.max_columns:
+            return
+        # A prompt of full length must still fit before `end`.
+        columns = min(self._kv.first, self._kv.end - self._limits.max_prompt_tokens)
+        self._kv.shift_left(columns)
+        self._tokens.shift_left(columns)
+        for row in self._rows:
+            row.prompt_start -= columns
+            row.completion_start -= columns
+        self._rows_changed()
+
     def _join(self, requests: Sequence[Request]) -> list[Tensor]:
-        """Let rows join whose prompts end before column `end`; the logits [rows, V] of each group's first tokens."""
+        """Add rows whose prompts end before column `end`; return the logits [rows, V] of each group's first tokens."""
         if not self._rows:
-            self._kv.end = self.max_prompt_tokens
+            self._kv.end = self._limits.max_prompt_tokens
         logits = []
         for request, prefix in zip(requests, self._prefixes(requests), strict=True):
+            # All rows of a group share its prefix.
             first, count = self.running, min(request.to_join, self.free_rows)
             self._kv.store(prefix, slice(first, first + count))
             logits.append(prefix.logits_V.expand(count, -1))
-            start, begin, joined = self._kv.end - prefix.length, self._kv.end, request.joined
-            self._rows += [Row(request, sample, start, begin) for sample in range(joined, joined + count)]
-            self._tokens.join(first, self._rows[first:])
+            prompt_start, end, joined = self._kv.end - prefix.length, self._kv.end, request.joined
+            self._rows += [Row(request, sample, prompt_start, end) for sample in range(joined, joined + count)]
+            self._tokens.add_rows(first, self._rows[first:])
             request.joined += count
             if not request.to_join:
                 request.prefix = None
-        self._refresh()
+        self._rows_changed()
         return logits
 
     def _prefixes(self, requests: Sequence[Request]) -> Iterator[Prefix]:
-        """The prompts, of which none is read twice under the same weights."""
-        unread = [r for r in requests if r.prefix is None or r.prefix.version != self.version]
-        prompts = [torch.tensor(request.prompt_ids, device=self.device) for request in unread]
-        fresh = prefill(self.model, prompts, self.version)
+        """Yield the prefix of each request; none is computed twice under the same weights."""
+        outdated = [r for r in requests if r.prefix is None or r.prefix.version != self.version]
+        prompts = [torch.tensor(request.prompt_ids, device=self._device) for request in outdated]
+        computed = prefill(self.model, prompts, self.version)
         for request in requests:
-            if request in unread:
-                request.prefix = next(fresh)
+            if request in outdated:
+                request.prefix = next(computed)
             assert request.prefix is not None
             yield request.prefix
 
     def _sample(self, logits: Sequence[Tensor]) -> tuple[list[Request], int]:
-        """Draw the token at column `end` of every row from logits [B, V] in parts, and let the finished rows leave."""
-        end, rows = self._kv.end, self._of_rows
-        position_B = end - rows.begin_B
-        tokens_B, logprobs_B = rows.sampler.draw(torch.cat(list(logits)), self._tokens.uniforms(position_B))
+        """Draw the token at column `end` of every row from logits [B, V] in parts, and remove the finished rows."""
+        end, row_tensors = self._kv.end, self._row_tensors
+        position_B = end - row_tensors.completion_start_B
+        tokens_B, logprobs_B = row_tensors.sampler.draw(torch.cat(list(logits)), self._tokens.uniforms(position_B))
         self._tokens.write(end, tokens_B, logprobs_B, self.version)
-        leaving = rows.endings(tokens_B, position_B)
+        ended = row_tensors.ended(tokens_B, position_B)
         finished = []
-        for row, completion in self._tokens.completions(self._rows, leaving, end + 1):
+        for row, completion in self._tokens.completions(self._rows, ended, end + 1):
             row.request.completions[row.sample] = completion
             if row.request.done:
                 finished.append(row.request)
-        self._remove(list(leaving))
+        self._remove(list(ended))
         return finished, len(tokens_B)
 
     def _remove(self, leaving: Sequence[int]) -> None:
-        """Fill the places of leaving rows with the last rows that stay."""
+        """Fill the slots of leaving rows with the last rows that stay."""
         if not leaving:
             return
         gone = set(leaving)
@@ -272,29 +200,101 @@ class DecodeBatch:
         holes = [i for i in sorted(gone) if i < remaining]
         movers = [i for i in range(remaining, len(self._rows)) if i not in gone]
         if holes:
-            rows_N, sources_N = torch.tensor([holes, movers], device=self.device)
-            self._kv.move_rows(sources_N, rows_N)
-            self._tokens.move_rows(sources_N, rows_N)
+            targets_N, sources_N = torch.tensor([holes, movers], device=self._device)
+            self._kv.move_rows(sources_N, targets_N)
+            self._tokens.move_rows(sources_N, targets_N)
             for hole, mover in zip(holes, movers, strict=True):
                 self._rows[hole] = self._rows[mover]
         del self._rows[remaining:]
-        self._refresh()
+        self._rows_changed()
 
-    def _make_room(self) -> None:
-        """Move the used columns left when the next column would not fit."""
-        if self._kv.end + 1 < self._kv.max_columns:
-            return
-        # A prompt of full length must still fit before `end`.
-        columns = min(self._kv.first, self._kv.end - self.max_prompt_tokens)
-        self._kv.shift_left(columns)
-        self._tokens.shift_left(columns)
-        for row in self._rows:
-            row.start -= columns
-            row.begin -= columns
-        self._refresh()
-
-    def _refresh(self) -> None:
-        """After rows have joined, left or moved."""
+    def _rows_changed(self) -> None:
+        """Update everything derived from `_rows`, after rows have joined, left or moved."""
         self._kv.rows = len(self._rows)
-        self._kv.first = min((row.start for row in self._rows), default=self._kv.end)
-        self._of_rows = RowTensors(self._rows, self._stops_S)
+        self._kv.first = min((row.prompt_start for row in self._rows), default=self._kv.end)
+        self._row_tensors = RowTensors(self._rows, self._stops_S)
+
+
+class RowTensors:
+    """Parameters of each of the B rows that a decode step needs; `stops_S` are the stop tokens of all rows."""
+
+    def __init__(self, rows: Sequence[Row], stops_S: Tensor) -> None:
+        params, device = [row.request.params for row in rows], stops_S.device
+        self.sampler = RowSampler(params, device)
+        longest = max((len(p.stop_token_ids) for p in params), default=0)
+        padded_stops = (p.stop_token_ids + (-1,) * (longest - len(p.stop_token_ids)) for p in params)
+        ints = [
+            (row.prompt_start, row.completion_start, p.max_tokens, *stops)
+            for row, p, stops in zip(rows, params, padded_stops, strict=True)
+        ]
+        # In one transfer: rows change at nearly every step, and each transfer to a device takes its time.
+        ints_BK = torch.from_numpy(np.array(ints, dtype=np.int64).reshape(len(rows), 3 + longest)).to(device)
+        self.prompt_start_B, self.completion_start_B, self._max_tokens_B = ints_BK[:, :3].unbind(dim=1)
+        self._stops_BS = torch.cat([stops_S.expand(len(rows), -1), ints_BK[:, 3:]], dim=1)
+
+    def ended(self, tokens_B: Tensor, position_B: Tensor) -> dict[int, bool]:
+        """Map each row that ends with these tokens to True after a stop token, or False at its limit."""
+        stopped_B = (tokens_B[:, None] == self._stops_BS).any(dim=1)
+        full_B = position_B + 1 >= self._max_tokens_B
+        both = (2 * stopped_B + full_B).tolist()  # one transfer from the device
+        return {row: ending >= 2 for row, ending in enumerate(both) if ending}
+
+
+class TokenGrid:
+    """Tokens, log-probabilities and policy versions [R, C], and the random numbers [R, T] of each completion."""
+
+    def __init__(self, limits: Limits, max_columns: int, device: torch.device) -> None:
+        shape = (limits.max_sequences, max_columns)
+        self._tokens_RC = torch.zeros(shape, dtype=torch.long, device=device)
+        self._logprobs_RC = torch.zeros(shape, device=device)
+        self._versions_RC = torch.zeros(shape, dtype=torch.long, device=device)
+        self._grids = (self._tokens_RC, self._logprobs_RC, self._versions_RC)
+        self._uniforms_RT = torch.zeros(limits.max_sequences, limits.max_completion_tokens, device=device)
+
+    def column(self, rows: int, column: int) -> Tensor:
+        """Return the tokens [rows, 1] of one column."""
+        return self._tokens_RC[:rows, column : column + 1]
+
+    def tokens(self, i: int, row: Row, end: int) -> Tensor:
+        """Return prompt and completion of row `i` up to column `end`."""
+        return self._tokens_RC[i, row.prompt_start : end]
+
+    def uniforms(self, position_B: Tensor) -> Tensor:
+        """Return the random number [B] of each row for token `position_B` of its completion."""
+        return self._uniforms_RT[: len(position_B)].gather(1, position_B[:, None])[:, 0]
+
+    def add_rows(self, first: int, added: Sequence[Row]) -> None:
+        """Write prompt and random numbers of rows of one group, from row `first` on."""
+        row, rows = added[0], slice(first, first + len(added))
+        params = row.request.params
+        prompt_T = torch.tensor(row.request.prompt_ids)  # a copy: the array may be read-only
+        self._tokens_RC[rows, row.prompt_start : row.completion_start] = prompt_T
+        numbers = [uniforms(params.seed, each.sample, params.max_tokens) for each in added]
+        self._uniforms_RT[rows, : params.max_tokens] = torch.stack(numbers)
+
+    def write(self, column: int, tokens_B: Tensor, logprobs_B: Tensor, version: int) -> None:
+        rows = len(tokens_B)
+        self._tokens_RC[:rows, column] = tokens_B
+        self._logprobs_RC[:rows, column] = logprobs_B
+        self._versions_RC[:rows, column] = version
+
+    def completions(self, rows: Sequence[Row], ended: Mapping[int, bool], end: int) -> Iterator[tuple[Row, Completion]]:
+        """Yield the completions, up to column `end`, of the rows that `ended` by a stop token or at their limit."""
+        if not ended:
+            return
+        # One transfer per grid, from the first column that any of these rows has sampled.
+        first = min(rows[i].completion_start for i in ended)
+        rows_N = torch.tensor(list(ended), device=self._tokens_RC.device)
+        sampled = [grid[:, first:end].index_select(0, rows_N).cpu().numpy() for grid in self._grids]
+        for (i, stopped), *columns in zip(ended.items(), *sampled, strict=True):
+            token_ids, logprobs, versions = (values[rows[i].completion_start - first :].copy() for values in columns)
+            runs = tuple((version, len(list(run))) for version, run in groupby(versions.tolist()))
+            yield rows[i], Completion(token_ids, logprobs, runs, "stop" if stopped else "length")
+
+    def move_rows(self, sources_N: Tensor, targets_N: Tensor) -> None:
+        for grid in (*self._grids, self._uniforms_RT):
+            grid[targets_N] = grid[sources_N]
+
+    def shift_left(self, columns: int) -> None:
+        for grid in self._grids:
+            grid[:, :-columns] = grid[:, columns:].clone()  # source and target overlap

@@ -1,7 +1,7 @@
-"""The embedded engine: continuous batching over any Hugging Face causal LM with full or sliding attention.
+"""Torch engine: continuous batching over any Hugging Face causal LM with full or sliding attention.
 
-Requests wait in arrival order. One task runs the batch step by step in a thread of its own; between two steps the
-rows of waiting groups take the places of finished ones, cancelled requests are dropped and new weights are swapped in.
+Requests wait in arrival order. One task steps the batch in a separate thread. Between two steps it drops cancelled
+requests, swaps in new weights, and lets rows of waiting groups take the slots of finished rows.
 """
 
 from __future__ import annotations
@@ -25,12 +25,20 @@ if TYPE_CHECKING:
 
 
 class TorchEngine:
-    """Build it inside a running event loop; `close` it when done.
+    """Engine on plain PyTorch. Build it inside a running event loop, and `close` it when done.
 
-    `weight_update` says what a swap means for completions under way: `in_flight` goes on with the keys and values of
-    the old weights, `in_flight_recompute` recomputes them under the new ones, `drain` finishes the running groups
-    under the old weights first, while new groups wait. With `merge` the weights that come are adapters. `cuda_graphs`
-    are for models on a GPU that allow them.
+    `weight_update` decides the fate of running completions at a swap. `in_flight` keeps the keys and values computed
+    with the old weights. `in_flight_recompute` recomputes them under the new weights. `drain` finishes the running
+    groups under the old weights first, while new groups wait. With `merge`, published weights are adapters.
+    `cuda_graphs` applies to models on a GPU that allow them.
+
+    Example:
+
+        limits = Limits(max_prompt_tokens=64, max_completion_tokens=256, max_sequences=32)
+        engine = TorchEngine(model, stop_token_ids=[tokenizer.eos_token_id], limits=limits)
+        completions = await engine.generate(prompt_ids, SamplingParams(n=8, max_tokens=256, seed=0))
+        await engine.update_weights(weights)
+        await engine.close()
     """
 
     def __init__(
@@ -44,24 +52,16 @@ class TorchEngine:
         threads: int = 0,
         merge: Merge | None = None,
     ) -> None:
-        self._batch = DecodeBatch(
-            model,
-            stop_token_ids=stop_token_ids,
-            max_rows=limits.max_sequences,
-            max_prompt_tokens=limits.max_prompt_tokens,
-            max_completion_tokens=limits.max_completion_tokens,
-            cuda_graphs=cuda_graphs,
-        )
+        self._batch = DecodeBatch(model, stop_token_ids=stop_token_ids, limits=limits, cuda_graphs=cuda_graphs)
         self._limits, self._weight_update, self._merge = limits, weight_update, merge
-        self._threads = threads
         self._waiting: deque[Request] = deque()
         self._futures: dict[Request, asyncio.Future[list[Completion]]] = {}
         self._aborted: list[Request] = []
         self._updates: deque[tuple[int, StagedWeights, asyncio.Future[None]]] = deque()
-        self._checking = asyncio.Lock()
+        self._staging = asyncio.Lock()
         self._work = asyncio.Event()
         self._tokens = 0
-        self._thread = ComputeThread("engine", threads)
+        self._threads, self._thread = threads, ComputeThread("engine", threads)
         self._task = asyncio.create_task(self._run())
         self._task.add_done_callback(self._fail_pending)
 
@@ -87,12 +87,14 @@ class TorchEngine:
             del self._futures[request]
 
     async def update_weights(self, weights: Weights) -> None:
-        """Swap weights between two decode steps; returns once they are in use.
+        """Swap weights between two decode steps; return once they are in use.
 
-        Raises WeightsError, with the old weights in use, when they don't fit or were damaged.
+        Raises WeightsError when they don't fit or were damaged; the old weights then stay in use.
         """
-        async with self._checking:  # one after another, so they come into use in the order of the calls
-            await asyncio.to_thread(check_intact, weights)  # generation goes on meanwhile
+        # One update at a time, so that versions come into use in the order of the calls. Generation continues
+        # meanwhile: only the swap itself interrupts it.
+        async with self._staging:
+            await asyncio.to_thread(check_intact, weights)
             if self._merge is not None:
                 weights = await run_in_temp_thread(self._threads, self._merge, weights)
             staged = await asyncio.to_thread(StagedWeights, self._batch.model, weights, part=self._merge is not None)
@@ -103,7 +105,7 @@ class TorchEngine:
         await loaded
 
     async def ping(self) -> None:
-        """It lives in this process: who hears this is answered."""
+        """In-process: always healthy."""
 
     def stats(self) -> GeneratorStats:
         return GeneratorStats(busy_s=self._thread.busy_s, tokens=self._tokens)
@@ -114,6 +116,13 @@ class TorchEngine:
         self._thread.close()
 
     async def _run(self) -> None:
+        """Step the batch for as long as there is work.
+
+        Consumes: waiting requests, cancelled requests and staged weights.
+        Waits for: `_work`, when none of these is left and no row is running.
+        Unblocked by: `generate`, the cancellation of a `generate` call, and `update_weights`.
+        Ends when: `close` cancels it, or a step raises. `_fail_pending` then fails every pending call.
+        """
         while True:
             await self._work.wait()
             self._work.clear()
@@ -121,35 +130,30 @@ class TorchEngine:
                 await self._drop_aborted()
                 await self._swap_weights()
                 finished, tokens = await self._thread.run(self._batch.step, self._admit())
+                # A group stays at the head of the queue until its last row has joined.
                 while self._waiting and not self._waiting[0].to_join:
                     self._waiting.popleft()
                 measure("generator/batch_size", self._batch.running)
                 self._tokens += tokens
+                # A request that was cancelled during the step has no future any more, or a cancelled one.
                 for request in finished:
                     if request in self._futures and not self._futures[request].done():
                         self._futures[request].set_result(request.result())
 
-    def _admit(self) -> list[Request]:
-        """The waiting groups of which at least one row fits now, in order; no new ones while a drain is pending."""
-        joining: list[Request] = []
-        rows = self._batch.free_rows
-        for request in self._waiting:
-            if rows <= 0 or (self._updates and not request.joined):
-                break
-            joining.append(request)
-            rows -= request.to_join
-            if not request.joined:
-                measure("generator/queue_s", time.perf_counter() - request.arrived_s, "percentiles")
-        return joining
-
-    @property
-    def _group_under_way(self) -> bool:
-        return bool(self._batch.running or (self._waiting and self._waiting[0].joined))
+    async def _drop_aborted(self) -> None:
+        for request in self._aborted:
+            if request in self._waiting:
+                self._waiting.remove(request)
+            if request.joined:
+                await self._thread.run(self._batch.abort, request)
+        self._aborted.clear()
 
     async def _swap_weights(self) -> None:
-        if not self._updates or (self._weight_update == "drain" and self._group_under_way):
+        """Load the oldest pending update, unless a drain still waits for started groups to finish."""
+        group_started = self._batch.running or (self._waiting and self._waiting[0].joined)
+        if not self._updates or (self._weight_update == "drain" and group_started):
             return
-        version, staged, loaded = self._updates[0]  # stays listed while it loads: closing has to reach its caller
+        version, staged, loaded = self._updates[0]  # popped after loading, so that `_fail_pending` reaches its caller
         try:
             if not loaded.cancelled():
                 await self._thread.run(self._swap, version, staged)
@@ -168,20 +172,28 @@ class TorchEngine:
         if self._weight_update == "in_flight_recompute":
             self._batch.recompute()
 
-    async def _drop_aborted(self) -> None:
-        for request in self._aborted:
-            if request in self._waiting:
-                self._waiting.remove(request)
-            if request.joined:
-                await self._thread.run(self._batch.abort, request)
-        self._aborted.clear()
+    def _admit(self) -> list[Request]:
+        """Pick the waiting groups, in order, of which at least one row fits now.
+
+        While an update is pending no new group starts; the remaining rows of a started one still join.
+        """
+        joining: list[Request] = []
+        free_rows = self._batch.free_rows
+        for request in self._waiting:
+            if free_rows <= 0 or (self._updates and not request.joined):
+                break
+            joining.append(request)
+            free_rows -= request.to_join
+            if not request.joined:
+                measure("generator/queue_s", time.perf_counter() - request.arrived_s, "percentiles")
+        return joining
 
     def _raise_if_stopped(self) -> None:
         if self._task.done():
             raise RuntimeError("the engine has stopped") from _failure(self._task)
 
     def _fail_pending(self, task: asyncio.Task[None]) -> None:
-        """When the stepping task ends, nobody may go on waiting for it."""
+        """Fail every pending call once the stepping task has ended."""
         error = _failure(task) or RuntimeError("the engine was closed")
         pending: list[asyncio.Future[Any]] = [*self._futures.values(), *(loaded for *_, loaded in self._updates)]
         for future in pending:

@@ -1,9 +1,10 @@
-"""The forward pass of a decode step: the newest token of every row, over the keys and values of those before it."""
+"""Forward pass of a decode step: the newest token of every row, over the keys and values of the tokens before it."""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,20 +18,29 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class Decoding(Protocol):
-    """Made once for a model and its grid; writes the grid's next column, `kv.end`, and leaves counting it to others."""
+# Decode step: from tokens [B, 1] and the columns [B] at which rows begin to the logits [B, V] of the next tokens. It
+# writes column `end` of the KV grid and leaves it to the caller to advance `end`.
+Decoding = Callable[[Tensor, Tensor], Tensor]
 
-    def __call__(self, tokens_B1: Tensor, start_B: Tensor) -> Tensor:
-        """The logits [B, V] of the token that comes after `tokens_B1`, in rows that begin at columns `start_B`."""
-        ...
+
+def choose_decoding(model: PreTrainedModel, kv: KVGrid, *, cuda_graphs: bool) -> Decoding:
+    """Return graphed decoding on a GPU if it is asked for and gives the same logits, else plain decoding.
+
+    May change the attention implementation of the model.
+    """
+    if model.device.type != "cuda" or not cuda_graphs:
+        return PlainDecoding(model, kv)
+    if reason := full_attention_blocker(model) or _graphs_blocker(model):
+        log.warning("%s is decoded without CUDA graphs: %s", type(model).__name__, reason)
+        return PlainDecoding(model, kv)
+    return _graphed_decoding(model, kv)
 
 
 class PlainDecoding:
-    """Any Hugging Face causal LM, on any device, over the columns in use and no others."""
+    """Decoding of any Hugging Face causal LM on any device, over the columns in use only."""
 
     def __init__(self, model: PreTrainedModel, kv: KVGrid) -> None:
         self._model, self._kv = model, kv
-        self._cache_argument = cache_argument(model)
 
     def __call__(self, tokens_B1: Tensor, start_B: Tensor) -> Tensor:
         first, end = self._kv.first, self._kv.end
@@ -42,32 +52,27 @@ class PlainDecoding:
             position_ids=end - start_B1,
             use_cache=True,
             logits_to_keep=1,
-            **{self._cache_argument: self._kv.cache()},
+            **{cache_argument(self._model): self._kv.cache()},
         )
         logits_BV: Tensor = output.logits[:, -1]
         return logits_BV
 
 
-def decoding_for(model: PreTrainedModel, kv: KVGrid, *, cuda_graphs: bool) -> Decoding:
-    """CUDA graphs on a GPU, where they are wanted and come out the same. May change the model's attention function."""
-    if model.device.type != "cuda" or not cuda_graphs:
-        return PlainDecoding(model, kv)
-    if reason := full_attention_blocker(model) or _graphs_differ(model):
-        log.warning("%s is decoded without CUDA graphs: %s", type(model).__name__, reason)
-        return PlainDecoding(model, kv)
-    return _graphed(model, kv)
-
-
-def _graphed(model: PreTrainedModel, kv: KVGrid) -> Decoding:
-    from grpo.engines.torch.cuda_graphs import GraphedDecoding  # needs Triton, which comes with torch for GPUs only
+def _graphed_decoding(model: PreTrainedModel, kv: KVGrid) -> Decoding:
+    from grpo.engines.torch.cuda_graphs import GraphedDecoding  # needs Triton, which only torch for GPUs brings along
 
     return GraphedDecoding(model, kv)
 
 
 @torch.inference_mode()
-def _graphs_differ(model: PreTrainedModel) -> str | None:
-    """Whether two rows of different lengths get other logits from a graph. It leaves the model as it was if they do."""
-    vocab, usual = model.config.get_text_config().vocab_size, model.config._attn_implementation
+def _graphs_blocker(model: PreTrainedModel) -> str | None:
+    """Return why graphed decoding can't be used for this model, or None.
+
+    Decodes two rows of different lengths both ways and compares the logits. Restores the attention implementation of
+    the model if it returns a reason.
+    """
+    # Two prompts of 5 and 3 tokens, right-aligned at column 5.
+    vocab, attention = model.config.get_text_config().vocab_size, model.config._attn_implementation
     kv = KVGrid(max_rows=2, max_columns=8)
     tokens = [torch.arange(length, device=model.device) % vocab for length in (5, 3)]
     kv.rows, kv.first, kv.end = 2, 0, 5
@@ -75,12 +80,14 @@ def _graphs_differ(model: PreTrainedModel) -> str | None:
         kv.store(prefix, slice(row, row + 1))
     newest_B1, start_B = (torch.tensor(values, device=model.device) for values in ([[1], [2]], [0, 2]))
     plain_BV = PlainDecoding(model, kv)(newest_B1, start_B)
+
+    # The second decoding writes the same column again.
     try:
-        graphed_BV = _graphed(model, kv)(newest_B1, start_B)
-    except Exception as error:  # whatever a kernel's compiler may raise; plain decoding goes on without it
-        model.set_attn_implementation(usual)
-        return f"recording one fails: {type(error).__name__}: {error}".partition("\n")[0]
+        graphed_BV = _graphed_decoding(model, kv)(newest_B1, start_B)
+    except Exception as error:  # a kernel's compiler may raise anything; plain decoding still works
+        model.set_attn_implementation(attention)
+        return f"capturing one failed: {type(error).__name__}: {error}".partition("\n")[0]
     if reason := logits_mismatch(graphed_BV, plain_BV):
-        model.set_attn_implementation(usual)
+        model.set_attn_implementation(attention)
         return f"logits are {reason}"
     return None

@@ -1,19 +1,19 @@
-"""Prefixes read in one go: the keys and values of many tokens, from which decoding starts."""
+"""KV cache of the torch engine: one row per sequence, one column per token, columns shared by all rows.
 
-# MERGED: The KV cache of the embedded engine: one row per sequence, one column per token, columns shared by all rows.
-#
-# Every running sequence ends at the same column, and they begin where their lengths put them:
-#
-#     column      0 1 2 3 4 5 6 7 8
-#     row 0           [ p p p c c c      p prompt, c completion; all rows decode into column 8 next
-#     row 1         [ p p p p p c c
-#     row 2             [ p p p p c
-#
-# That is left padding, which any Hugging Face causal LM understands through a two-dimensional attention mask, sliding
-# windows included. A step writes one column, a finished row is filled by the last one, and when the columns
-# run out the
-# used ones move back to the left edge.
-#
+Every running sequence ends at the same column. The sequences begin at different columns, according to their lengths:
+
+    column      0 1 2 3 4 5 6 7 8
+    row 0           [ p p p c c c      p prompt, c completion; all rows decode into column 8 next
+    row 1         [ p p p p p c c
+    row 2             [ p p p p c
+
+This is left padding. Any Hugging Face causal LM understands it through a two-dimensional attention mask, sliding
+windows included. A prefill computes a whole prompt, whose keys and values are then copied into rows. A decode step
+writes one column. The last row moves into the slot of a finished one. When the columns run out, the used ones move
+back to the left edge.
+
+Shape suffixes: B sequences of one prefill   T tokens   V vocabulary
+"""
 
 from __future__ import annotations
 
@@ -31,50 +31,49 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_PREFILL_TOKENS = 8192  # computed in one forward pass: bounds its memory
+_PREFILL_TOKENS = 8192  # in one forward pass: bounds its memory
 
 
-@dataclass(frozen=True)
-class Prefix:
-    """The last `length` columns of sequence `source` in a cache, and the logits [V] of the token that comes next."""
+class KVGrid:
+    """Keys and values of every layer. Rows [0, rows) are running; their tokens fill columns [first, end)."""
 
-    cache: DynamicCache
-    source: int
-    length: int
-    logits_V: Tensor
-    version: int
+    def __init__(self, max_rows: int, max_columns: int) -> None:
+        self.max_rows, self.max_columns = max_rows, max_columns
+        self.rows = self.first = self.end = 0
+        self.layers: list[Layer] = []
 
+    def cache(self) -> Cache:
+        """Return the running rows as a Hugging Face cache that accepts exactly one more column."""
+        return Cache(layers=self.layers)
 
-def prefill(model: PreTrainedModel, sequences: Sequence[Tensor], version: int) -> Iterator[Prefix]:
-    """A prefix for each sequence of token ids, in order; some at a time, so take what you need of each at once."""
-    chunk = max(1, _PREFILL_TOKENS // max(map(len, sequences), default=1))
-    for i in range(0, len(sequences), chunk):
-        part = sequences[i : i + chunk]
-        tokens_BT = pad_sequence(list(part), batch_first=True, padding_side="left")
-        lengths_B = torch.tensor([len(sequence) for sequence in part], device=tokens_BT.device)
-        width = tokens_BT.shape[1]
-        positions_BT = torch.arange(width, device=tokens_BT.device) - (width - lengths_B)[:, None]
-        cache = DynamicCache()
-        logits_BV = model(
-            input_ids=tokens_BT,
-            attention_mask=(positions_BT >= 0).long(),
-            position_ids=positions_BT.clamp(min=0),
-            use_cache=True,
-            logits_to_keep=1,
-            **{cache_argument(model): cache},
-        ).logits[:, -1]
-        for source, sequence in enumerate(part):
-            yield Prefix(cache, source, len(sequence), logits_BV[source], version)
+    def store(self, prefix: Prefix, rows: slice) -> None:
+        """Copy a freshly computed prefix into `rows`, so that it ends before column `end`."""
+        if not self.layers:
+            self.layers = [Layer(self, self._empty(x.keys), self._empty(x.values)) for x in prefix.cache.layers]
+        columns = slice(self.end - prefix.length, self.end)
+        for layer, computed in zip(self.layers, prefix.cache.layers, strict=True):
+            layer.keys[rows, :, columns] = computed.keys[prefix.source, :, -prefix.length :]
+            layer.values[rows, :, columns] = computed.values[prefix.source, :, -prefix.length :]
 
+    def move_rows(self, sources: Tensor, targets: Tensor) -> None:
+        for buffer in self._buffers():
+            used = buffer[:, :, self.first : self.end]
+            # Takes half the time of used[targets] = used[sources].
+            used.index_copy_(0, targets, used.index_select(0, sources))
 
-def cache_argument(model: nn.Module) -> str:
-    """The name under which the model takes its keys and values: `cache` from transformers 5.24 on."""
-    return _cache_argument(type(model).forward)
+    def shift_left(self, columns: int) -> None:
+        for buffer in self._buffers():
+            kept = buffer[: self.rows, :, self.first : self.end].clone()  # source and target overlap
+            buffer[: self.rows, :, self.first - columns : self.end - columns] = kept
+        self.end -= columns
 
+    def _buffers(self) -> list[Tensor]:
+        return [buffer for layer in self.layers for buffer in (layer.keys, layer.values)]
 
-@functools.cache
-def _cache_argument(forward: Callable[..., Any]) -> str:
-    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+    def _empty(self, like: Tensor) -> Tensor:
+        _, heads, _, size = like.shape
+        # Zeros, because a masked column still enters the attention as 0 * value, and 0 * NaN is NaN.
+        return torch.zeros(self.max_rows, heads, self.max_columns, size, dtype=like.dtype, device=like.device)
 
 
 class Layer(CacheLayerMixin):
@@ -107,10 +106,11 @@ class Layer(CacheLayerMixin):
         return -1
 
 
-class RecordedLayer(Layer):
-    """The first `rows` of a layer for a recorded step: the column that is written is read from a tensor, `end_1`.
+class CapturedLayer(Layer):
+    """First `rows` of a layer, for a decode step captured in a CUDA graph.
 
-    All columns are handed out, of which attention has to know its own.
+    The column to write is read from the tensor `end_1`, so that one graph serves every step. `update` returns all
+    columns: the attention function has to know the bounds of each row.
     """
 
     def __init__(self, layer: Layer, rows: int, end_1: Tensor) -> None:
@@ -123,45 +123,48 @@ class RecordedLayer(Layer):
         return self.keys, self.values
 
 
-class KVGrid:
-    """Rows [0, rows) are running; their tokens fill columns [first, end)."""
+@dataclass(frozen=True)
+class Prefix:
+    """Computed prompt: the last `length` columns of sequence `source` in a cache, and the logits [V] after them."""
 
-    def __init__(self, max_rows: int, max_columns: int) -> None:
-        self.max_rows, self.max_columns = max_rows, max_columns
-        self.rows = self.first = self.end = 0
-        self.layers: list[Layer] = []
+    cache: DynamicCache
+    source: int
+    length: int
+    logits_V: Tensor
+    version: int
 
-    def cache(self) -> Cache:
-        """The running rows as a Hugging Face cache that takes exactly one more column."""
-        return Cache(layers=self.layers)
 
-    def store(self, prefix: Prefix, rows: slice) -> None:
-        """Copy a freshly computed prefix into `rows`, so that it ends before column `end`."""
-        if not self.layers:
-            self._allocate(prefix.cache)
-        columns = slice(self.end - prefix.length, self.end)
-        for layer, computed in zip(self.layers, prefix.cache.layers, strict=True):
-            layer.keys[rows, :, columns] = computed.keys[prefix.source, :, -prefix.length :]
-            layer.values[rows, :, columns] = computed.values[prefix.source, :, -prefix.length :]
+def prefill(model: PreTrainedModel, sequences: Sequence[Tensor], version: int) -> Iterator[Prefix]:
+    """Yield a prefix for each sequence of token ids, in order.
 
-    def move_rows(self, sources: Tensor, rows: Tensor) -> None:
-        for buffer in self._buffers():
-            used = buffer[:, :, self.first : self.end]
-            used.index_copy_(0, rows, used.index_select(0, sources))  # in half the time of used[rows] = used[sources]
+    Sequences are computed in chunks, each with a separate cache. Copy a prefix before you ask for the next one, so that
+    only one chunk is in memory.
+    """
+    chunk_size = max(1, _PREFILL_TOKENS // max(map(len, sequences), default=1))
+    for i in range(0, len(sequences), chunk_size):
+        chunk = sequences[i : i + chunk_size]
+        tokens_BT = pad_sequence(list(chunk), batch_first=True, padding_side="left")
+        lengths_B = torch.tensor([len(sequence) for sequence in chunk], device=tokens_BT.device)
+        width = tokens_BT.shape[1]
+        positions_BT = torch.arange(width, device=tokens_BT.device) - (width - lengths_B)[:, None]
+        cache = DynamicCache()
+        logits_BV = model(
+            input_ids=tokens_BT,
+            attention_mask=(positions_BT >= 0).long(),
+            position_ids=positions_BT.clamp(min=0),
+            use_cache=True,
+            logits_to_keep=1,
+            **{cache_argument(model): cache},
+        ).logits[:, -1]
+        for source, sequence in enumerate(chunk):
+            yield Prefix(cache, source, len(sequence), logits_BV[source], version)
 
-    def shift_left(self, columns: int) -> None:
-        for buffer in self._buffers():
-            kept = buffer[: self.rows, :, self.first : self.end].clone()  # source and target overlap
-            buffer[: self.rows, :, self.first - columns : self.end - columns] = kept
-        self.end -= columns
 
-    def _buffers(self) -> list[Tensor]:
-        return [buffer for layer in self.layers for buffer in (layer.keys, layer.values)]
+def cache_argument(model: nn.Module) -> str:
+    """Return the name of the argument that takes the keys and values: `cache` from transformers 5.24 on."""
+    return _cache_argument(type(model).forward)
 
-    def _allocate(self, computed: DynamicCache) -> None:
-        def empty(like: Tensor) -> Tensor:
-            _, heads, _, size = like.shape
-            # Zeros, because a masked place still enters the attention as 0 * value, and 0 * NaN is NaN.
-            return torch.zeros(self.max_rows, heads, self.max_columns, size, dtype=like.dtype, device=like.device)
 
-        self.layers = [Layer(self, empty(layer.keys), empty(layer.values)) for layer in computed.layers]
+@functools.cache
+def _cache_argument(forward: Callable[..., Any]) -> str:
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"

@@ -1,4 +1,4 @@
-"""Between our words and vLLM's: is it there, what it is told at the start and with a request, what comes back."""
+"""Convert settings, sampling parameters and outputs to and from vLLM."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from grpo.types import Completion, SamplingParams
 
 
 def check_installed() -> None:
-    """Raise ConfigError, with the line to type, when vLLM is not there."""
+    """Raise ConfigError, with the command that installs it, when vLLM is missing."""
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError("vllm is not installed: pip install -e '.[vllm]', or use torch", key="generator.engine")
 
 
 def set_environment(device: str, threads: int) -> None:
-    """What vLLM only takes from the environment; it is read when vLLM is imported and by its processes."""
+    """Set the options that vLLM only reads from the environment, on import and in its processes."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a fork would copy locks that other threads hold
@@ -32,7 +32,11 @@ def set_environment(device: str, threads: int) -> None:
 
 
 def cpu_settings(context: int) -> dict[str, Any]:
-    """A prompt is read whole: read in parts, a seeded request kills the engine, whose CPU generators can't go back."""
+    """Return engine arguments for a CPU and `context` tokens.
+
+    Without chunked prefill: a chunk of a seeded request kills the engine, because the random generators of a CPU can't
+    go back.
+    """
     return {
         "enforce_eager": True,
         "kv_cache_memory_bytes": 1 << 30,
@@ -42,24 +46,28 @@ def cpu_settings(context: int) -> dict[str, Any]:
 
 
 def sampling_params(params: SamplingParams, sample: int, stop_token_ids: tuple[int, ...]) -> Any:
+    """Return vLLM's sampling parameters for one completion, number `sample` of its group."""
     from vllm import SamplingParams as VLLMParams
     from vllm.sampling_params import RequestOutputKind
 
+    # One seed for the completion, of 48 bits: the generator of every device accepts these.
+    seed = hashlib.blake2b(f"{params.seed}/{sample}".encode(), digest_size=6).digest()
     return VLLMParams(
         temperature=params.temperature,
         top_p=params.top_p,
         top_k=params.top_k,
         max_tokens=params.max_tokens,
         stop_token_ids=[*stop_token_ids, *params.stop_token_ids],
-        ignore_eos=True,  # our list is the whole one
-        seed=None if params.temperature == 0 else _seed(params.seed, sample),
-        logprobs=0,  # of the sampled token alone
+        ignore_eos=True,  # `stop_token_ids` is complete
+        seed=None if params.temperature == 0 else int.from_bytes(seed, "big"),
+        logprobs=0,  # of the sampled token only
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
 def as_completion(output: Any) -> Completion:
+    """Convert an output of vLLM. Raises RuntimeError if the completion ended for another reason than stop or length."""
     if output.finish_reason not in ("stop", "length"):
         raise RuntimeError(f"vLLM ended a completion with {output.finish_reason!r}")
     logprobs = [at[token_id].logprob for at, token_id in zip(output.logprobs, output.token_ids, strict=True)]
@@ -69,8 +77,3 @@ def as_completion(output: Any) -> Completion:
         versions=tuple((int(span.version), span.end - span.start) for span in output.weight_versions),
         finish_reason=output.finish_reason,
     )
-
-
-def _seed(seed: int, sample: int) -> int:
-    """One number out of the two; 48 bits, which every device's generator takes."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{sample}".encode(), digest_size=6).digest(), "big")
