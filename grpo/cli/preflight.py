@@ -154,7 +154,7 @@ def prepare_model(config: RunConfig, task: Task) -> RunConfig:
 
 
 def check_model(config: RunConfig, task: Task) -> None:
-    """Raise ConfigError or TaskError unless the model exists and a training and a held-out prompt fit into its context."""
+    """Raise ConfigError or TaskError unless the model exists and prompts of both splits fit into its context."""
     config = prepare_model(config, task)
     check_weights(config.model)
     encoder = PromptEncoder(_found(load_tokenizer, config.model), config.task, config.rollout.max_prompt_tokens)
