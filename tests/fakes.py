@@ -29,9 +29,9 @@ def service_of(*endpoints, name="actor"):
     """A service of processes that are there already; they serve at once and are never replaced."""
     service = Service(name, ServiceContext(None, Failures(RecoveryConfig()), Timeouts(), PreemptionState()), 0)
     for i, endpoint in enumerate(endpoints):
-        replica = Replica(f"{name}-{i}", service.common)
+        replica = Replica(f"{name}-{i}", service.context)
         replica.endpoint, replica.state = endpoint, State.HEALTHY
-        service._lives[replica] = None
+        service._supervisors[replica] = None
     return service
 
 
@@ -171,9 +171,6 @@ class Parcel:
 
 class Worker:
     """An actor that shows what arrives in its process."""
-
-    async def setup(self):
-        """Nothing to load."""
 
     @returns_payload
     async def make(self, size):

@@ -102,7 +102,7 @@ async def _answer_all(
 
             return await evaluate(services, config, prompts, _VERSION, on_answer, detail="texts")
 
-    return await watchdog.over(answer_all())
+    return await watchdog.run(answer_all())
 
 
 def _completions_record(prompt: Prompt, scores: Scores) -> dict[str, object]:

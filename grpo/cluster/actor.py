@@ -114,7 +114,9 @@ class _Host:
         kwargs = {name: _fill(arg, payloads) for name, arg in kwargs.items()}
         if method == "setup":  # not as the process starts: `where` says meanwhile that it has found a place
             self._kwargs = await asyncio.to_thread(_unpacked, self._kwargs)
-        result = await getattr(self._actor, method)(*args, **kwargs)
+        result = None
+        if method not in ("setup", "close") or hasattr(self._actor, method):  # an actor may lack these two
+            result = await getattr(self._actor, method)(*args, **kwargs)
         if method == "setup":
             restore_gc()
         return result

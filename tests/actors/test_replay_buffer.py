@@ -162,7 +162,6 @@ async def test_no_group_is_overtaken_too_often_and_each_comes_out_once(make_grou
 
 async def test_a_sample_that_is_cancelled_takes_nothing(add):
     buffer = ReplayBuffer(window=1)
-    await buffer.setup()
     waiting = asyncio.create_task(sample(buffer, 2))
     await add(buffer, 0)
     await settle()
@@ -171,7 +170,6 @@ async def test_a_sample_that_is_cancelled_takes_nothing(add):
         await waiting
     await add(buffer, 1)
     assert await taken(buffer, 2) == [0, 1]
-    await buffer.close()
 
 
 async def test_a_new_process_waits_for_the_groups_that_are_still_to_come(add):

@@ -26,13 +26,13 @@ def prompt_of(problem_index):
 @pytest.mark.parametrize("rewards", [SOLVED, NEVER, (0.3, 0.3, 0.3)])
 def test_a_group_of_one_reward_leaves_its_problem_out_until_one_has_a_spread(rewards):
     difficulty = Difficulty()
-    difficulty.learned(prompt_of(7), SOMETIMES)
+    difficulty.record_rewards(prompt_of(7), SOMETIMES)
     assert difficulty.left_out == frozenset()
-    difficulty.learned(prompt_of(7), rewards)
-    difficulty.learned(prompt_of(3), rewards)
+    difficulty.record_rewards(prompt_of(7), rewards)
+    difficulty.record_rewards(prompt_of(3), rewards)
     before = difficulty.left_out
     assert before == {3, 7}
-    difficulty.learned(prompt_of(7), SOMETIMES)
+    difficulty.record_rewards(prompt_of(7), SOMETIMES)
     assert difficulty.left_out == {3}
     assert before == {3, 7}  # it may still be on its way to the dataloader
 
@@ -68,7 +68,7 @@ class Stream:
     async def next(self):
         ticket = await self.pacer.admit()
         prompt = await self.queue.prompt_for(ticket)
-        self.queue.learned(prompt, self.rewards_of(prompt.problem_index))
+        self.queue.record_rewards(prompt, self.rewards_of(prompt.problem_index))
         self.pacer.release([ticket])
         return prompt
 

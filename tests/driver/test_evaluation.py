@@ -172,7 +172,7 @@ class LosingAnswers(GatedAnswers):
 
     def guard(self, handle):
         super().guard(handle)
-        spawn = handle.service.common.spawn
+        spawn = handle.service.context.spawn
 
         def spawn_without(name):
             endpoint = spawn(name)
@@ -186,7 +186,7 @@ class LosingAnswers(GatedAnswers):
             endpoint.invoke = losing
             return endpoint
 
-        handle.service.common.spawn = spawn_without
+        handle.service.context.spawn = spawn_without
 
 
 async def test_an_evaluator_that_was_replaced_and_finds_only_newer_weights_leaves_its_evaluation_out(loop):
@@ -307,7 +307,7 @@ async def test_an_evaluation_that_fails_ends_the_run_with_its_error(loop):
 async def test_the_watchdog_bounds_an_evaluation(loop):
     loop.config.watchdog.seconds = 1.0
     loop.config.trainer.max_steps = 10**6
-    with pytest.raises(StalledError, match=r"nothing was done for 1 s .* answers wait for evaluator.generate"):
+    with pytest.raises(StalledError, match=r"no progress for 1 s .* answers wait for evaluator.generate"):
         await loop(GatedAnswers())
     assert len(loop.lines) > 1
     assert nothing_is_left_running()

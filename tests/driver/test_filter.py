@@ -1,4 +1,4 @@
-"""Dynamic sampling: with `filter.zero_variance` others are made in place of groups with nothing to learn from."""
+"""Dynamic sampling: with `filter.zero_variance`, zero-variance groups are replaced by new ones."""
 
 import asyncio
 import json
@@ -116,8 +116,8 @@ async def test_a_policy_that_is_always_right_ends_the_run(config, make_recorder)
     recorder, trainer = make_recorder(config), CountingTrainer()
     with pytest.raises(
         DataError,
-        match=r"^filter\.zero_variance: 9 groups with nothing to learn from \(9 with reward 1 throughout\), "
-        r"with no batch in between; .* easier or harder prompts, .*rollout\.group_size, .* filter\.max_batches$",
+        match=r"^filter\.zero_variance: 9 .*groups.* \(9 with reward 1 throughout\).* "
+        r"easier or harder prompts, .*rollout\.group_size, .* filter\.max_dropped_batches",
     ) as caught:
         await run_loop(config, recorder, lambda serial, count: [1] * count, trainer=trainer)
     assert type(caught.value) is DataError
@@ -130,7 +130,7 @@ async def test_a_policy_that_is_always_right_ends_the_run(config, make_recorder)
 async def test_answers_that_are_all_cut_off_and_masked_end_the_run(config, make_recorder):
     config.filter.max_dropped_batches, config.shaping.overlong = 1, "mask"
     config.generator.args = {"mean_tokens": None}
-    with pytest.raises(DataError, match=r": 5 groups with nothing to learn from \(all completions masked\), "):
+    with pytest.raises(DataError, match=r": 5 .*groups.* \(all completions masked\)"):
         await run_loop(config, make_recorder(config), lambda serial, count: range(count))
 
 

@@ -73,8 +73,8 @@ async def test_lost_groups_come_before_new_ones_the_oldest_first_and_keep_their_
     pacer = Pacer(capacity=3)
     tickets = [await pacer.admit() for _ in range(3)]
     for ticket in tickets:
-        pacer.has_prompt(ticket, 10 + ticket.serial)
-        pacer.is_buffered(ticket)
+        pacer.assign_prompt(ticket, 10 + ticket.serial)
+        pacer.mark_buffered(ticket)
     waiter = asyncio.ensure_future(pacer.admit())
     await asyncio.sleep(0)
     pacer.requeue([tickets[2], tickets[0]], "lost")
@@ -90,14 +90,14 @@ async def test_a_ledger_goes_on_from_its_state_and_begins_again_what_was_under_w
     pacer = Pacer(capacity=4)
     tickets = [await pacer.admit() for _ in range(4)]
     for ticket in tickets[:3]:
-        pacer.has_prompt(ticket, 10 + ticket.serial)
+        pacer.assign_prompt(ticket, 10 + ticket.serial)
     pacer.release(tickets[:1])
     pacer.drop(await pacer.admit(), "reward_error")
     state = json.loads(json.dumps(pacer.state()))
 
     resumed = Pacer(capacity=4)
     resumed.restore(state)
-    resumed.is_buffered(Ticket(1))
+    resumed.mark_buffered(Ticket(1))
     resumed.requeue(resumed.in_stage("rollout"), "resumed")
     assert (resumed.admitted, resumed.trained, resumed.dropped) == (5, 1, {"reward_error": 1})
     assert resumed.in_stage("buffered") == [Ticket(1)]
@@ -111,10 +111,10 @@ async def test_a_ledger_goes_on_from_its_state_and_begins_again_what_was_under_w
 async def test_a_batch_that_is_faster_than_the_answer_of_the_buffer_keeps_its_tickets():
     pacer = Pacer(capacity=2)
     ticket, other = await pacer.admit(), await pacer.admit()
-    pacer.are_training([ticket, other])
-    pacer.is_buffered(ticket)
+    pacer.mark_training([ticket, other])
+    pacer.mark_buffered(ticket)
     pacer.release([other])
-    pacer.is_buffered(other)
+    pacer.mark_buffered(other)
     assert pacer.in_stage("buffered") == []
     assert pacer.in_stage("training") == [ticket]
 

@@ -19,8 +19,8 @@ class Executioner:
         self.done = asyncio.Event()
         self._service, self._method, self._nth, self._when = getattr(services, actor).service, method, nth, when
         self._calls = 0
-        spawn = self._service.common.spawn
-        self._service.common.spawn = lambda name: self._armed(spawn(name))
+        spawn = self._service.context.spawn
+        self._service.context.spawn = lambda name: self._armed(spawn(name))
         for replica in self._service.replicas:
             self._armed(replica.endpoint)
 
@@ -177,7 +177,7 @@ async def test_between_two_snapshots_the_trainer_takes_its_steps_again(config, m
 def lose(snapshots, services):
     """Trainers to come are told of so many snapshots that they were lost with a node."""
     service, lost = services.trainer.service, []
-    spawn = service.common.spawn
+    spawn = service.context.spawn
 
     def spawn_without(name):
         endpoint = spawn(name)
@@ -192,7 +192,7 @@ def lose(snapshots, services):
         endpoint.invoke = losing
         return endpoint
 
-    service.common.spawn = spawn_without
+    service.context.spawn = spawn_without
     return lost
 
 

@@ -82,7 +82,7 @@ class Stage:
 
     async def publish(self):
         await self.transport.snapshot()
-        return await self.spread()
+        return await self.broadcast()
 
     async def broadcast(self):
         return [stats.tokens for stats in await self.transport.broadcast()]
@@ -92,7 +92,7 @@ class Stage:
         service = self.services.generator.service
         service.scale(replicas)
         async with asyncio.timeout(5):
-            await service.common.changed.wait_for(lambda: len(service.healthy()) == replicas)
+            await service.context.changed.wait_for(lambda: len(service.healthy()) == replicas)
 
     @property
     def process(self):
@@ -154,7 +154,7 @@ async def test_a_transfer_that_fails_is_told_and_made_up_for_by_the_store(open_s
         assert await stage.publish() == [1, 1]
         assert [each.loaded for each in stage.generators] == [[1], [1]]
         assert [each.left for each in stage.generators] == [1, 1]
-        assert stage.told == ["connection reset; these weights go through the object store"]
+        assert stage.told == ["connection reset; sending weights through the object store"]
         stage.generators[1].fails = False
         assert await stage.publish() == [2, 2]
         assert [each.loaded for each in stage.generators] == [[1], [1]]
@@ -169,7 +169,7 @@ async def test_after_three_failures_in_a_row_the_store_is_what_is_left(open_stag
             assert await stage.publish() == [version, version]
         assert len(stage.trainers[0].sent) == 3
         assert len(stage.told) == 3
-        assert stage.told[-1].endswith("and so do all others: 3 failed in a row")
+        assert stage.told[-1].endswith("from now on, after 3 failures in a row")
 
 
 async def test_a_success_in_between_forgives(open_stage):
@@ -193,7 +193,7 @@ async def test_when_a_receiver_dies_the_others_do_not_wait_and_the_newcomer_has_
         stage.process[1].kill()
         assert set(await publishing) == {2}
         assert stage.generators[0].loaded == [2]
-        assert "left; these weights go through the object store" in stage.told[0]
+        assert "left; sending weights through the object store" in stage.told[0]
         await stage.services.generator.service.ready()
         assert stage.generators[2].loaded[-1] == 2
         for each in stage.generators:
@@ -275,7 +275,7 @@ async def test_when_all_generators_die_with_the_weights_their_replacements_have_
         for process in stage.process:
             process.kill()
         stage.lost.append(2)
-        assert {3} <= set(await stage.spread()) <= {3, 4}
+        assert {3} <= set(await stage.broadcast()) <= {3, 4}
         await stage.services.generator.service.ready()
         assert [each.loaded[0] >= 3 for each in stage.generators[2:]] == [True, True]
 

@@ -14,7 +14,7 @@ class Gated:
     def __init__(self):
         self.gate, self.taken = asyncio.Event(), 0
 
-    async def take(self):
+    async def snapshot(self):
         self.taken += 1
 
     async def broadcast(self):
@@ -40,7 +40,7 @@ async def test_the_next_version_is_not_taken_before_the_work_on_this_one_is_over
     async with asyncio.TaskGroup() as tasks:
         sync, transport = make_sync(tasks)
         await sync.publish()
-        await sync.beside_next_step(sync.live())
+        await sync.overlap_with_next_step(sync.wait_loaded())
         following = tasks.create_task(sync.publish())
         await asyncio.sleep(0.01)
         assert transport.taken == 1
@@ -64,12 +64,12 @@ async def test_a_shutdown_in_what_is_beside_is_no_error(make_sync):
     """An evaluation that was to be skipped may find the one before ended, and be interrupted itself."""
 
     async def interrupted(sync):
-        await sync.live()
+        await sync.wait_loaded()
         raise Interrupted
 
     async with asyncio.TaskGroup() as tasks:
         sync, transport = make_sync(tasks)
         await sync.publish()
-        await sync.beside_next_step(interrupted(sync))
+        await sync.overlap_with_next_step(interrupted(sync))
         transport.gate.set()
-        await sync.done()
+        await sync.wait_overlapped()
