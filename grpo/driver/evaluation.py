@@ -19,7 +19,7 @@ from grpo.services.handle import EvaluationServices
 from grpo.telemetry.activity import begin_activity
 from grpo.telemetry.recording import span, unrecorded
 from grpo.types import Detail, EvaluationReport, GenerationReport, Prompt, Scores
-from grpo.utils.aio import Signal, gather_or_cancel, run_until_set
+from grpo.utils.aio import Signal, gather_or_cancel, race, run_until_set
 
 log = logging.getLogger(__name__)
 
@@ -56,18 +56,18 @@ class Evaluation:
         evaluation is finished. An evaluation that is due while another is running is skipped and counted, unless it is
         the last one. Raises Interrupted when `shutdown` is set first.
         """
-        last = step == self._config.trainer.max_steps
-        if not self._is_due(step, last):
+        if not self._is_due(step):
             return
         if not self.will_run(step):
             self._recorder.evaluation_skipped(step, _STILL_RUNS)
             return
+        last = step == self._config.trainer.max_steps
         with self._recorder.evaluation_wait():
             await run_until_set(self._shutdown, self._load())
             if self._evaluator is None or last:
                 await run_until_set(self._shutdown, self._evaluate(step))
             else:
-                self._recorder.evaluation_started(step)
+                self._recorder.history.evaluating = step
                 self._running = self._tasks.create_task(self._evaluate_beside(step), name=f"evaluation-{step}")
 
     def cancel(self) -> None:
@@ -78,13 +78,13 @@ class Evaluation:
     def will_run(self, step: int) -> bool:
         """Return True if an evaluation after `step` is due and will not be skipped."""
         last = step == self._config.trainer.max_steps
-        return self._is_due(step, last) and (last or self._running is None or self._running.done())
+        return self._is_due(step) and (last or self._running is None or self._running.done())
 
-    def _is_due(self, step: int, last: bool) -> bool:
-        every = self._config.eval.every
+    def _is_due(self, step: int) -> bool:
         if any(report.step == step for report in self._recorder.history.evaluations):
             return False  # evaluated before the run was resumed
-        return self._config.eval.prompts > 0 and (step == 0 or last or (every > 0 and step % every == 0))
+        config, every = self._config, self._config.eval.every
+        return config.eval.prompts > 0 and (step in (0, config.trainer.max_steps) or (every > 0 and step % every == 0))
 
     async def _load(self) -> None:
         """Load the weights into the evaluator once it is free, before the trainer overwrites their buffer."""
@@ -121,8 +121,8 @@ class Evaluation:
 
         self._prompts = self._prompts or await held_out_prompts(self._services, self._config)
         work = evaluate(self._services, self._config, self._prompts, step, on_answer)
-        report = await Watchdog(self._config.watchdog, answered, self._recorder.warn).run(work)
-        self._recorder.evaluated(report)
+        watchdog = Watchdog(self._config.watchdog, answered, self._recorder.warn)
+        self._recorder.evaluated(await race(work, watchdog.watch()))
 
 
 async def held_out_prompts(services: EvaluationServices, config: RunConfig) -> list[Prompt]:
@@ -146,6 +146,8 @@ async def evaluate(
     left out (`reward.on_error=drop`). Raises MixedVersionsError for a token of another policy version than `version`.
     """
     started = time.perf_counter()
+    temperature = config.rollout.temperature if config.eval.temperature is None else config.eval.temperature
+    rollout = dataclasses.replace(config.rollout, temperature=temperature)
     entry, slots = asyncio.Lock(), asyncio.Semaphore(_MAX_CONCURRENT)
 
     async def answer(prompt: Prompt) -> Answer | None:
@@ -156,42 +158,32 @@ async def evaluate(
                 await asyncio.sleep(0)
             while True:
                 try:
-                    return await _answer(services, config, prompt, version, on_answer, detail)
+                    return await generate_and_score(prompt)
                 except PayloadLost as error:
                     log.warning("%s; generating the answer again", error)
+
+    async def generate_and_score(prompt: Prompt) -> Answer | None:
+        params = sampling_params(rollout, _SEED, prompt, n=config.eval.samples)
+        completions, report = await services.generator.generate.route(prompt, params)
+        if not report.oldest_version == report.newest_version == version:
+            raise MixedVersionsError(
+                f"the evaluation of version {version} was answered by versions {report.oldest_version} to "
+                f"{report.newest_version}"
+            )
+        try:
+            scores = await services.reward.score.route(prompt, completions, detail)
+        except RewardError as error:
+            if config.reward.on_error == "fail":
+                raise
+            log.warning("left a prompt out of the evaluation: %s", error)
+            on_answer(prompt, None)
+            return None
+        on_answer(prompt, scores)
+        return scores, report
 
     with span("evaluation", "stage", prompts=len(prompts)):
         answers = await gather_or_cancel(*map(answer, prompts))
     return summarize(answers, config, version, time.perf_counter() - started)
-
-
-async def _answer(
-    services: EvaluationServices,
-    config: RunConfig,
-    prompt: Prompt,
-    version: int,
-    on_answer: OnAnswer,
-    detail: Detail,
-) -> Answer | None:
-    temperature = config.rollout.temperature if config.eval.temperature is None else config.eval.temperature
-    rollout = dataclasses.replace(config.rollout, temperature=temperature)
-    params = sampling_params(rollout, _SEED, prompt, n=config.eval.samples)
-    completions, report = await services.generator.generate.route(prompt, params)
-    if not report.oldest_version == report.newest_version == version:
-        raise MixedVersionsError(
-            f"the evaluation of version {version} was answered by versions {report.oldest_version} to "
-            f"{report.newest_version}"
-        )
-    try:
-        scores = await services.reward.score.route(prompt, completions, detail)
-    except RewardError as error:
-        if config.reward.on_error == "fail":
-            raise
-        log.warning("left a prompt out of the evaluation: %s", error)
-        on_answer(prompt, None)
-        return None
-    on_answer(prompt, scores)
-    return scores, report
 
 
 def summarize(answers: Sequence[Answer | None], config: RunConfig, version: int, seconds: float) -> EvaluationReport:

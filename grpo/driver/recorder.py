@@ -74,7 +74,7 @@ class Recorder:
         self.measured = MetricSet()  # by all actors, since the last line of metrics
         self._finished = FinishedGroups()
         self._for_next_line: Metrics = {}  # from evaluations and checkpoints, since the last line of metrics
-        self._replicas: Replicas = {}  # at the end of training
+        self.replicas: Replicas = {}  # final stats, once training has ended
         self._prompt_counts: dict[str, int] = {}
         self._waiting = MeanWaiting()
         self._wall_s_before = wall_s_before
@@ -86,10 +86,10 @@ class Recorder:
     async def watch(self, replicas: Callable[[], Replicas], slow_callback_ms: float) -> None:
         """Measure the lag of the event loop and refresh the display.
 
-        Consumes: nothing.
-        Waits for: its timers. A callback that blocks the loop longer than `slow_callback_ms` is warned of, with its
-            stack.
-        Unblocked by: time.
+        Warns of a callback that blocks the loop longer than `slow_callback_ms`, with its stack.
+
+        Consumes: the stats of `replicas` and the waits of all tasks.
+        Waits for: timers alone.
         Ends when: cancelled.
         """
         waiting = MeanWaiting()  # its own: each one averages since its own last reading
@@ -126,7 +126,7 @@ class Recorder:
 
     def training_ended(self, replicas: Replicas, prompt_counts: Mapping[str, int]) -> None:
         """Keep the final stats of the services and the driver's counts of prompts for the summary."""
-        self._replicas = replicas
+        self.replicas = replicas
         self.add_prompt_counts(prompt_counts)
 
     def add_prompt_counts(self, counts: Mapping[str, int]) -> None:
@@ -181,10 +181,6 @@ class Recorder:
         self.failures.progress.notify()
         self._for_next_line |= {f"eval/{name}": value for name, value in report.as_record().items()}
         self._display.evaluated(report)
-
-    def evaluation_started(self, step: int) -> None:
-        """Note that an evaluation runs beside training."""
-        self.history.evaluating = step
 
     def evaluation_skipped(self, step: int, reason: str) -> None:
         self.history.evaluations_skipped += 1
@@ -274,7 +270,7 @@ class Recorder:
             "prompts": self._prompt_counts,
             "restarts": self.failures.restarts,
             "recovery": recovery_of(self.failures.deaths, self._run_s),
-            "services": {name: each for replicas in self._replicas.values() for name, each in replicas.items()},
+            "services": {name: each for replicas in self.replicas.values() for name, each in replicas.items()},
             "write_errors": self.run_dir.write_errors,
             "sinks": self.sinks.counts(),
             "error": None if error is None else f"{type(error).__name__}: {error}",

@@ -3,38 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable
+from typing import NoReturn
 
 from grpo.config.schema import WatchdogConfig
 from grpo.errors import StalledError
 from grpo.telemetry.activity import describe_blocked
-from grpo.utils.aio import Signal, cancel_and_wait
-
-R = TypeVar("R")
+from grpo.utils.aio import Signal
 
 
 class Watchdog:
-    """Watches a progress signal. `action` "fail" raises StalledError, "warn" keeps watching."""
+    """Watches a progress signal. `action` "fail" raises StalledError, "warn" keeps watching.
+
+    Example:
+        report = await race(work, Watchdog(config.watchdog, progress, warn).watch())    # `race` is in utils/aio.py
+    """
 
     def __init__(self, config: WatchdogConfig, progress: Signal, warn: Callable[[str], None]) -> None:
         self._config, self._progress, self._warn = config, progress, warn
 
-    async def run(self, work: Coroutine[Any, Any, R]) -> R:
-        """Await `work` while watching; cancel it and raise StalledError when it makes no progress."""
-        watching, working = asyncio.ensure_future(self.watch()), asyncio.ensure_future(work)
-        try:
-            done, _ = await asyncio.wait((watching, working), return_when=asyncio.FIRST_COMPLETED)
-            return working.result() if working in done else watching.result()
-        finally:
-            await cancel_and_wait((watching, working))
-
     async def watch(self) -> NoReturn:
         """Watch until cancelled. Raises StalledError, unless `watchdog.action` is "warn".
 
-        Consumes: nothing.
+        Consumes: the progress signal.
         Waits for: progress, at most `watchdog.seconds` at a time.
-        Unblocked by: a trained step or an evaluation answer, through the progress signal.
+        Unblocked by: a trained step, or an answer of an evaluation.
         Ends when: cancelled.
         """
         silent_s = 0.0

@@ -6,7 +6,7 @@ from grpo.config.schema import WatchdogConfig
 from grpo.driver.watchdog import Watchdog
 from grpo.errors import StalledError
 from grpo.telemetry.activity import begin_activity, describe_blocked, waiting_for
-from grpo.utils.aio import Signal, gather_or_cancel
+from grpo.utils.aio import Signal, gather_or_cancel, race
 
 
 async def wait(group, *whats):
@@ -82,11 +82,11 @@ async def test_work_under_watch_gives_its_result_or_its_error_or_the_stall():
             ended.set()
 
     dog = Watchdog(WatchdogConfig(seconds=0.02), Signal(), print)
-    assert await dog.run(answer()) == 42
+    assert await race(answer(), dog.watch()) == 42
     with pytest.raises(KeyError, match="its own"):
-        await dog.run(fail())
+        await race(fail(), dog.watch())
     with pytest.raises(StalledError):
-        await dog.run(hang())
+        await race(hang(), dog.watch())
     assert ended.is_set()
 
 
