@@ -5,8 +5,8 @@
         |                     |                                                                               |
     N x continuous_rollouts   `-------- weights, version v + 1 -------- 1 x continuous_training --------------'
 
-All heavy work happens in the actors behind `services`; the driver only awaits. Every group carries a ticket from the
-pacer. At most (S + 1) * P tickets are out at a time, so no group is older than S versions when it is trained on.
+All heavy work happens in the actors behind `services`; the driver only awaits. Every group has a ticket from the
+pacer. At most (S + 1) * P tickets are out at a time, which bounds how old a group is when it is trained on.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ async def continuous_rollouts(run: RunContext, number: int) -> None:
 
 
 async def make_group(ticket: Ticket, run: RunContext) -> None:
-    """Take the next prompt from its queue to a finished group in the replay buffer."""
+    """Roll out the ticket's prompt and add the finished group to the replay buffer."""
     prompt = await run.prompts.prompt_for(ticket)
     params = sampling_params(run.config.rollout, run.config.seed, prompt)
     finished = await rollout(prompt, params, run.services, run.config)
@@ -116,7 +116,7 @@ async def make_group(ticket: Ticket, run: RunContext) -> None:
 async def continuous_training(
     run: RunContext, recovery: Recovery, evaluation: Evaluation, checkpoints: Checkpoints
 ) -> None:
-    """Train on one batch after another; weights travel, evaluations and checkpoints run, beside the next step.
+    """Train on one batch after another. The new weights are loaded, and evaluated if due, during the next step.
 
     Consumes: batches of P groups from the replay buffer.
     Waits for: a batch; the train step; every generator to hold the previous version of the weights.

@@ -89,7 +89,8 @@ class Recorder:
         Warns of a callback that blocks the loop longer than `slow_callback_ms`, with its stack.
 
         Consumes: the stats of `replicas` and the waits of all tasks.
-        Waits for: timers alone.
+        Waits for: timers.
+        Unblocked by: the clock alone.
         Ends when: cancelled.
         """
         waiting = MeanWaiting()  # its own: each one averages since its own last reading
