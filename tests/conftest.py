@@ -89,11 +89,11 @@ def make_recorder(tmp_path):
     """Build a recorder for a config; run directories are closed at the end of the test."""
     opened = []
 
-    def make(config: RunConfig, folder: Path | None = None) -> Recorder:
+    def make(config: RunConfig, folder: Path | None = None, **options) -> Recorder:
         run_dir = RunDirectory(folder or tmp_path / f"run-{len(opened)}")
         opened.append(run_dir)
         display = PlainDisplay(Console(file=io.StringIO()), config.trainer.max_steps, log_every=1)
-        return Recorder(run_dir, display, make_pacer(config), Failures(config.recovery))
+        return Recorder(run_dir, display, make_pacer(config), Failures(config.recovery), **options)
 
     yield make
     for run_dir in opened:

@@ -83,7 +83,7 @@ def test_no_file_is_a_heap():
 
 
 def test_the_loop_is_about_a_page():
-    assert len((ROOT / "grpo/driver/loop.py").read_text().splitlines()) <= 140
+    assert len((ROOT / "grpo/driver/loop.py").read_text().splitlines()) <= 150
 
 
 def test_the_models_code_is_imported_where_a_model_is_loaded():

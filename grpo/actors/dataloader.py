@@ -1,4 +1,4 @@
-"""Hands out prompts: shuffled by the seed, epoch after epoch."""
+"""The actor that serves prompts: every problem once per epoch, shuffled by the seed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ from grpo.types import Ints, Prompt, PromptBatch
 
 
 class Dataloader:
-    """One process that remembers nothing: the stream of prompts is a function of the seed, a prompt of its serial.
+    """Serves an endless stream of prompts, in which a prompt is a function of the seed and its serial.
 
-    So the driver's ledger alone says what comes next, and a new process goes on where the old one died. Prompts come
-    in bulk: a group costs a fraction of a call.
+    It has no state: the driver knows which serial is next, so a replacement process continues where the old one died.
+
+    Example:
+        batch = await dataloader.sample(start=0, count=16)
+        later = await dataloader.sample(batch.next_serial, 16)
+        assert await dataloader.prompt(batch.prompts[3].serial) == batch.prompts[3]
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -27,7 +31,7 @@ class Dataloader:
     async def setup(self) -> None:
         config = self._config
         self._task = make_task(config.task)
-        self._problems = self._task.problems("train")  # first: it may be made with a model of the user's
+        self._problems = self._task.problems("train")  # before the tokenizer: a task may create the model
         tokenizer = load_tokenizer(config.model, text_only=True)
         self._encoder = PromptEncoder(tokenizer, config.task, config.rollout.max_prompt_tokens)
         self._encoder.check_usable(self._task)
@@ -35,33 +39,34 @@ class Dataloader:
         self._draws = lru_cache(maxsize=2)(self._random_numbers)
 
     async def sample(self, start: int, count: int, left_out: Collection[int] = frozenset()) -> PromptBatch:
-        """The next `count` prompts of the endless stream from place `start` on, without those over the length limit.
+        """Return the next `count` prompts from serial `start` on.
 
-        And without problems whose index is in `left_out`, except where the seed wants them revisited.
+        Skips prompts over the length limit, and problems whose index is in `left_out` unless the seed has this
+        occurrence revisited.
         """
         prompts: list[Prompt] = []
-        passed_over: list[int] = []
+        left_out_serials: list[int] = []
         serial = start
         while len(prompts) < count:
             if self._problem_index(serial) in left_out and not self._is_revisit(serial):
-                passed_over.append(serial)
+                left_out_serials.append(serial)
             elif (prompt := self._prompt(serial)) is not None:
                 prompts.append(prompt)
             serial += 1
-        return PromptBatch(tuple(prompts), next_serial=serial, left_out=tuple(passed_over))
+        return PromptBatch(tuple(prompts), next_serial=serial, left_out=tuple(left_out_serials))
 
     async def prompt(self, serial: int) -> Prompt:
-        """The prompt that was handed out under this serial. Raises KeyError for one over the length limit."""
+        """Return the prompt with this serial. Raises KeyError if it is over the length limit."""
         if (prompt := self._prompt(serial)) is None:
             raise KeyError(serial)
         return prompt
 
     async def held_out(self, count: int) -> list[Prompt]:
-        """The first held-out prompts under the length limit, at most `count`, always the same ones."""
+        """Return the first held-out prompts within the length limit, at most `count`; the same at every call."""
         return self._held_out(count)[0]
 
     async def stats(self) -> dict[str, int]:
-        """Problems of an epoch, and held-out ones that were skipped for their length."""
+        """Return the number of problems per epoch, and of held-out problems skipped for their length."""
         _, skipped = self._held_out(self._config.eval.prompts)
         return {"problems": len(self._problems), "held_out_skipped_length": skipped}
 
@@ -71,7 +76,7 @@ class Dataloader:
         return None if token_ids is None else Prompt(serial, self._problems[index], token_ids, index)
 
     def _problem_index(self, serial: int) -> int:
-        """Every problem once per epoch, each epoch in an order of its own that follows from the seed."""
+        """Return the problem at this place of the stream: every epoch is a permutation that follows from the seed."""
         epoch, place = divmod(serial, len(self._problems))
         return int(self._order(epoch)[place])
 
@@ -79,15 +84,16 @@ class Dataloader:
         return np.random.default_rng([self._config.seed, epoch]).permutation(len(self._problems))
 
     def _is_revisit(self, serial: int) -> bool:
-        """Whether a problem that is left out has its turn at this place all the same: a draw of the seed and serial."""
+        """Draw whether a problem that is left out is revisited here: a function of the seed and the serial."""
         epoch, place = divmod(serial, len(self._problems))
         return bool(self._draws(epoch)[place] < self._config.dataloader.revisit_fraction)
 
     def _random_numbers(self, epoch: int) -> NDArray[np.float64]:
-        """One in [0, 1) for every place of an epoch. The 1 keeps them apart from the numbers behind its order."""
+        """Draw a number in [0, 1) for every place of an epoch; the 1 makes the draws independent of its order."""
         return np.random.default_rng([self._config.seed, epoch, 1]).random(len(self._problems))
 
     def _held_out(self, count: int) -> tuple[list[Prompt], int]:
+        """Return up to `count` prompts, and how many were skipped on the way."""
         prompts: list[Prompt] = []
         skipped = 0
         for serial, problem in enumerate(self._task.problems("held_out")):

@@ -1,4 +1,4 @@
-"""Scores completions with the configured reward functions. One replica of the reward service."""
+"""The actor that scores completions with the configured reward functions: one replica of the reward service."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from grpo.types import Completion, Detail, Prompt, Scores
 
 
 class Reward:
-    """The weighted sum of reward functions, which run in `reward.workers` processes, a group at a time in each.
+    """Computes the weighted sum of the reward functions in `reward.workers` processes, each one group at a time.
 
-    User code that hangs, crashes or takes too much memory costs its process, which is replaced, and holds up nobody.
+    User code that hangs, crashes or exceeds its memory costs only its process, which is replaced.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -34,21 +34,21 @@ class Reward:
         )
 
     async def setup(self) -> None:
-        """Start the processes. Raises ConfigError for a reward or a task that can't be made."""
+        """Start the processes. Raises ConfigError for a reward function or task that can't be created."""
         self._tokenizer = load_tokenizer(self._config.model, text_only=True)
         await self._scorer.start()
 
     @batched
     async def score(self, prompt: Prompt, completions: Sequence[Completion], detail: Detail = "rewards") -> Scores:
-        """Scores of one group, with its texts and tokens where `detail` asks for them.
+        """Return the scores of one group, with its texts and tokens if `detail` asks for them.
 
-        Raises RewardError when a function raises, and its subclasses RewardTimeout, RewardCrash, RewardMemory and
-        RewardInvalid; their notes hold the traceback of user code.
+        Raises RewardError when a function raises, or a subclass: RewardTimeout, RewardCrash, RewardMemory,
+        RewardInvalid. Notes on the error contain the traceback of the user's code.
         """
         texts = await asyncio.to_thread(self._decode, completions)
-        asked_s = time.perf_counter()
+        started_s = time.perf_counter()
         parts = await self._scorer.call(prompt.problem, texts)
-        measure("reward/score_s", time.perf_counter() - asked_s, "percentiles")
+        measure("reward/score_s", time.perf_counter() - started_s, "percentiles")
         weights = [self._config.reward.functions[name] for name in parts]
         rewards = tuple(
             sum(map(math.prod, zip(weights, scores, strict=True))) for scores in zip(*parts.values(), strict=True)
@@ -61,7 +61,7 @@ class Reward:
         )
 
     async def close(self) -> None:
-        """End the processes, whatever runs in them."""
+        """Kill the processes, whatever runs in them."""
         await self._scorer.close()
 
     def _decode(self, completions: Sequence[Completion]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Which actors a run needs and what each asks of the cluster: shared by launch, checks and dry run."""
+"""The actors that a run needs and the resources of each, for the launch, the checks and the dry run."""
 
 from __future__ import annotations
 
@@ -19,11 +19,16 @@ from grpo.utils.torch_utils import device_for
 
 @dataclass(frozen=True, eq=False)
 class ActorSpec:
-    """One noun: its class, how it is built, how many of it, and what each process of it needs.
+    """One actor: its class and arguments, the number of its processes, and the resources of each process.
 
-    Optional replicas are started beyond the others as soon as the cluster has room for them. Actors with
-    little to do run `on_driver_node`, so that they are not lost with another node. Each of several ranks is built with
-    its `rank`.
+    `optional_replicas` are started in addition to `replicas`, as soon as the cluster has room for them. Actors with
+    little work run `on_driver_node`, so that they are not lost with another node. Each of several `ranks` is
+    constructed with its `rank`.
+
+    Example:
+        specs = {spec.name: spec for spec in actor_specs(config)}
+        generator = specs["generator"]
+        local = generator.cls(**generator.kwargs)       # the same object that a generator process holds
     """
 
     name: str
@@ -38,22 +43,22 @@ class ActorSpec:
 
     @property
     def config_group(self) -> str:
-        """Where the config says what this actor gets."""
+        """The group of settings with this actor's resources."""
         return "eval" if self.name == "evaluator" else self.name
 
     @property
     def processes(self) -> int:
-        """Those that are not optional."""
+        """The number of required processes."""
         return self.replicas * self.ranks
 
     @property
     def counted_by(self) -> str:
-        """The setting of its group that says how many processes there are."""
+        """The setting in `config_group` that determines the number of processes."""
         return "ranks" if self.ranks > 1 else "replicas"
 
 
 def actor_specs(config: RunConfig) -> list[ActorSpec]:
-    """The actors of a run, in the order of the dataflow; some only where the config uses them."""
+    """Return the actors of a training run, in the order of the dataflow; the optional ones only if they are used."""
     specs = evaluation_specs(config)
     if config.uses_reference:
         specs.append(_compute("reference", Reference, config, config.reference, config.reference.replicas))
@@ -70,7 +75,7 @@ def actor_specs(config: RunConfig) -> list[ActorSpec]:
 
 
 def evaluation_specs(config: RunConfig) -> list[ActorSpec]:
-    """The actors that hand out prompts, answer them and score the answers: all that a model is evaluated with."""
+    """Return the actors that an evaluation needs: for prompts, completions and scores."""
     common = {"config": config}
     generator = _compute("generator", Generator, config, config.generator, config.generator.replicas)
     most = config.generator.max_replicas or config.generator.replicas
@@ -88,7 +93,7 @@ def _compute(
     resources: EvalConfig | GeneratorConfig | ReferenceConfig | TrainerConfig,
     replicas: int,
 ) -> ActorSpec:
-    """An actor that runs a model: on the GPU it was given, or with as many threads as it has CPUs."""
+    """Specify an actor that runs a model: on its GPUs, or on the CPU with as many threads as it has CPUs."""
     kwargs = {
         "config": config,
         "device": device_for(resources.num_gpus),

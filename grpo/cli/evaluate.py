@@ -22,7 +22,7 @@ from grpo.services.failures import Failures
 from grpo.services.handle import EvaluationServices
 from grpo.telemetry.activity import begin_activity
 from grpo.types import EXIT_CODES, EvaluationReport, Prompt, Scores
-from grpo.utils.aio import run_until_set
+from grpo.utils.aio import race, run_until_set
 from grpo.utils.gc_tuning import restore_gc
 
 _VERSION = 0  # of the weights that a generator loads when it starts
@@ -102,7 +102,7 @@ async def _answer_all(
 
             return await evaluate(services, config, prompts, _VERSION, on_answer, detail="texts")
 
-    return await watchdog.over(answer_all())
+    return await race(answer_all(), watchdog.watch())
 
 
 def _completions_record(prompt: Prompt, scores: Scores) -> dict[str, object]:

@@ -107,11 +107,15 @@ def _run_on_ray(
         console.print("starting Ray and the actors ...", style="dim")
         say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
         display = make_display(console, config.trainer.max_steps, config.observe.log_every)
-        recorder = Recorder(run_dir, display, make_pacer(config), Failures(config.recovery))
-        recorder.startup = startup
-        if resume is not None:
-            recorder.offset_clock(resume.progress["records"]["wall_s"])
-        recorder.sinks = make_sinks(config.observe.sinks, run_dir.path, dataclasses.asdict(config), recorder.warn)
+        recorder = Recorder(
+            run_dir,
+            display,
+            make_pacer(config),
+            Failures(config.recovery),
+            startup=startup,
+            make_sinks=partial(make_sinks, config.observe.sinks, run_dir.path, dataclasses.asdict(config)),
+            wall_s_before=resume.progress["records"]["wall_s"] if resume else 0.0,
+        )
         try:
             check = partial(preflight.check_runnable, config)
             with outcome_of_run() as outcome, ray_beside(check, config.cluster, say):
@@ -132,7 +136,6 @@ async def _run(
         )
         services = await run_until_set(shutdown, stack.enter_async_context(launch(config, recorder.failures)))
         recorder.startup.ended("actors")
-        recorder.replicas = services.replica_stats
         restore_gc()
         try:
             async with open_to_operators(recorder.run_dir.path, services):
@@ -141,9 +144,8 @@ async def _run(
                     async with collecting(services, recorder.failures.progress, recorder.measured, timeline):
                         await train_loop(services, config, recorder, shutdown, resume)
         finally:
-            recorder.replicas = partial(dict, services.replica_stats())  # as they are before they are closed
             if (task := asyncio.current_task()) and not task.cancelling():  # a second Ctrl-C waits for nothing
-                recorder.prompts |= await _prompt_counts(services)
+                recorder.add_prompt_counts(await _prompt_counts(services))
 
 
 async def _prompt_counts(services: Services) -> dict[str, int]:

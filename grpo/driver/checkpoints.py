@@ -1,4 +1,4 @@
-"""Checkpoints: taken between two steps, written beside the training, and the way back from one."""
+"""Checkpoints: taken between two train steps, written to disk beside training, restored when a run is resumed."""
 
 from __future__ import annotations
 
@@ -17,42 +17,44 @@ from grpo.types import Ticket
 
 
 class Checkpoints:
-    """Writes a checkpoint every `checkpoint.every` steps and at the end, and restores one at the start.
+    """Saves a checkpoint every `checkpoint.every` steps and at the end; restores one at the start.
 
-    The training waits only until the state lies in the object store; a process of its own brings it to disk. One that
-    is due while another is being written is skipped and counted, the last one never. One that can't be written is a
-    warning: the training goes on.
+    Training waits only until the state is in the object store; the checkpointer process writes it to disk. A
+    checkpoint that is due while another is being written is skipped and counted, unless it is the last one. Failing to
+    write one is a warning, and training continues.
     """
 
     def __init__(self, run: RunContext, recovery: Recovery, tasks: asyncio.TaskGroup) -> None:
         self._run, self._recovery, self._tasks = run, recovery, tasks
         self._recorder, self._every = run.recorder, run.config.checkpoint.every
         self._writing: asyncio.Task[None] | None = None
-        self._newest = 0  # the step of the newest one that was written or restored
+        self._newest = 0  # step of the newest checkpoint written or restored
 
-    async def after(self, step: int) -> None:
-        """Take one of the trainer as it is after `step`, if it is due; that of the last step is left to `finish`."""
+    async def save_if_due(self, step: int) -> None:
+        """Save a checkpoint of `step`, which was just trained, if one is due; `finish` saves the last step."""
         if self._every == 0 or step % self._every or step == self._run.config.trainer.max_steps:
             return
         if self._writing is not None and not self._writing.done():
             self._recorder.checkpoint_skipped(step)
             return
-        await self._begin(step)
+        await self._save(step)
 
     async def finish(self, step: int) -> None:
-        """The last one, of `step`, unless it is there; returns when it is written, or can't be."""
-        await self._written()
+        """Save the last checkpoint, of `step`, unless it exists; wait until it is written or has failed."""
+        await self._wait_written()
         if self._every and step > self._newest:
-            await self._begin(step)
-            await self._written()
+            await self._save(step)
+            await self._wait_written()
 
     async def restore(self, path: Path, progress: Mapping[str, Any]) -> None:
-        """Bring the actors, the ledger and the records to where the checkpoint at `path` was taken."""
+        """Bring the actors, the ledger and the records to the state of the checkpoint at `path`."""
         services, pacer = self._run.services, self._run.pacer
         assert services.checkpointer is not None
         states, _ = await services.checkpointer.load_trainer.call_one(str(path))
         await services.trainer.restore.call(states)
         self._recovery.resume_from(progress["step"], states)
+
+        # The groups in the checkpoint return to the replay buffer; the outstanding rest is generated again.
         groups, serials = await services.checkpointer.load_groups.call_one(str(path))
         await self._run.prompts.restore(progress["prompts"])
         pacer.restore(progress["ledger"])
@@ -60,17 +62,19 @@ class Checkpoints:
         lost = [ticket for ticket in pacer.in_stage("rollout") if ticket not in kept]
         await services.replay_buffer.restore.call_one(lost, pacer.admitted, groups)
         for ticket in kept:
-            pacer.is_buffered(ticket)
+            pacer.mark_buffered(ticket)
         self._run.requeue(lost, "resumed")
         self._recorder.restore(progress["step"], progress["records"])
         self._newest = progress["step"]
 
-    async def _begin(self, step: int) -> None:
-        await self._run.weights.done()  # then the tickets of the step are back: what was trained on is not begun again
+    async def _save(self, step: int) -> None:
+        """Copy the state of `step` into the object store and start the task that writes it."""
+        await self._run.weights.wait_overlapped()  # the step's tickets have returned: a resume won't requeue them
         started = time.perf_counter()
         states = await self._recovery.snapshot(step)
         groups, _ = await self._run.services.replay_buffer.state.call_one()
-        # From here to the next await everything is of one moment; what joined the buffer just now is made again.
+        # No await until `progress` is complete: it describes one moment. A group that was added to the buffer since
+        # `state` is outstanding in this ledger and missing in `groups`: a resumed run generates it again.
         progress = {
             "step": step,
             "run_folder": str(self._recorder.run_dir.path),
@@ -86,16 +90,23 @@ class Checkpoints:
         )
 
     async def _write(self, step: int, states: Any, groups: Any, progress: dict[str, Any]) -> None:
+        """Have the checkpointer write one checkpoint, as a task beside training.
+
+        Consumes: references to the state in the object store.
+        Waits for: the checkpointer.
+        Unblocked by: the checkpoint being on disk; a checkpointer that died is replaced and asked again.
+        Ends when: the checkpoint is written, or can't be, which is a warning.
+        """
         assert self._run.services.checkpointer is not None
         begin_activity("checkpoint")
         try:
             report = await self._run.services.checkpointer.save.call_one(step, states, groups, progress)
-        except (CheckpointError, PayloadLost) as error:  # neither a full disk nor a lost node must end the training
+        except (CheckpointError, PayloadLost) as error:  # a full disk or a lost node must not end training
             self._recorder.checkpoint_failed(step, error)
         else:
             self._newest = step
             self._recorder.checkpoint_written(report)
 
-    async def _written(self) -> None:
+    async def _wait_written(self) -> None:
         if self._writing is not None:
             await self._writing

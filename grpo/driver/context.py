@@ -1,4 +1,4 @@
-"""What the parts of a run share."""
+"""Shared state of one run, passed to the rollout and training coroutines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from grpo.types import Rollout, Ticket
 
 
 def make_pacer(config: RunConfig) -> Pacer:
-    """What `rollout.concurrency`, `buffer.max_policy_age` and `trainer.groups_per_step` ask for."""
+    """Build the pacer for `rollout.concurrency`, `buffer.max_policy_age` and `trainer.groups_per_step`."""
     concurrency = Concurrency(config.most_rollouts)
     if config.rollout.concurrency == "auto":
         concurrency = AutoConcurrency(
@@ -28,7 +28,19 @@ def make_pacer(config: RunConfig) -> Pacer:
 
 @dataclass(frozen=True)
 class RunContext:
-    """Made by the loop, handed to its coroutines and to what works beside them."""
+    """State that `train_loop` shares with its coroutines, evaluation, checkpoints and recovery.
+
+    A method stands here when an event concerns several members: the ledger, the recorder and the failure budgets.
+
+    Example:
+        ticket = await run.pacer.admit()
+        try:
+            await make_group(ticket, run)
+        except RewardError as error:
+            await run.drop(ticket, error)       # the group is counted as dropped, its ticket returns
+        except PayloadLost as error:
+            run.requeue_lost(ticket, error)     # the ticket stays out, the group is generated again
+    """
 
     services: Services
     pacer: Pacer
@@ -39,35 +51,35 @@ class RunContext:
     shutdown: asyncio.Event
 
     def group_finished(self, ticket: Ticket, rollout: Rollout) -> None:
-        """It lies in the replay buffer."""
-        self.pacer.is_buffered(ticket)
+        """Record a group that was added to the replay buffer."""
+        self.pacer.mark_buffered(ticket)
         self.recorder.group_finished(rollout)
         if self.config.filter.zero_variance:
             self.recorder.failures.group_kept(self.config.trainer.groups_per_step)
 
     async def drop(self, ticket: Ticket, error: RewardError | ZeroVarianceGroup) -> None:
-        """Leave a group out and hand its ticket back.
+        """Drop the ticket's group, count it by reason and return the ticket.
 
-        Raises the error where it isn't tolerated, and DataError when there were too many.
+        Raises `error` when `reward.on_error` is "fail", and DataError when too many groups were dropped.
         """
         if isinstance(error, RewardError) and self.config.reward.on_error == "fail":
             raise error
         self.recorder.group_dropped(ticket, error)
         self.pacer.drop(ticket, error.reason)
         if isinstance(error, ZeroVarianceGroup):
-            self.prompts.learned(error.rollout.group.prompt, error.rollout.group.rewards)
+            self.prompts.record_rewards(error.rollout.group.prompt, error.rollout.group.rewards)
             limit = self.config.filter.max_dropped_batches * self.config.trainer.groups_per_step
             self.recorder.failures.group_filtered(error, limit)
         else:
             self.recorder.failures.reward_failed(error)
         await self.services.replay_buffer.skip.call_one(ticket)
 
-    def lost(self, ticket: Ticket, error: PayloadLost) -> None:
-        """The group that was being made for this ticket is made again, unless that happens too often."""
+    def requeue_lost(self, ticket: Ticket, error: PayloadLost) -> None:
+        """Generate the ticket's group again, because its tokens were lost with a node."""
         self.recorder.failures.payload_lost(error)
         self.requeue([ticket], "payload")
 
     def requeue(self, tickets: Sequence[Ticket], reason: str) -> None:
-        """Groups that are lost, with a process, a node or the run before, are made again."""
+        """Generate the groups of `tickets` again; they were lost with a process, a node or the previous run."""
         self.recorder.groups_requeued(tickets, reason)
         self.pacer.requeue(tickets, reason)

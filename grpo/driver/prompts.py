@@ -1,6 +1,4 @@
-"""The stream of prompts as the driver sees it."""
-
-# MERGED: Which problems there is nothing to learn from at present.
+"""The driver's end of the stream of prompts, and the difficulty of problems as their groups show it."""
 
 from __future__ import annotations
 
@@ -17,27 +15,27 @@ from grpo.types import Prompt, PromptBatch, Ticket
 
 
 class PromptQueue:
-    """Prompts by ticket, fetched ahead in bulk, so that a group costs a fraction of a call to the dataloader."""
+    """Assigns prompts to tickets. Prompts are fetched `bulk` at a time: a group costs a fraction of a call."""
 
     def __init__(self, dataloader: ActorHandle, pacer: Pacer, bulk: int, by_difficulty: bool = False) -> None:
         self.handed_out = 0
         self._dataloader, self._pacer, self._bulk = dataloader, pacer, bulk
         self._difficulty, self._by_difficulty = Difficulty(), by_difficulty
         self._prompts: deque[Prompt] = deque()
-        self._next_serial = 0  # behind those fetched
+        self._next_serial = 0  # the first that was not fetched
         self._fetching = asyncio.Lock()
-        self._fetched_without: frozenset[int] = frozenset()  # the problems that were left out of the last fetch
-        self._left_out: tuple[int, ...] = ()  # the serials where that happened
-        self._left_out_before = 0  # how many there were in earlier fetches
+        self._fetched_without: frozenset[int] = frozenset()  # problem indices left out of the last fetch
+        self._left_out: tuple[int, ...] = ()  # serials left out of the last fetch
+        self._left_out_before = 0  # number of serials left out of earlier fetches
 
     async def prompt_for(self, ticket: Ticket) -> Prompt:
-        """The ticket's prompt if it has one, else the next of the stream.
+        """Return the ticket's prompt if it has one, else assign the next prompt of the stream to it.
 
-        The first to find the queue empty fetches for all.
+        The first caller that finds the queue empty fetches for all callers.
         """
         if (serial := self._pacer.prompt_of(ticket)) is not None:
-            prompt: Prompt = await self._dataloader.prompt.call_one(serial)
-            return prompt
+            requeued: Prompt = await self._dataloader.prompt.call_one(serial)
+            return requeued
         with waiting_for("prompts") if self._fetching.locked() else nullcontext():
             await self._fetching.acquire()
         try:
@@ -46,22 +44,22 @@ class PromptQueue:
             prompt = self._prompts.popleft()
         finally:
             self._fetching.release()
-        self._pacer.has_prompt(ticket, prompt.serial)
+        self._pacer.assign_prompt(ticket, prompt.serial)
         self.handed_out += 1
         return prompt
 
-    def learned(self, prompt: Prompt, rewards: Sequence[float]) -> None:
-        """What the group of a prompt earned. The next fetch goes by it, with `dataloader.sampling=difficulty`."""
+    def record_rewards(self, prompt: Prompt, rewards: Sequence[float]) -> None:
+        """Let the rewards of a prompt's group influence the next fetch, if `dataloader.sampling` is "difficulty"."""
         if self._by_difficulty:
-            self._difficulty.learned(prompt, rewards)
+            self._difficulty.record_rewards(prompt, rewards)
 
     @property
     def next_serial(self) -> int:
-        """Where the stream goes on for somebody who has not fetched ahead."""
+        """The serial of the first prompt that was not handed out."""
         return self._prompts[0].serial if self._prompts else self._next_serial
 
     def counts(self) -> dict[str, int]:
-        """Prompts handed out to rollouts, and those before them that were over the length limit, or left out."""
+        """Return how many prompts were handed out, were over the length limit, and were left out by difficulty."""
         left_out = self._left_out_before + sum(serial < self.next_serial for serial in self._left_out)
         return {
             "handed_out": self.handed_out,
@@ -70,9 +68,9 @@ class PromptQueue:
         }
 
     def state(self) -> dict[str, Any]:
-        """The place in the stream, what happened on the way there, which problems are left out; as JSON can hold it.
+        """Return the position in the stream, the counts and the problems left out, JSON-serializable.
 
-        And how the prompts ahead were fetched: more may be left out by now, but not of these.
+        `ahead` describes the prompts fetched ahead: they were fetched without the problems left out at that time.
         """
         without = sorted(self._fetched_without) if self._prompts else []
         return {
@@ -84,7 +82,7 @@ class PromptQueue:
         }
 
     async def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state`, also from one of a version that knew no difficulty."""
+        """Continue from a `state`; one of an older version may lack the fields of difficulty sampling."""
         self._prompts.clear()
         self._next_serial, self.handed_out = state["next_serial"], state["handed_out"]
         self._left_out, self._left_out_before = (), state.get("left_out_difficulty", 0)
@@ -102,10 +100,10 @@ class PromptQueue:
 
 
 class Difficulty:
-    """Remembers the problems whose last group earned one reward throughout: solved always, or never.
+    """Remembers the problems whose last group had equal rewards: solved always, or never.
 
-    Such a group has no advantages, so the dataloader leaves its problem out of the stream, but for a share of its turns
-    (`dataloader.revisit_fraction`): there it shows whether the problem has become easy or hard enough since.
+    Such a group has zero advantages, so the dataloader leaves its problem out of the stream. For a fraction of its
+    occurrences (`dataloader.revisit_fraction`) the problem is kept, to find out whether its difficulty has changed.
     """
 
     def __init__(self, left_out: Iterable[int] = ()) -> None:
@@ -113,16 +111,16 @@ class Difficulty:
 
     @property
     def left_out(self) -> frozenset[int]:
-        """The problems as they are now, by their index in the task."""
+        """The problems to leave out, by their index in the task."""
         return frozenset(self._left_out)
 
-    def learned(self, prompt: Prompt, rewards: Sequence[float]) -> None:
-        """The last group of a problem is the one that counts."""
+    def record_rewards(self, prompt: Prompt, rewards: Sequence[float]) -> None:
+        """Leave the problem out if all rewards of its group are equal, else put it back."""
         if min(rewards) == max(rewards):
             self._left_out.add(prompt.problem_index)
         else:
             self._left_out.discard(prompt.problem_index)
 
     def state(self) -> list[int]:
-        """As JSON can hold it, and the constructor takes it."""
+        """Return the argument of a constructor that continues here, JSON-serializable."""
         return sorted(self._left_out)

@@ -1,4 +1,4 @@
-"""Collects what happens during a run into metrics, samples and the summary."""
+"""Record a run: metrics, sampled groups, the ledger of tickets, events, and the summary."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from grpo.utils.aio import gather_or_cancel
 
 log = logging.getLogger(__name__)
 Metrics = dict[str, float]
-Replicas = Mapping[str, Mapping[str, Mapping[str, Any]]]  # service -> replica -> its figures
+Replicas = Mapping[str, Mapping[str, Mapping[str, Any]]]  # service -> replica -> its stats
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedStep:
-    """What is known of a step once the trainer has taken it: its own metrics, the batch, how long its stages took."""
+    """A step that the trainer has finished: the trainer's metrics, the batch, and the durations of the stages."""
 
     number: int
     metrics: Metrics
@@ -42,65 +42,100 @@ class TrainedStep:
 
 
 class Recorder:
-    """The driver's memory. All methods are quick and called on the event loop; files are written in a thread."""
+    """Records what the loop and the actors report, and forwards it to the run directory, the display and the sinks.
 
-    def __init__(self, run_dir: RunDirectory, display: Display, pacer: Pacer, failures: Failures) -> None:
-        self.loop_lag = LoopLag()
-        self.failures = failures
-        self.replicas: Callable[[], Replicas] = dict  # as they are at the moment, once they are there
+    All methods are quick and are called on the event loop; files are written in a thread. Its constructor subscribes
+    to `failures`: warnings are shown, deaths and returns of actors become events.
+
+    Example:
+        recorder = Recorder(run_dir, make_display(...), make_pacer(config), Failures(config.recovery))
+        await train_loop(services, config, recorder, shutdown)
+        summary = recorder.write_summary("completed")
+    """
+
+    def __init__(
+        self,
+        run_dir: RunDirectory,
+        display: Display,
+        pacer: Pacer,
+        failures: Failures,
+        *,
+        startup: Startup | None = None,
+        make_sinks: Callable[[Callable[[str], None]], Sinks] | None = None,
+        wall_s_before: float = 0.0,
+    ) -> None:
+        """`make_sinks` is called with `warn`. `wall_s_before` is how long the run lasted before it was resumed."""
+        self.run_dir, self.pacer, self.failures, self._display = run_dir, pacer, failures, display
+        self.step = 0  # last trained step
+        self.startup = startup or Startup()
+        self.sinks = make_sinks(self.warn) if make_sinks else Sinks({}, self.warn)
         self.history = History()
-        self.prompts: dict[str, int] = {}
-        self.run_dir = run_dir
-        self.pacer, self._display = pacer, display
-        self.startup = Startup()
-        self.sinks = Sinks({}, self.warn)
-        self.measured = MetricSet()  # by all actors, since the last line
-        self.step = 0  # the last one that was trained
+        self.loop_lag = LoopLag()
+        self.measured = MetricSet()  # by all actors, since the last line of metrics
         self._finished = FinishedGroups()
-        self._wall_s_before = 0.0  # of the run that this one goes on with
-        self._for_next_line: Metrics = {}  # what evaluations and checkpoints have left since the last one
-        self._events = Events(run_dir, self._run_s)
-        failures.warn, failures.on_death, failures.on_recovery = self.warn, self._events.died, self._events.is_back
-        self._waiting, self._waiting_seen = MeanWaiting(), MeanWaiting()  # for lines, and for the view
+        self._for_next_line: Metrics = {}  # from evaluations and checkpoints, since the last line of metrics
+        self.replicas: Replicas = {}  # final stats, once training has ended
+        self._prompt_counts: dict[str, int] = {}
+        self._waiting = MeanWaiting()
+        self._wall_s_before = wall_s_before
         self._started = self._step_began = time.perf_counter()
         self._generators = GeneratorRates((), self._started)
+        self._events = Events(run_dir, self._run_s)
+        failures.warn, failures.on_death, failures.on_recovery = self.warn, self._events.died, self._events.is_back
 
-    async def watch(self, slow_callback_ms: float) -> None:
-        """Measure the event loop and keep the view fresh, until cancelled.
+    async def watch(self, replicas: Callable[[], Replicas], slow_callback_ms: float) -> None:
+        """Measure the lag of the event loop and refresh the display.
 
-        Whatever blocks the loop for longer than that is told, with its stack.
+        Warns of a callback that blocks the loop longer than `slow_callback_ms`, with its stack.
+
+        Consumes: the stats of `replicas` and the waits of all tasks.
+        Waits for: timers.
+        Unblocked by: the clock alone.
+        Ends when: cancelled.
         """
-        await gather_or_cancel(self.loop_lag.watch(slow_callback_ms, self.warn), self._display.watch(self._look))
+        waiting = MeanWaiting()  # its own: each one averages since its own last reading
+
+        def status() -> RunStatus:
+            return RunStatus(replicas(), self.failures.restarts, waiting.drain(time.perf_counter()))
+
+        await gather_or_cancel(self.loop_lag.watch(slow_callback_ms, self.warn), self._display.watch(status))
 
     def stopwatch(self) -> Stopwatch:
+        """Return the stopwatch for the stages of one step; a subclass may use another clock."""
         return Stopwatch()
 
     @property
     def wall_s(self) -> float:
+        """Seconds since the start of the run, the time before a resume included."""
         return self._run_s(time.perf_counter())
 
     def _run_s(self, at: float) -> float:
-        """A time of time.perf_counter on the run's clock."""
+        """Convert a reading of time.perf_counter to the run's clock."""
         return self._wall_s_before + at - self._started
 
-    def offset_clock(self, wall_s: float) -> None:
-        """The run has lasted so long before. To be said before anything is recorded: everything is on this clock."""
-        self._wall_s_before = wall_s
-
     def timeline(self, most_mb: float) -> Timeline:
-        """Its zero is that of `wall_s`."""
+        """Create the run's timeline, which starts at `wall_s` 0 and grows to at most `most_mb` megabytes."""
         return Timeline(self.run_dir, self._started - self._wall_s_before, most_mb, self.warn)
 
     def training_begins(self, generators: Sequence[GeneratorStats]) -> None:
-        """Rates count from here; `wall_s` counts from the construction, the launch included."""
+        """Start the rates and step times here; `wall_s` started with the constructor and includes the launch."""
         self.startup.ended("weights")
         log.info("%s", RENAMED_NOTICE)
         self._step_began = time.perf_counter()
         self._generators = GeneratorRates(generators, self._step_began)
         self._waiting.drain(self._step_began)
 
+    def training_ended(self, replicas: Replicas, prompt_counts: Mapping[str, int]) -> None:
+        """Keep the final stats of the services and the driver's counts of prompts for the summary."""
+        self.replicas = replicas
+        self.add_prompt_counts(prompt_counts)
+
+    def add_prompt_counts(self, counts: Mapping[str, int]) -> None:
+        """Add counts to `prompts` of the summary."""
+        self._prompt_counts |= counts
+
     def group_finished(self, rollout: Rollout, dropped: str | None = None) -> None:
-        """Also of one that is dropped, for the reason given: it has nothing to learn from."""
+        """Record a finished group; `dropped` is the reason if it was dropped as a zero-variance group."""
         self._finished.add(rollout, filtered=dropped is not None)
         scores = rollout.scores
         if scores.texts:
@@ -111,26 +146,27 @@ class Recorder:
             self.run_dir.append("rollouts.jsonl", rollout_record(self.step, rollout, dropped), **tokens)
 
     def group_dropped(self, ticket: Ticket, error: RewardError | ZeroVarianceGroup) -> None:
-        """Called while its ticket is still out."""
-        self.run_dir.append("ledger.jsonl", {"dropped": self.pacer.entry(ticket), "reason": error.reason})
+        """Record a dropped group, before its ticket returns to the pacer."""
+        self.run_dir.append("ledger.jsonl", {"dropped": self.pacer.ledger_entry(ticket), "reason": error.reason})
         if isinstance(error, ZeroVarianceGroup):
             self.group_finished(error.rollout, error.reason)
         else:
             self.warn(f"dropped a group: {error}")
 
     def groups_requeued(self, tickets: Sequence[Ticket], reason: str) -> None:
-        """Groups that were lost, with a process or with the run."""
+        """Record groups that were lost and will be generated again."""
         if tickets:
-            entries = [self.pacer.entry(ticket) for ticket in tickets]
+            entries = [self.pacer.ledger_entry(ticket) for ticket in tickets]
             self.run_dir.append("ledger.jsonl", {"requeued": entries, "reason": reason})
 
     def warn(self, message: str) -> None:
+        """Log a warning and show it."""
         log.warning("%s", message)
         self._display.warn(message)
 
     @contextmanager
     def evaluation_wait(self) -> Iterator[None]:
-        """Time in which the training waits for an evaluation: `time/eval_s` of the next line, not `time/step_s`."""
+        """Count the time in the block as `time/eval_s` of the next line of metrics, not as `time/step_s`."""
         started = time.perf_counter()
         try:
             yield
@@ -141,27 +177,23 @@ class Recorder:
             self._for_next_line["time/eval_s"] = before_s + waited_s
 
     def evaluated(self, report: EvaluationReport) -> None:
-        """Its numbers go into the next line of metrics; where there are two by then, those of the newer one."""
+        """Put a finished evaluation into the next line of metrics, replacing an older one there."""
         self.history.add_evaluation(report)
         self.failures.progress.notify()
         self._for_next_line |= {f"eval/{name}": value for name, value in report.as_record().items()}
         self._display.evaluated(report)
 
-    def evaluation_began(self, step: int) -> None:
-        """One that runs beside the training."""
-        self.history.evaluating = step
-
-    def evaluation_skipped(self, step: int, why: str) -> None:
+    def evaluation_skipped(self, step: int, reason: str) -> None:
         self.history.evaluations_skipped += 1
         self._for_next_line["eval/skipped"] = self._for_next_line.get("eval/skipped", 0) + 1
-        self.warn(f"no evaluation after step {step}: {why}")
+        self.warn(f"skipped evaluation after step {step}: {reason}")
 
     def checkpoint_skipped(self, step: int) -> None:
         self.history.checkpoints["skipped"] += 1
-        self.warn(f"no checkpoint of step {step}: the one before it is still being written; raise checkpoint.every")
+        self.warn(f"skipped checkpoint at step {step}: the previous one is still being written; raise checkpoint.every")
 
     def checkpoint_taken(self, seconds: float) -> None:
-        """How long the training waited for it."""
+        """Record how long training waited for a checkpoint's snapshot."""
         self._for_next_line["time/checkpoint_wait_s"] = seconds
         self._step_began += seconds
 
@@ -171,17 +203,21 @@ class Recorder:
 
     def checkpoint_failed(self, step: int, error: Exception) -> None:
         self.history.checkpoints["failed"] += 1
-        self.warn(f"no checkpoint of step {step}: {error}; those before it are intact, and the training goes on")
+        self.warn(f"checkpoint at step {step} failed: {error}; earlier checkpoints are intact, training continues")
 
     @contextmanager
     def metrics_line(self, trained: TrainedStep, generators: Sequence[GeneratorStats]) -> Iterator[None]:
-        """A step has finished: its line of metrics is written and shown when the block ends, however it ends.
+        """Record a finished step; write and show its line of metrics when the block ends, even with an error.
 
-        In the block the step is evaluated if that is due, so the last line carries the last evaluation.
+        An evaluation that is due runs in the block, so that the last line contains the last evaluation.
         """
         step, batch = trained.number, trained.batch
         self.failures.step_trained()
-        self.run_dir.append("ledger.jsonl", {"step": step, "trained": [self.pacer.entry(t) for t in batch.tickets]})
+        self.run_dir.append(
+            "ledger.jsonl", {"step": step, "trained": [self.pacer.ledger_entry(t) for t in batch.tickets]}
+        )
+
+        # Rates and means cover the time since the previous line; the block below is not part of the step.
         now = time.perf_counter()
         step_s, self._step_began = now - self._step_began, now
         rewards = [reward for group in batch.rewards for reward in group]
@@ -203,6 +239,8 @@ class Recorder:
             **self.loop_lag.drain(),
             **{f"driver/waiting/{group}/{what}": n for (group, what), n in self._waiting.drain(now).items()},
         }
+
+        # The driver's state moves on before the block: a checkpoint or an error there finds this step finished.
         self.step = step
         self.startup.ended("first_step")
         self.history.add_step(metrics)
@@ -217,7 +255,7 @@ class Recorder:
             self._send_histograms(step, batch)
 
     def write_summary(self, status: str, error: BaseException | None = None) -> dict[str, Any]:
-        """Leave `summary.json`; also after a failure."""
+        """Write `summary.json`, also after a failure, and return its content."""
         ledger = self.pacer
         summary = {
             "status": status,
@@ -230,10 +268,10 @@ class Recorder:
             "groups_dropped": dict(ledger.dropped),
             "groups_requeued": dict(ledger.requeued),
             "groups_in_flight": ledger.outstanding,
-            "prompts": self.prompts,
+            "prompts": self._prompt_counts,
             "restarts": self.failures.restarts,
             "recovery": recovery_of(self.failures.deaths, self._run_s),
-            "services": {name: each for replicas in self.replicas().values() for name, each in replicas.items()},
+            "services": {name: each for replicas in self.replicas.values() for name, each in replicas.items()},
             "write_errors": self.run_dir.write_errors,
             "sinks": self.sinks.counts(),
             "error": None if error is None else f"{type(error).__name__}: {error}",
@@ -244,22 +282,19 @@ class Recorder:
         return summary
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs of the past, as JSON can hold it."""
+        """Return the part of the records that a resumed run needs, JSON-serializable."""
         return {"wall_s": self.wall_s, **self.history.state(self.step)}
 
     def restore(self, step: int, state: Mapping[str, Any]) -> None:
-        """Go on from a `state`. The files of the run's folder were cut to that moment; in a new one there are none."""
+        """Continue from a `state`. The files in the run's folder were cut to that moment, or the folder is new."""
         self.step = step
         self.history.restore(step, state, self.run_dir.read("metrics.jsonl"))
-        self.offset_clock(state["wall_s"])
+        self._wall_s_before = state["wall_s"]
         self._events.resumed(step, state["wall_s"])
 
-    def _look(self) -> RunStatus:
-        return RunStatus(self.replicas(), self.failures.restarts, self._waiting_seen.drain(time.perf_counter()))
-
     def _send_histograms(self, step: int, batch: BatchReport) -> None:
-        """How the batch lies, to the sinks alone: metrics.jsonl holds numbers."""
-        trained_at = step - 1  # the version behind the step
+        """Send the distributions within a batch to the sinks; metrics.jsonl contains numbers only."""
+        trained_at = step - 1  # policy version before the step
         values: dict[str, list[float]] = {
             "rewards": [reward for group in batch.rewards for reward in group],
             "completion_tokens": [length for group in batch.lengths for length in group],

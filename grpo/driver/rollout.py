@@ -1,15 +1,14 @@
-"""One group from ticket to advantages."""
+"""One group, from its prompt to its advantages."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from grpo.algorithms.advantages import ADVANTAGES, shape
-from grpo.config.schema import LossConfig, ObserveConfig, RolloutConfig, RunConfig, ShapingConfig
+from grpo.config.schema import LossConfig, RolloutConfig, RunConfig, ShapingConfig
 from grpo.errors import ConfigError, ZeroVarianceGroup
 from grpo.services.handle import Services
 from grpo.telemetry.recording import note
@@ -19,9 +18,9 @@ from grpo.utils.imports import named_function
 
 
 def sampling_params(config: RolloutConfig, seed: int, prompt: Prompt, n: int | None = None) -> SamplingParams:
-    """How `n` completions (a group, by default) are drawn.
+    """Return the sampling parameters of `n` completions (default: `rollout.group_size`).
 
-    The seed follows from the run's seed and the prompt's number, and from nothing else.
+    Their seed is a function of the run's seed and the prompt's serial alone.
     """
     return SamplingParams(
         n=n or config.group_size,
@@ -34,25 +33,33 @@ def sampling_params(config: RolloutConfig, seed: int, prompt: Prompt, n: int | N
 
 
 async def rollout(prompt: Prompt, params: SamplingParams, services: Services, config: RunConfig) -> Rollout:
-    """Generate, then score and look up reference log-probabilities side by side.
+    """Generate a group, score it, and compute its advantages.
 
-    Tokens stay where they are: the group carries references to them. Raises what the services raise; RewardError is
-    the one that a run may choose to tolerate. Raises ZeroVarianceGroup for a group that `filter` wants dropped.
+    Rewards and reference log-probabilities are computed concurrently. Tokens never reach the driver: the group holds
+    references to them. Raises what the services raise (a run may tolerate RewardError), ZeroVarianceGroup when
+    `filter.zero_variance` drops the group, and ConfigError when `loss.advantages` returns the wrong shape.
     """
     completions, report = await services.generator.generate.route(prompt, params)
-    scores, reference_logprobs = await gather_or_cancel(
-        services.reward.score.route(prompt, completions, _detail(prompt, config.observe)),
-        _reference_logprobs(services, prompt, completions),
-    )
-    shaped = shaped_rewards(scores, report, params, config.shaping)
+
+    # Few groups are sampled for people to read; the driver receives the texts of these alone.
+    detail: Detail = "rewards"
+    if prompt.serial % config.observe.rollouts_every == 0:
+        detail = "tokens" if config.observe.rollouts_tokens else "texts"
+    calls = [services.reward.score.route(prompt, completions, detail)]
+    if services.reference is not None:
+        calls.append(services.reference.logprobs.route(prompt, completions))
+    scores, *reference = await gather_or_cancel(*calls)
+
+    shaped = _shaped_rewards(scores, report, params, config.shaping)
+    masks_overlong = config.shaping.overlong == "mask"
     group = Group(
         prompt=prompt,
         completions=completions,
-        reference_logprobs=reference_logprobs,
+        reference_logprobs=reference[0][0] if reference else None,  # a pair (payload, report)
         rewards=scores.rewards,
         advantages=_advantages(shaped, config.loss),
         oldest_version=report.oldest_version,
-        masked=_masked(report, config.shaping),
+        masked=tuple(i for i, truncated in enumerate(report.truncated) if truncated and masks_overlong),
     )
     finished = Rollout(group, scores, report, shaped)
     note(lengths=report.lengths, signal=not group.is_zero_variance)
@@ -61,10 +68,17 @@ async def rollout(prompt: Prompt, params: SamplingParams, services: Services, co
     return finished
 
 
-def shaped_rewards(
+def advantage_function(config: LossConfig) -> Callable[[Tensor], Tensor]:
+    """Return the entry of ADVANTAGES, or the `module:function`, that `loss.advantages` names.
+
+    Raises ConfigError when there is none.
+    """
+    return named_function(config.advantages, ADVANTAGES, key="loss.advantages")
+
+
+def _shaped_rewards(
     scores: Scores, report: GenerationReport, params: SamplingParams, config: ShapingConfig
 ) -> tuple[float, ...]:
-    """What the advantages of a group are taken of."""
     return shape(
         scores.rewards,
         report.lengths,
@@ -78,37 +92,13 @@ def shaped_rewards(
     )
 
 
-def advantage_function(config: LossConfig) -> Callable[[Tensor], Tensor]:
-    """An entry of ADVANTAGES, or `module:function`. Raises ConfigError when there is none."""
-    return named_function(config.advantages, ADVANTAGES, key="loss.advantages")
-
-
 def _advantages(shaped: Sequence[float], config: LossConfig) -> tuple[float, ...]:
     shaped_G = torch.tensor(shaped, dtype=torch.float64)
-    found_G = advantage_function(config)(shaped_G)
-    if found_G.shape != shaped_G.shape:
+    advantages_G = advantage_function(config)(shaped_G)
+    if advantages_G.shape != shaped_G.shape:
         raise ConfigError(
-            f"{config.advantages!r} returns {tuple(found_G.shape)} advantages for {tuple(shaped_G.shape)} rewards",
+            f"{config.advantages!r} returns {tuple(advantages_G.shape)} advantages for {tuple(shaped_G.shape)} "
+            "rewards. Return one for each.",
             key="loss.advantages",
         )
-    return tuple(found_G.tolist())
-
-
-def _masked(report: GenerationReport, config: ShapingConfig) -> tuple[int, ...]:
-    if config.overlong != "mask":
-        return ()
-    return tuple(i for i, truncated in enumerate(report.truncated) if truncated)
-
-
-def _detail(prompt: Prompt, config: ObserveConfig) -> Detail:
-    """What of a group comes to the driver, for people to see: of most groups, nothing."""
-    if prompt.serial % config.rollouts_every:
-        return "rewards"
-    return "tokens" if config.rollouts_tokens else "texts"
-
-
-async def _reference_logprobs(services: Services, prompt: Prompt, completions: Any) -> Any:
-    if services.reference is None:
-        return None
-    logprobs, _ = await services.reference.logprobs.route(prompt, completions)
-    return logprobs
+    return tuple(advantages_G.tolist())

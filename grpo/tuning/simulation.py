@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import selectors
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +26,7 @@ from grpo.config.schema import (
 from grpo.driver.context import make_pacer
 from grpo.driver.loop import train_loop
 from grpo.driver.pacing import Pacer
-from grpo.driver.recorder import Recorder, TrainedStep
+from grpo.driver.recorder import Recorder, Replicas, TrainedStep
 from grpo.observe.metrics import GeneratorRates, Stopwatch
 from grpo.observe.run_dir import RunDirectory
 from grpo.observe.terminal.display import Display
@@ -85,7 +85,7 @@ class _Recorder(Recorder):
         self._before_s = 0.0
         self._rates = GeneratorRates((), 0.0)
 
-    async def watch(self, slow_callback_ms: float) -> None:
+    async def watch(self, replicas: Callable[[], Replicas], slow_callback_ms: float) -> None:
         """Return at once: lag means nothing in virtual time."""
 
     def stopwatch(self) -> Stopwatch:

@@ -210,8 +210,8 @@ async def test_a_run_goes_on_exactly_from_each_of_its_checkpoints(start, tmp_pat
 async def test_a_run_that_filters_corrects_and_samples_by_difficulty_goes_on_exactly_too(start, config, tmp_path):
     config.task.args = {"train_size": 6, "held_out_size": 8}
     config.reward.functions = {"tests.fake_rewards:sometimes_equal": 1.0}
-    config.dataloader = DataloaderConfig("difficulty", revisit=0.2)
-    config.correction = CorrectionConfig("mask", high=5.0)
+    config.dataloader = DataloaderConfig("difficulty", revisit_fraction=0.2)
+    config.correction = CorrectionConfig("mask", max_ratio=5.0)
     config.filter.zero_variance, config.trainer.updates_per_batch = True, 2
     config.trainer.max_steps = 9
     undisturbed = await start().to_the_end()
@@ -325,7 +325,7 @@ async def test_finished_groups_are_in_the_checkpoint_and_not_made_again(ahead, s
         begun = {prompt for _, prompt in ledger["outstanding"] if prompt is not None}
         resumed = await start("auto", folder).to_the_end()
 
-        again = next(line for line in resumed.lines("ledger.jsonl") if line.get("reason") == "resumed")["begun_again"]
+        again = next(line for line in resumed.lines("ledger.jsonl") if line.get("reason") == "resumed")["requeued"]
         assert {prompt for _, prompt in again} - {None} == begun - buffered
         assert resumed.summary["groups_requeued"] == {"resumed": len(again)}
         assert not buffered & resumed.generator.asked.keys()
@@ -376,7 +376,7 @@ async def test_what_cannot_be_written_is_a_warning_and_the_checkpoint_before_sta
     await crowded.to_the_end()
     assert_continued(crowded, undisturbed)
     assert crowded.summary["checkpoints"] == {"written": 1, "failed": 4, "skipped": 0}
-    assert "warning: no checkpoint of step 5: no space left for step 5" in shown(crowded)
+    assert "warning: checkpoint at step 5 failed: no space left for step 5" in shown(crowded)
     resumed = await start("auto").to_the_end()
     assert resumed.summary["resumed_at"] == [2]
     assert_continued(resumed, undisturbed)
@@ -438,7 +438,7 @@ async def test_one_that_is_due_while_another_is_written_is_skipped_and_counted_b
     assert names == [f"step_{max_steps:06d}", "step_000001"]
     assert slow.summary["checkpoints"] == {"written": 2, "failed": 0, "skipped": max_steps - 2}
     assert shown(slow).count("is still being written; raise checkpoint.every") == max_steps - 2
-    assert f"no checkpoint of step {max_steps}" not in shown(slow)
+    assert f"skipped checkpoint at step {max_steps}" not in shown(slow)
 
 
 @pytest.mark.parametrize("when", ["before", "lost answer", "after"])

@@ -1,4 +1,4 @@
-"""Dynamic sampling: with `filter.zero_variance` others are made in place of groups with nothing to learn from."""
+"""Dynamic sampling: with `filter.zero_variance`, zero-variance groups are replaced by new ones."""
 
 import asyncio
 import json

@@ -1,6 +1,7 @@
 import json
 import time
 import weakref
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -146,7 +147,7 @@ def test_of_two_evaluations_the_newer_is_in_the_line_and_both_are_in_the_summary
 
 def test_skipped_evaluations_are_counted(tiny_config, make_recorder):
     recorder = make_recorder(tiny_config)
-    recorder.evaluation_skipped(5, "the one before it still runs")
+    recorder.evaluation_skipped(5, "the previous one is still running")
     record_steps(recorder, [0.1, 0.1])
     summary = recorder.write_summary("completed")
     assert [line.get("eval/skipped") for line in lines(recorder)] == [1, None]
@@ -192,7 +193,7 @@ def test_a_run_without_a_step_has_a_summary_too(tiny_config, make_recorder):
     assert (summary["steps"], summary["reward_last"], summary["error"]) == (0, None, None)
 
 
-def test_the_ledger_names_every_group_that_was_trained_dropped_or_begun_again(tiny_config, make_recorder):
+def test_the_ledger_names_every_group_that_was_trained_dropped_or_requeued(tiny_config, make_recorder):
     recorder = make_recorder(tiny_config)
     record_steps(recorder, [0.5])
     recorder.group_dropped(Ticket(7), RewardTimeout("slow"))
@@ -279,8 +280,7 @@ def test_sinks_get_every_step_the_samples_and_what_came_out(tiny_config, make_re
         def __getattr__(self, method):
             return lambda *args: self.calls.append((method, *args))
 
-    recorder = make_recorder(tiny_config)
-    recorder.sinks = Sinks({"mine": Sink}, recorder.warn)
+    recorder = make_recorder(tiny_config, make_sinks=partial(Sinks, {"mine": Sink}))
     record_steps(recorder, [0.25, 0.5])
     summary = recorder.write_summary("completed")
     recorder.sinks.close()
@@ -302,8 +302,7 @@ def test_sinks_get_every_step_the_samples_and_what_came_out(tiny_config, make_re
 
 
 def test_deaths_are_told_at_once_on_the_clock_of_the_run(tiny_config, make_recorder):
-    recorder = make_recorder(tiny_config)
-    recorder.offset_clock(1000.0)
+    recorder = make_recorder(tiny_config, wall_s_before=1000.0)
     death = recorder.failures.actor_died("trainer", ActorDied("trainer died: killed"))
     recorder.failures.actor_recovered(death)
     summary = recorder.write_summary("completed")
@@ -318,8 +317,7 @@ def test_deaths_are_told_at_once_on_the_clock_of_the_run(tiny_config, make_recor
 
 
 def test_the_timeline_of_a_resumed_run_goes_on_where_it_was(tiny_config, make_recorder):
-    recorder = make_recorder(tiny_config)
-    recorder.offset_clock(1000.0)
+    recorder = make_recorder(tiny_config, wall_s_before=1000.0)
     now = time.perf_counter()
     timeline = recorder.timeline(most_mb=1.0)
     timeline.add(

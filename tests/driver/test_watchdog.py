@@ -6,7 +6,7 @@ from grpo.config.schema import WatchdogConfig
 from grpo.driver.watchdog import Watchdog
 from grpo.errors import StalledError
 from grpo.telemetry.activity import begin_activity, describe_blocked, waiting_for
-from grpo.utils.aio import Signal, gather_or_cancel
+from grpo.utils.aio import Signal, gather_or_cancel, race
 
 
 async def wait(group, *whats):
@@ -28,7 +28,7 @@ async def test_a_stalled_run_fails_and_says_who_waits_for_what():
     begin_activity("the test")
     tasks = [asyncio.ensure_future(one) for one in waits]
     message = (
-        r"for 0.02 s \(watchdog.seconds\)[:.] Blocked: 3 rollouts on generator.generate \(oldest 0 s\); "
+        r"^no progress for 0.02 s \(watchdog.seconds\)\. Blocked: 3 rollouts on generator.generate \(oldest 0 s\); "
         r"rollouts on reference.logprobs and reward.score \(0 s\); training on a batch \(0 s\)$"
     )
     with pytest.raises(StalledError, match=message):
@@ -62,7 +62,7 @@ async def test_a_warning_is_a_setting():
     await asyncio.wait_for(twice.wait(), 5)
     watching.cancel()
     assert [message.partition(" s ")[0] for message in warned] == [
-        "nothing was done for 0.01", "nothing was done for 0.02",
+        "no progress for 0.01", "no progress for 0.02",
     ]  # fmt: skip
 
 
@@ -82,11 +82,11 @@ async def test_work_under_watch_gives_its_result_or_its_error_or_the_stall():
             ended.set()
 
     dog = Watchdog(WatchdogConfig(seconds=0.02), Signal(), print)
-    assert await dog.over(answer()) == 42
+    assert await race(answer(), dog.watch()) == 42
     with pytest.raises(KeyError, match="its own"):
-        await dog.over(fail())
+        await race(fail(), dog.watch())
     with pytest.raises(StalledError):
-        await dog.over(hang())
+        await race(hang(), dog.watch())
     assert ended.is_set()
 
 
