@@ -167,7 +167,7 @@ def test_the_entropy_is_that_of_the_distribution_at_the_temperature(model, mixed
 
 
 @pytest.mark.parametrize("chunk", [1, 14, 1 << 22])
-def test_words_that_are_ruled_out_have_no_part_in_the_entropy(monkeypatch, chunk):
+def test_tokens_that_are_ruled_out_have_no_part_in_the_entropy(monkeypatch, chunk):
     monkeypatch.setattr(logprobs, "_CHUNK", chunk)
     logits_NV = torch.tensor([[0.0, 0.0, -torch.inf], [5.0, -torch.inf, -torch.inf]] * 3)
     logprobs_N, entropy_N = logits_logprobs(logits_NV, torch.zeros(6, dtype=torch.long))
