@@ -91,7 +91,7 @@ class Trainer:
 
     @rank_zero_only
     async def send_weights(self, header: WeightsHeader, group: BroadcastGroup) -> None:
-        """Broadcast the written weights while the next step runs. Raises TransferError, also if `header` is not theirs."""
+        """Broadcast the written weights beside the next step. Raises TransferError, also if `header` is not theirs."""
         if self._written is None or self._written.header != header:
             raise TransferError("this trainer was restarted and has not written these weights")
         with span("send"):
@@ -118,7 +118,7 @@ class Trainer:
         return state, state.version
 
     async def restore(self, states: Sequence[TrainerState]) -> None:
-        """Resume from a snapshot of any number of ranks. Raises CheckpointError if it is invalid, with nothing changed."""
+        """Resume from a snapshot of any number of ranks. An invalid one raises CheckpointError and changes nothing."""
         await self._thread.run(self._learner.restore, states)
 
     async def close(self) -> None:

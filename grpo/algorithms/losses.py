@@ -64,16 +64,16 @@ class PolicyLoss(Settings):
     Example:
         @dataclass(frozen=True)
         class Tempered(PolicyLoss):
-            power: Annotated[float, Gt(0)] = 0.5
+            tau: Annotated[float, Gt(0)] = 0.5
 
             def per_token(self, x: LossInputs) -> PerTokenLoss:
-                loss_BT = -(x.ratio_BT**self.power) * x.advantages_BT
+                loss_BT = -(x.ratio_BT**self.tau) * x.advantages_BT
                 return PerTokenLoss(loss_BT, x.ratio_BT, torch.zeros_like(x.mask_BT))
 
-        output = Tempered(power=0.3, beta=0.01)(policy_BT, behavior_BT, advantages_BT, mask_BT, reference_logprobs_BT=r)
+        output = Tempered(tau=0.3, beta=0.01)(policy_BT, behavior_BT, advantages_BT, mask_BT, reference_logprobs_BT=r)
         output.loss.backward()
 
-    From a config: `loss.name=my_losses:Tempered` with `power: 0.3` below `loss`.
+    From a config: `loss.name=my_losses:Tempered` with `tau: 0.3` below `loss`.
     """
 
     aggregation: Aggregation = "token_mean"
