@@ -1,4 +1,4 @@
-"""Log-probabilities under the frozen reference model. One replica of the reference service."""
+"""The reference actor: log-probabilities under the frozen reference model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from grpo.utils.torch_utils import ComputeThread, run_in_temp_thread
 
 
 class Reference:
-    """The model as it was before training."""
+    """One replica of the reference service: the model before training.
+
+    Example:
+        reference = Reference(config)
+        await reference.setup()
+        logprobs, _ = await reference.logprobs(prompt, completions)  # float32 [T] for each completion
+    """
 
     def __init__(self, config: RunConfig, *, device: str = "cpu", threads: int = 0) -> None:
         self._config, self._device, self._threads = config, device, threads
@@ -28,13 +34,13 @@ class Reference:
         model = await run_in_temp_thread(
             self._threads, load_model, config.model, getattr(torch, config.model.dtype), self._device
         )
-        self._logprobs = await self._thread.run(  # which tries the model out
+        self._logprobs = await self._thread.run(  # probes the model
             TokenLogprobs, model, config.rollout.temperature or 1.0, config.trainer.packing
         )
 
     @returns_payload
     async def logprobs(self, prompt: Prompt, completions: Sequence[Completion]) -> tuple[list[Floats], None]:
-        """float32 [T] for each completion of a group."""
+        """Return float32 [T] for each completion of a group."""
         samples = [make_sample(prompt.token_ids, completion) for completion in completions]
         return await self._thread.run(self._forward, samples), None
 

@@ -1,4 +1,4 @@
-"""Trains the policy and publishes its weights."""
+"""The trainer actor: trains the policy and publishes its weights."""
 
 from __future__ import annotations
 
@@ -23,9 +23,18 @@ from grpo.weights.payload import Weights, WeightsHeader
 
 
 class Trainer:
-    """One train step at a time, in a thread of its own.
+    """Run a Learner in a compute thread, one train step at a time.
 
-    Of `trainer.ranks` processes this is number `rank`: each is given every call but those of rank 0, in the same order.
+    This process is number `rank` of `trainer.ranks`. Every rank gets the same calls in the same order, except for the
+    methods marked `rank_zero_only`.
+
+    Example:
+        trainer = Trainer(config)
+        await trainer.setup()
+        weights, version = await trainer.push_weights()  # version 0: the model as loaded
+        metrics = await trainer.train_step(Batch(groups))
+        weights, version = await trainer.push_weights()  # version 1
+        await trainer.close()
     """
 
     def __init__(self, config: RunConfig, *, device: str = "cpu", threads: int = 0, rank: int = 0) -> None:
@@ -36,14 +45,16 @@ class Trainer:
         self._written: Weights | None = None
 
     async def setup(self, rendezvous: tuple[str, int] | None = None) -> None:
-        """Load the model. Several ranks meet at `rendezvous`, host and port of rank 0, and share it out."""
+        """Load the model. Several ranks meet at `rendezvous`, host and port of rank 0, and shard it."""
         config, device = self._config, self._device
         if rendezvous is not None:
-            mine = "cuda:0" if device == "cuda" else device  # no other GPU is seen here
-            await self._thread.run(join, self._ranks, rendezvous, mine, config.recovery.collective_timeout_s)
-            self._joined, device = True, "cpu"  # from where each rank takes only its part
+            own = "cuda:0" if device == "cuda" else device  # each rank sees one GPU
+            await self._thread.run(join, self._ranks, rendezvous, own, config.recovery.collective_timeout_s)
+            self._joined, device = True, "cpu"  # the whole model stays on the CPU; a rank moves its part to its device
+
+        # Loading uses a temporary thread. The learner probes the model, which belongs in the compute thread.
         model = await run_in_temp_thread(self._threads, load_policy, config, device)
-        self._learner = await self._thread.run(  # which tries the model out
+        self._learner = await self._thread.run(
             Learner,
             model,
             config.trainer,
@@ -56,20 +67,20 @@ class Trainer:
         )
 
     async def train_step(self, batch: Batch) -> dict[str, float]:
-        """One optimizer step; metrics by name."""
+        """Train on a batch; returns metrics by name. See Learner.train_step."""
         return await self._thread.run(self._train_step, batch)
 
     @copied_to_driver
     @returns_payload
     async def push_weights(self) -> tuple[Weights | None, int]:
-        """The present weights, of which rank 0 alone has them all, and their version."""
+        """Return the current weights, None on ranks other than 0, and their version."""
         await self.write_weights()
         return self._written, self._learner.version
 
     async def write_weights(self) -> WeightsHeader | None:
-        """Copy the present weights to where `send_weights` and `written_weights` find them; rank 0 says what they are.
+        """Copy the current weights for `send_weights` and `written_weights`; rank 0 returns their header.
 
-        They are written over by the next call, or by `push_weights`, which must not come before all have them.
+        The next call, also of `push_weights`, overwrites them. It must not come before all receivers have them.
         """
         with span("publish"):
             self._written = await self._thread.run(self._learner.weights)
@@ -80,34 +91,34 @@ class Trainer:
 
     @rank_zero_only
     async def send_weights(self, header: WeightsHeader, group: BroadcastGroup) -> None:
-        """Broadcast what was written, beside the next step. Raises TransferError, also when that were other weights."""
+        """Broadcast the written weights beside the next step. Raises TransferError, also if `header` is not theirs."""
         if self._written is None or self._written.header != header:
-            raise TransferError("the trainer is a new one that has written no such weights")
+            raise TransferError("this trainer was restarted and has not written these weights")
         with span("send"):
             await self._broadcaster.send(group, self._written)
 
     @rank_zero_only
     async def leave_group(self, number: int) -> None:
-        """A broadcast to it raises TransferError, under way or to come."""
+        """Abort the broadcast to a group: one in progress, or to come, raises TransferError."""
         self._broadcaster.leave(number)
 
     @rank_zero_only
     @copied_to_driver
     @returns_payload
     async def written_weights(self) -> tuple[Weights | None, int | None]:
-        """What was written, and its version; None where nothing was."""
+        """Return the written weights and their version, or None and None."""
         return self._written, None if self._written is None else self._written.version
 
     @copied_to_driver
     @returns_payload
     async def snapshot(self) -> tuple[TrainerState, int]:
-        """This rank's part of all that another trainer needs to go on from here, and the version. See Learner.state."""
+        """Return this rank's part of a snapshot to resume from, and its version; see Learner.state."""
         with span("snapshot"):
             state = await self._thread.run(self._learner.state)
         return state, state.version
 
     async def restore(self, states: Sequence[TrainerState]) -> None:
-        """Go on from a snapshot of any number of ranks. Raises CheckpointError, with nothing changed, for a bad one."""
+        """Resume from a snapshot of any number of ranks. An invalid one raises CheckpointError and changes nothing."""
         await self._thread.run(self._learner.restore, states)
 
     async def close(self) -> None:

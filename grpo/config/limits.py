@@ -56,11 +56,7 @@ _AT_LEAST = {
     "reference.replicas": (1, "set loss.beta=0 to do without a reference"),
     "reference.micro_batch_tokens": (1, "a sequence longer than this makes a micro-batch of its own"),
     "reference.threads": (0, "0 takes as many as num_cpus"),
-    "loss.clip_low": (0, "0 clips every ratio below 1"),
-    "loss.clip_high": (0, "0 clips every ratio above 1"),
-    "loss.dual_clip": (1, "it bounds the loss at so many times the advantage"),
     "loss.horizon": (1, "the loss is divided by it"),
-    "loss.max_tv": (0, "0 stops every token that moves"),
     "correction.max_ratio": (1, "1 is the weight of a sample of the present policy"),
     "shaping.length_penalty": (0, "0 lets answers be as long as they like"),
     "shaping.overlong_buffer": (0, "with overlong=penalize, a part of max_completion_tokens"),
@@ -103,9 +99,6 @@ _POSITIVE = (
     "cluster.start_timeout_s",
     "driver.slow_callback_ms",
     "observe.timeline_mb",
-    "loss.max_ratio",
-    "loss.tau_positive",
-    "loss.tau_negative",
     "shaping.scale",
 )
 # key -> the interval that it must be in, and what else is said of it

@@ -83,25 +83,22 @@ class RewardConfig:
 
 @dataclass
 class LossConfig:
-    """The loss and the advantages; see grpo/algorithms. A parameter left at null is the loss function's own."""
+    """The loss and the advantages; see grpo/algorithms. Parameters of the loss itself may be written without `args`."""
 
-    name: str = "grpo"  # of LOSSES, or `module:function`
-    advantages: str = "group_norm"  # of ADVANTAGES, or `module:function`
-    aggregation: str | None = None  # token_mean, sequence_mean, fixed_horizon
-    horizon: int | None = None  # tokens that fixed_horizon divides by; null: the longest completion of the batch
-    clip_low: float | None = None  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
-    clip_high: float | None = None
-    dual_clip: float | None = None  # grpo, dapo: bounds the loss of a bad answer's token at so many times its advantage
-    max_ratio: float | None = None  # reinforce
-    tau_positive: float | None = None  # sapo: how fast the gate closes
-    tau_negative: float | None = None
-    max_tv: float | None = None  # ppo_tv: how far the probability of a token may move
-    args: dict[str, Any] = field(default_factory=dict)  # further ones, of a loss of your own
-    beta: float = 0.0  # weight of the KL term to the model before training; 0: there is no reference
-    kl_estimator: str = "k3"  # its estimate: k1, k2, k3
-
-
-LOSS_PARAMETERS = ("clip_low", "clip_high", "dual_clip", "max_ratio", "tau_positive", "tau_negative", "max_tv")
+    name: str = "grpo"
+    """One of LOSSES in grpo/algorithms/losses.py, or `module:Class` for a PolicyLoss of your own."""
+    advantages: str = "group_norm"
+    """One of ADVANTAGES in grpo/algorithms/advantages.py, or `module:function`."""
+    aggregation: str | None = None
+    """token_mean, sequence_mean, fixed_horizon; null: the loss's own."""
+    horizon: int | None = None
+    """Tokens that fixed_horizon divides by; null: the longest completion of the batch."""
+    beta: float = 0.0
+    """Weight of the KL term to the model before training; 0: no reference."""
+    kl_estimator: str = "k3"
+    """Estimator of the KL term: k1, k2, k3."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Parameters of the loss by name, like clip_low; one that is left out has the loss's own default."""
 
 
 @dataclass

@@ -70,11 +70,11 @@ async def test_other_weights_than_those_that_were_announced_are_not_sent(make_tr
     group = BroadcastGroup(0, "127.0.0.1", 1, 1, "gloo", 1000, 1.0)
     header = await (await make_trainer()).write_weights()
     other = await make_trainer()
-    with pytest.raises(TransferError, match="has written no such weights"):
+    with pytest.raises(TransferError, match="has not written these weights"):
         await other.send_weights(header, group)
     await other.train_step(Batch([make_group()]))
     await other.write_weights()
-    with pytest.raises(TransferError, match="has written no such weights"):
+    with pytest.raises(TransferError, match="has not written these weights"):
         await other.send_weights(header, group)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from grpo.algorithms.advantages import ADVANTAGES
-from grpo.algorithms.losses import LOSSES, LossOutput
+from grpo.algorithms.losses import GRPO, LOSSES, LossOutput
 from grpo.errors import NonFiniteError, StalenessError
 from grpo.telemetry.recording import Recording, context_for
 from grpo.types import Batch, Completion, Group, Problem, Prompt
@@ -337,14 +337,16 @@ def test_agreement_is_measured_only_on_tokens_of_this_very_version(make_learner,
 def test_a_loss_is_found_by_its_name(make_learner, batch, monkeypatch):
     seen = []
 
-    def flat(policy_logprobs_BT, *args, clip_low, clip_high, **kwargs):
-        seen.append(kwargs | {"clip_low": clip_low, "clip_high": clip_high})
-        return LossOutput(policy_logprobs_BT.sum() * 0, {})
+    class Flat(GRPO):
+        def __call__(self, policy_logprobs_BT, *args, **kwargs):
+            seen.append((self, kwargs))
+            return LossOutput(policy_logprobs_BT.sum() * 0, {})
 
-    monkeypatch.setitem(LOSSES, "grpo", flat)
+    monkeypatch.setitem(LOSSES, "grpo", Flat)
     assert make_learner(beta=0.1).train_step(batch)["loss"] == 0
-    assert (seen[0]["beta"], seen[0]["clip_low"], seen[0]["clip_high"]) == (0.1, 0.2, 0.2)
-    assert seen[0]["denominator"] == 41
+    loss, given = seen[0]
+    assert (loss.beta, loss.clip_low, loss.clip_high) == (0.1, 0.2, 0.2)
+    assert given["denominator"] == 41
 
 
 def test_training_raises_the_reward(make_learner, model):

@@ -7,18 +7,19 @@ from torch import nn
 from grpo.learner import lm_head as head_module
 from grpo.learner.lm_head import linear_logprobs
 
-N, WIDTH, WORDS = 9, 6, 37
+N, WIDTH, VOCAB = 9, 6, 37
 
 
-@pytest.fixture(params=[37, 40, 10, 1], ids=lambda vocab: f"blocks of {vocab} vocab")
+@pytest.fixture(params=[37, 40, 10, 1], ids=lambda size: f"blocks of {size}")
 def block(request, monkeypatch):
-    monkeypatch.setitem(head_module._BLOCK, "cpu", request.param * N)
-    monkeypatch.setattr(head_module, "_VOCAB_BLOCK", 1)
+    monkeypatch.setattr(head_module, "_CPU_BLOCK", request.param * N)
+    monkeypatch.setattr(head_module, "_MIN_VOCAB_BLOCK", 1)
+    monkeypatch.setattr(head_module, "_ALIGNMENT", 1)
 
 
 def make(dtype=torch.float64, *, bias=True, scale=3.0):
     torch.manual_seed(0)
-    head = nn.Linear(WIDTH, WORDS, bias=bias, dtype=dtype)
+    head = nn.Linear(WIDTH, VOCAB, bias=bias, dtype=dtype)
     with torch.no_grad():
         head.weight *= scale
     hidden_ND = torch.randn(N, WIDTH, dtype=dtype, requires_grad=True)
