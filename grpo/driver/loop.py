@@ -52,7 +52,7 @@ async def train_loop(
         async with asyncio.TaskGroup() as tasks:
             # These two stay alive during the last checkpoint: it may stall or fail as well.
             watching = [tasks.create_task(watch) for watch in (watchdog.watch(), recorder.failures.wait_fatal())]
-            recording = recorder.watch(services.replicas, config.driver.slow_callback_ms)
+            recording = recorder.watch(services.replica_stats, config.driver.slow_callback_ms)
             background = [tasks.create_task(recording, name="recorder")]
             weights = WeightSync(services, config, recorder.warn, tasks)
             run = RunContext(services, recorder.pacer, prompts, weights, config, recorder, shutdown)
@@ -79,7 +79,7 @@ async def train_loop(
     except BaseExceptionGroup as group:
         raise_first(group)
     finally:
-        recorder.training_ended(services.replicas(), prompts.counts())
+        recorder.training_ended(services.replica_stats(), prompts.counts())
 
 
 async def continuous_rollouts(run: RunContext, number: int) -> None:
