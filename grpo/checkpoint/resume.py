@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.checkpoint.store import checkpoints, find_checkpoint, load_progress
+from grpo.config.composition import upgrade
 from grpo.config.schema import RunConfig
 from grpo.errors import CheckpointError, ConfigError
 
@@ -164,7 +165,8 @@ def _config_of(run: Path) -> Mapping[str, Any] | None:
 
 
 def _with_defaults(before: Mapping[str, Any]) -> dict[str, Any]:
-    """A config of an older version of this package: what it did not know yet has its default."""
+    """Bring the config of an older version up to date: new names, and defaults for settings that it did not have."""
+    before, _ = upgrade(before)
     return {
         name: {**default, **before.get(name, {})} if isinstance(default, dict) else before.get(name, default)
         for name, default in _as_json(RunConfig()).items()

@@ -88,10 +88,14 @@ def run_jobs(work: Work, after_sweep: Callable[[Path], None] | None = None) -> N
 
 def _exit_code(composed: DictConfig, work: Work, folder: Path) -> int:
     try:
-        return work(from_hydra(composed), folder)
+        return work(from_hydra(composed, HydraConfig.get().overrides.task, warn=_warn), folder)
     except (GRPOError, OSError) as error:  # found before the run began; later errors stand in what the run leaves
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CODES["failed"]
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
 
 
 def _call(job: Callable[[], None]) -> None:

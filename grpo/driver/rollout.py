@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from grpo.algorithms.advantages import ADVANTAGES, shape
-from grpo.config.schema import LossConfig, ObserveConfig, RolloutConfig, RunConfig, ShapingConfig
+from grpo.config.algorithm import LossConfig, RolloutConfig, ShapingConfig
+from grpo.config.operation import ObserveConfig
+from grpo.config.schema import RunConfig
 from grpo.errors import ConfigError, ZeroVarianceGroup
 from grpo.services.handle import Services
 from grpo.telemetry.recording import note

@@ -16,7 +16,7 @@ from grpo.algorithms.advantages import BATCH_SCALED, batch_scale
 from grpo.algorithms.aggregation import batch_denominator
 from grpo.algorithms.corrections import importance_ratio, importance_weights
 from grpo.algorithms.losses import LOSSES, SHARED_PARAMETERS, LossOutput
-from grpo.config.schema import LOSS_PARAMETERS, CorrectionConfig, LossConfig
+from grpo.config.algorithm import LOSS_PARAMETERS, CorrectionConfig, LossConfig
 from grpo.errors import ConfigError
 from grpo.learner.batch import MicroBatch
 from grpo.utils.imports import named_function

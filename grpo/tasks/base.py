@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 from jinja2 import TemplateError
 
-from grpo.config.schema import TaskConfig
+from grpo.config.algorithm import TaskConfig
 from grpo.errors import ConfigError, TaskError
 from grpo.types import Ints, Problem
 from grpo.utils.imports import check_arguments, import_target

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from grpo.config.schema import TaskConfig
+from grpo.config.algorithm import TaskConfig
 from grpo.errors import RewardError, RewardInvalid, RewardMemory
 from grpo.rewards import REWARDS, RewardFunction
 from grpo.tasks.base import Task, make_task

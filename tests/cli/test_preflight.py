@@ -7,7 +7,7 @@ from transformers import CLIPConfig, GPTNeoConfig, MambaConfig
 
 from grpo.actors.specs import actor_specs
 from grpo.cli import preflight
-from grpo.config.schema import LoraConfig, ModelConfig
+from grpo.config.actors import LoraConfig, ModelConfig
 from grpo.errors import GRPOError
 from grpo.models import loading
 from grpo.models.export import export_adapters

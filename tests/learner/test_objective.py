@@ -5,7 +5,7 @@ import torch
 
 from grpo.algorithms.corrections import importance_weights
 from grpo.algorithms.losses import LOSSES, LossOutput, grpo
-from grpo.config.schema import CorrectionConfig, LossConfig
+from grpo.config.algorithm import CorrectionConfig, LossConfig
 from grpo.errors import ConfigError
 from grpo.learner.batch import collate, samples_of
 from grpo.learner.objective import Objective

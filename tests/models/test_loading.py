@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import BioGptConfig, BioGptForCausalLM, BloomConfig, GPT2Config, GPT2LMHeadModel
 
-from grpo.config.schema import ModelConfig
+from grpo.config.actors import ModelConfig
 from grpo.errors import ConfigError
 from grpo.models.loading import check_weights, context_length, load_model, load_settings, load_skeleton, stop_token_ids
 from grpo.models.tiny import character_tokenizer, tiny_llama

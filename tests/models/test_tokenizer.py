@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from grpo.config.schema import ModelConfig
+from grpo.config.actors import ModelConfig
 from grpo.models.tokenizer import load_tokenizer
 
 PROGRAM = """
 import os, sys
-from grpo.config.schema import ModelConfig
+from grpo.config.actors import ModelConfig
 from grpo.models.tokenizer import load_tokenizer
 {before}
 print(load_tokenizer(ModelConfig(path={path!r}), text_only=True).encode("dbca>"))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from grpo.config.schema import TaskConfig
+from grpo.config.algorithm import TaskConfig
 from grpo.errors import ConfigError
 from grpo.tasks.base import make_task
 from grpo.tasks.sorting import Sorting

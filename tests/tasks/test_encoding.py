@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from grpo.config.schema import TaskConfig
+from grpo.config.algorithm import TaskConfig
 from grpo.errors import ConfigError, TaskError
 from grpo.models.tiny import character_tokenizer
 from grpo.tasks.base import PromptEncoder
