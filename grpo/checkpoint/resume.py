@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.checkpoint.store import checkpoints, find_checkpoint, load_progress
-from grpo.config.composition import upgrade
+from grpo.config.renamed import upgrade
 from grpo.config.schema import RunConfig
 from grpo.errors import CheckpointError, ConfigError
 

@@ -6,8 +6,8 @@ Hydra and OmegaConf merge plain values here; types and limits are checked afterw
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,15 +22,13 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-import grpo
-from grpo.config.algorithm import LossConfig
 from grpo.config.combinations import check_combinations
-from grpo.config.renamed import RENAMED, RENAMED_OPTIONS, rename_overrides, rename_values
+from grpo.config.renamed import RENAMED, RENAMED_OPTIONS, rename_overrides, upgrade
 from grpo.config.schema import RunConfig
 from grpo.config.validation import build, unknown_key
 from grpo.errors import ConfigError
 
-_PACKAGE = Path(next(iter(grpo.__path__)))
+_PACKAGE = Path(__file__).resolve().parents[1]
 CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 
 
@@ -59,7 +57,7 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store(name="base", node=asdict(RunConfig()))
     for group, name in RENAMED_OPTIONS:
-        # The option sets the old key, so that `rename_values` warns also where a YAML file selects it.
+        # The option sets the old key, so that `upgrade` warns also where a YAML file selects it.
         store.store(group=group, name=name, node={name: True})
 
 
@@ -110,27 +108,6 @@ def validate(config: RunConfig | Mapping[str, Any]) -> RunConfig:
 def to_yaml(config: RunConfig) -> str:
     """Return the settings as YAML, which `from_run` reads."""
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
-
-
-def upgrade(values: Mapping[str, Any], given: Collection[str] = ()) -> tuple[dict[str, Any], list[str]]:
-    """Return nested values in today's form, and a warning for each old name.
-
-    Old names are replaced (see `rename_values`). Parameters of the loss that stand beside the settings of LossConfig
-    move into `loss.args`, where null means the loss's default and is left out. Raises ConfigError for a parameter in
-    both places.
-    """
-    upgraded, renamed = rename_values(values, given)
-    if isinstance(loss := upgraded.get("loss"), dict):
-        known = {field.name for field in fields(LossConfig)}
-        parameters = {name: value for name, value in loss.items() if name not in known}
-        for name in parameters:
-            if f"loss.args.{name}" in given:
-                raise ConfigError(f"give it as loss.{name}, without args", key=f"loss.args.{name}")
-        args = {**(loss.get("args") or {}), **parameters}
-        upgraded["loss"] = {name: value for name, value in loss.items() if name in known} | {
-            "args": {name: value for name, value in args.items() if value is not None}
-        }
-    return upgraded, renamed
 
 
 def explain(error: Exception) -> str:

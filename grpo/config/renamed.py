@@ -1,15 +1,17 @@
 """Old names of settings, which work in this version, with a warning; the next version refuses them.
 
 Overrides of the command line are renamed before Hydra sees them (`rename_overrides`). Values in YAML files are renamed
-after composition, where the defaults of the new names are already there (`rename_values`).
+after composition (`upgrade`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
+from grpo.config.algorithm import LossConfig
 from grpo.errors import ConfigError
 
 RENAMED = {
@@ -68,12 +70,30 @@ def rename_overrides(words: Iterable[str]) -> tuple[list[str], list[str]]:
     return renamed, warnings
 
 
-def rename_values(values: Mapping[str, Any], given: Collection[str] = ()) -> tuple[dict[str, Any], list[str]]:
-    """Return nested values with new names in place of old ones, and a warning for each of these.
+def upgrade(values: Mapping[str, Any], given: Collection[str] = ()) -> tuple[dict[str, Any], list[str]]:
+    """Return nested values in today's form, and a warning for each old name.
 
-    The value under the old name replaces a default or a config group's value under the new name. It yields to a value
-    from the command line, which is `given` as its dotted new name.
+    A value under an old name replaces a default, or a config group's value, under the new one. It yields to a value
+    from the command line, whose dotted key is in `given`. Keys of `loss` that are not fields of LossConfig are
+    parameters of the loss: they move into `loss.args`, where null means the loss's default and is left out. Raises
+    ConfigError for a parameter in both places.
     """
+    upgraded, renamed = _rename(values, given)
+    if isinstance(loss := upgraded.get("loss"), dict):
+        known = {field.name for field in fields(LossConfig)}
+        parameters = {name: value for name, value in loss.items() if name not in known}
+        for name in parameters:
+            if f"loss.args.{name}" in given:
+                raise ConfigError(f"give it as loss.{name}, without args", key=f"loss.args.{name}")
+        args = {**(loss.get("args") or {}), **parameters}
+        upgraded["loss"] = {name: value for name, value in loss.items() if name in known} | {
+            "args": {name: value for name, value in args.items() if value is not None}
+        }
+    return upgraded, renamed
+
+
+def _rename(values: Mapping[str, Any], given: Collection[str]) -> tuple[dict[str, Any], list[str]]:
+    """Rename keys of nested values and return a warning for each; see `upgrade`."""
     renamed = {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
     warnings = []
     for old, new in RENAMED.items():
