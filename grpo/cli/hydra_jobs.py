@@ -16,8 +16,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config.composition import CONFIGS, explain, from_hydra, register
+from grpo.config.renamed import rename_overrides
 from grpo.config.schema import RunConfig
-from grpo.errors import GRPOError
+from grpo.errors import ConfigError, GRPOError
 from grpo.types import EXIT_CODES
 from grpo.utils.gc_tuning import relax_gc
 
@@ -101,7 +102,12 @@ def _warn(line: str) -> None:
 def _call(job: Callable[[], None]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as exceptions, not as Hydra's printed traces
     try:
+        sys.argv[1:], renamed = rename_overrides(sys.argv[1:])
+        for line in renamed:
+            _warn(line)
         job()
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(f"error: {explain(error)}")
     except OSError as error:  # Hydra makes the folder of the run before our code is reached

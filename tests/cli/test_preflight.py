@@ -28,7 +28,7 @@ from grpo.weights.payload import trained_parameters
         (lambda c: setattr(c.reward, "functions", {"magic": 1.0}), r"reward\.functions: 'magic' is neither"),
         (lambda c: setattr(c.generator, "args", {"speed": 3}), r"generator\.args: the torch engine takes none"),
         (lambda c: setattr(c.observe, "sinks", {"magic": {}}), r"observe\.sinks: 'magic' is not one of tensorboard"),
-        (lambda c: setattr(c.model, "prepare", "json:dumpz"), r"model\.prepare: can't import"),
+        (lambda c: setattr(c.model, "builder", "json:dumpz"), r"model\.builder: can't import"),
     ],
 )
 def test_names_that_do_not_exist_are_found_before_anything_starts(tiny_config, change, message):
@@ -129,7 +129,7 @@ def test_a_base_model_for_a_chat_task_names_the_setting(tiny_config, checked):
 
 def test_weights_that_are_no_safetensors_have_to_be_asked_for(model_folder, checked):
     (model_folder / "model.safetensors").rename(model_folder / "pytorch_model.bin")
-    with pytest.raises(GRPOError, match=r"^model\.pickled_weights: .* set it to true"):
+    with pytest.raises(GRPOError, match=r"^model\.allow_pickle: .* set it to true"):
         checked()
 
 
