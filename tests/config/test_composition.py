@@ -13,7 +13,6 @@ from grpo.errors import ConfigError
 from grpo.learner.batch import MicroBatch
 from grpo.learner.objective import Objective
 from grpo.observe.sinks.fanout import SINKS, check_sinks
-from grpo.utils.imports import import_target
 from tests.composed import checked, composed
 
 
