@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from grpo.actors.marks import batched, returns_payload
-from grpo.algorithms.losses import grpo
+from grpo.algorithms.losses import GRPO, LossInputs, PerTokenLoss
 from grpo.config.operation import RecoveryConfig
 from grpo.errors import RewardError
 from grpo.services.failures import Failures
@@ -248,17 +248,14 @@ def prepare_model(task, folder):
     return folder
 
 
-def doubled_grpo(policy_BT, behavior_BT, advantages_BT, mask_BT, *, factor=2.0, **common):
-    """A loss of somebody's own, with a parameter of its own."""
-    return grpo(policy_BT, behavior_BT, factor * advantages_BT, mask_BT, **common)
+@dataclass(frozen=True)
+class ScaledGRPO(GRPO):
+    """A user's loss, with a parameter of its own."""
 
+    factor: float = 2.0
 
-def spelled_out(
-    policy_BT, behavior_BT, advantages_BT, mask_BT, *,
-    sharpness=1.0, aggregation, denominator, horizon, reference_logprobs_BT, beta, kl,
-):  # fmt: skip
-    """A loss of somebody's own that names all that it is given."""
-    raise NotImplementedError
+    def per_token(self, x: LossInputs) -> PerTokenLoss:
+        return super().per_token(x._replace(advantages_BT=self.factor * x.advantages_BT))
 
 
 def above_half(rewards_G):

@@ -1,16 +1,17 @@
-"""From the losses of single tokens to one number. B sequences, T padded tokens, N completions of a whole batch.
+"""Aggregation of per-token losses to one number. B sequences, T padded tokens, N completions of a whole batch.
 
-What a loss is divided by belongs to the batch, not to the micro-batch at hand: `batch_denominator` computes it once, so
-that the gradient does not depend on how the batch is split.
+The divisor belongs to the batch, not to the current micro-batch. `batch_denominator` computes it once, so that the
+gradient does not depend on how the batch is split.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 from torch import Tensor
 
-AGGREGATIONS = ("token_mean", "sequence_mean", "fixed_horizon")
+Aggregation = Literal["token_mean", "sequence_mean", "fixed_horizon"]
 
 
 def aggregate(
@@ -21,13 +22,13 @@ def aggregate(
     denominator: float | Tensor | None = None,
     horizon: int | None = None,
 ) -> Tensor:
-    """One number from per-token values; an empty mask gives exactly 0.
+    """Reduce per-token values to a scalar; an empty mask gives exactly 0.
 
         token_mean      the sum over unmasked tokens / their number: long answers weigh more (DAPO, arXiv:2503.14476)
         sequence_mean   the mean over each sequence's tokens, summed / the number of sequences: every answer weighs the
                         same, and a token of a long one less (DeepSeekMath, arXiv:2402.03300, equation 3)
         fixed_horizon   the sum over unmasked tokens / (B x `horizon`): a token weighs the same in every answer and
-                        every batch (Dr. GRPO, arXiv:2503.20783); T where it is left out, which differs by batch
+                        every batch (Dr. GRPO, arXiv:2503.20783); `horizon` defaults to T, which differs by batch
 
     `denominator` replaces what stands behind the slash. A sequence must not be split over two calls.
     """
@@ -41,14 +42,14 @@ def aggregate(
 
 
 def batch_denominator(lengths_N: Sequence[float], aggregation: str, horizon: int | None = None) -> float:
-    """What the loss of a batch is divided by, from the number of tokens trained on of each completion; at least 1."""
+    """Return the divisor of a batch's loss, at least 1, from the number of trained tokens of each completion."""
     match aggregation:
         case "token_mean":
-            found = sum(lengths_N)
+            denominator = sum(lengths_N)
         case "sequence_mean":
-            found = sum(length > 0 for length in lengths_N)
+            denominator = sum(length > 0 for length in lengths_N)
         case "fixed_horizon":
-            found = len(lengths_N) * (horizon or max(lengths_N, default=0))
+            denominator = len(lengths_N) * (horizon or max(lengths_N, default=0))
         case _:
-            raise ValueError(f"{aggregation!r} is not one of {', '.join(AGGREGATIONS)}")
-    return max(1.0, float(found))
+            raise ValueError(f"aggregation {aggregation!r} must be one of {', '.join(get_args(Aggregation))}")
+    return max(1.0, float(denominator))

@@ -1,50 +1,34 @@
-"""Policy losses: pure functions of log-probabilities. Add one: write what it is per token, put it into LOSSES.
+"""Policy losses: one frozen dataclass each, with its parameters as fields, callable on log-probabilities.
 
-All tensors are [B, T] over B sequences of T padded tokens, log-probabilities in nats: `policy_logprobs_BT` carries the
-gradient; `behavior_logprobs_BT` is what the ratio r = exp(policy - behavior) is taken to: the policy that sampled, or,
-with an off-policy correction, the one at the start of the train step; `advantages_BT` repeats the completion's
-advantage; `mask_BT` is 1 where a token is trained on. What stands in masked places has no influence, NaN included.
-
-A loss falls when a token of positive advantage becomes likelier. All of them take, besides parameters of their own,
-
-    aggregation, denominator, horizon   how tokens become one number: see grpo/algorithms/aggregation.py
-    reference_logprobs_BT, beta, kl     beta times the KL divergence from the reference per token is added: see `KL`
-
-and return a scalar to call `backward` on, with metrics per token: `ratio`, `clip_fraction` (1 where the loss clips the
-ratio or cuts the token off) and, given a reference, `reference_kl`.
+All tensors are [B, T] over B sequences of T padded tokens, log-probabilities in nats. Masked positions have no
+influence, NaN included. Minimizing a loss makes tokens of positive advantage likelier. To add a loss, derive a class
+from `PolicyLoss` (see its example), add it to LOSSES, give it a file in configs/loss/ and a test. A class outside this
+package needs no entry in LOSSES: it is named `my_module:MyLoss`.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor
 
-from grpo.algorithms.aggregation import aggregate
-from grpo.algorithms.corrections import bounded, log_ratio
-
-SHARED_PARAMETERS = ("reference_logprobs_BT", "denominator", "aggregation", "horizon", "beta", "kl")
-
-
-@dataclass(frozen=True)
-class LossOutput:
-    """`loss` is a scalar with a gradient; `metrics` by name are [B, T] without one, 0 in masked places."""
-
-    loss: Tensor
-    metrics: dict[str, Tensor]
+from grpo.algorithms.aggregation import Aggregation, aggregate
+from grpo.algorithms.corrections import clamp_for_exp, log_ratio
+from grpo.config.fields import Hint, Settings
 
 
-class Tokens(NamedTuple):
-    """What a loss is made of, all [B, T] and 0 in masked places; `mask_BT` is boolean."""
+class LossInputs(NamedTuple):
+    """Inputs of a loss, all [B, T] and 0 in masked positions; `mask_BT` is boolean."""
 
-    logprobs_BT: Tensor
+    policy_logprobs_BT: Tensor
+    """Log-probabilities under the policy that is trained. Only these, and the ratio, carry a gradient."""
     behavior_logprobs_BT: Tensor
     log_ratio_BT: Tensor
+    """log(policy / behavior), clamped so that its exp is finite."""
     advantages_BT: Tensor
     mask_BT: Tensor
 
@@ -53,160 +37,254 @@ class Tokens(NamedTuple):
         return self.log_ratio_BT.exp()
 
 
-class Terms(NamedTuple):
-    """The loss of every token, its ratio, and whether that was clipped or the token cut off."""
+class PerTokenLoss(NamedTuple):
+    """Loss of every token, its ratio, and a boolean mask of the tokens that were clipped or got no gradient."""
 
     loss_BT: Tensor
     ratio_BT: Tensor
-    cut_BT: Tensor
+    clipped_BT: Tensor
 
 
-def policy_loss(aggregation: str) -> Callable[[Callable[..., Terms]], Callable[..., LossOutput]]:
-    """Make a loss, as described above, of its terms per token; `aggregation` is what it takes by default."""
+@dataclass(frozen=True)
+class LossOutput:
+    """`loss` is a scalar with a gradient; `metrics` by name are [B, T] without one, 0 in masked positions."""
 
-    def decorate(terms_of: Callable[..., Terms]) -> Callable[..., LossOutput]:
-        @wraps(terms_of)
-        def loss(
-            policy_logprobs_BT: Tensor,
-            behavior_logprobs_BT: Tensor,
-            advantages_BT: Tensor,
-            mask_BT: Tensor,
-            *,
-            reference_logprobs_BT: Tensor | None = None,
-            denominator: float | Tensor | None = None,
-            aggregation: str = aggregation,
-            horizon: int | None = None,
-            beta: float = 0.0,
-            kl: str = "k3",
-            **own: float | None,
-        ) -> LossOutput:
-            mask_BT = mask_BT.bool()
-            tokens = Tokens(
-                _masked(policy_logprobs_BT, mask_BT),
-                _masked(behavior_logprobs_BT, mask_BT),
-                bounded(log_ratio(policy_logprobs_BT, behavior_logprobs_BT, mask_BT)),
-                _masked(advantages_BT, mask_BT),
-                mask_BT,
-            )
-            loss_BT, ratio_BT, cut_BT = terms_of(tokens, **own)
-            metrics = {"ratio": ratio_BT, "clip_fraction": cut_BT.to(ratio_BT.dtype)}
-            if reference_logprobs_BT is not None:
-                kl_BT = KL[kl](bounded(log_ratio(policy_logprobs_BT, reference_logprobs_BT, mask_BT)))
-                loss_BT = loss_BT + beta * kl_BT
-                metrics["reference_kl"] = kl_BT
-            total = aggregate(loss_BT, mask_BT, aggregation, denominator=denominator, horizon=horizon)
-            return LossOutput(total, {name: _masked(value_BT.detach(), mask_BT) for name, value_BT in metrics.items()})
-
-        return _with_parameters_of(terms_of, loss)
-
-    return decorate
+    loss: Tensor
+    metrics: dict[str, Tensor]
 
 
-def _with_parameters_of(terms_of: Callable[..., Terms], loss: Callable[..., LossOutput]) -> Callable[..., LossOutput]:
-    """Have `loss` say which parameters it takes: those of all losses, and those of its terms."""
-    shared = inspect.signature(loss, follow_wrapped=False).parameters.values()
-    own = inspect.signature(terms_of).parameters.values()
-    parameters = [
-        *(parameter for parameter in shared if parameter.kind is not parameter.VAR_KEYWORD),
-        *(parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY),
-    ]
-    loss.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return loss
+@dataclass(frozen=True, kw_only=True)
+class PolicyLoss(Settings):
+    """Base class of all losses: masks the inputs, takes the ratio, adds the KL term and aggregates over tokens.
 
+    A subclass is a frozen dataclass that declares its parameters as fields and implements `per_token`. It may set
+    another default for `aggregation`. Limits stand in the annotations. They are checked when a config is read, and are
+    not checked when the class is called in code.
 
-@policy_loss("token_mean")
-def grpo(tokens: Tokens, *, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None) -> Terms:
-    """The clipped token ratio: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), mean over tokens.
+    Example:
+        @dataclass(frozen=True)
+        class Tempered(PolicyLoss):
+            power: Annotated[float, Gt(0)] = 0.5
 
-    `dual_clip` c > 1 bounds the loss of bad answers that have become much likelier: where A < 0 it is at most -c A
-    (arXiv:1912.09729, equation 5). (DeepSeekMath, arXiv:2402.03300, equation 3, which is `sequence_mean`; the clip is
-    PPO's, arXiv:1707.06347.)
+            def per_token(self, x: LossInputs) -> PerTokenLoss:
+                loss_BT = -(x.ratio_BT**self.power) * x.advantages_BT
+                return PerTokenLoss(loss_BT, x.ratio_BT, torch.zeros_like(x.mask_BT))
+
+        output = Tempered(power=0.3, beta=0.01)(policy_BT, behavior_BT, advantages_BT, mask_BT, reference_logprobs_BT=r)
+        output.loss.backward()
+
+    From a config: `loss.name=my_losses:Tempered` with `power: 0.3` below `loss`.
     """
-    return _clipped(tokens.ratio_BT, tokens.advantages_BT, clip_low, clip_high, dual_clip)
+
+    aggregation: Aggregation = "token_mean"
+    """How the losses of single tokens become one number; see grpo/algorithms/aggregation.py."""
+    horizon: Annotated[int | None, Ge(1), Hint("the loss is divided by it")] = None
+    """Tokens that `fixed_horizon` divides by; None: the length of the longest completion."""
+    beta: Annotated[float, Ge(0), Hint("0 switches the KL term off")] = 0.0
+    """Weight of the KL divergence from the reference, which is added per token."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of that divergence; see KL_ESTIMATORS."""
+
+    def per_token(self, x: LossInputs) -> PerTokenLoss:
+        """Compute the loss of every token, without the KL term; whatever it holds in masked positions is ignored."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        policy_logprobs_BT: Tensor,
+        behavior_logprobs_BT: Tensor,
+        advantages_BT: Tensor,
+        mask_BT: Tensor,
+        *,
+        reference_logprobs_BT: Tensor | None = None,
+        denominator: float | Tensor | None = None,
+    ) -> LossOutput:
+        """Return the scalar loss, and metrics per token.
+
+        The ratio r = exp(policy - behavior) is taken to the policy that sampled or, with an off-policy correction, to
+        the policy at the start of the train step. `mask_BT` is 1 where a token is trained on. `denominator` replaces
+        the divisor of the aggregation, so that micro-batches add up to their batch. The metrics are `ratio`,
+        `clip_fraction` (1 where the loss clips the ratio or drops the token) and, given a reference, `reference_kl`.
+        """
+        mask_BT = mask_BT.bool()
+        inputs = LossInputs(
+            _masked(policy_logprobs_BT, mask_BT),
+            _masked(behavior_logprobs_BT, mask_BT),
+            clamp_for_exp(log_ratio(policy_logprobs_BT, behavior_logprobs_BT, mask_BT)),
+            _masked(advantages_BT, mask_BT),
+            mask_BT,
+        )
+        loss_BT, ratio_BT, clipped_BT = self.per_token(inputs)
+        metrics = {"ratio": ratio_BT, "clip_fraction": clipped_BT.to(ratio_BT.dtype)}
+        if reference_logprobs_BT is not None:
+            estimate = KL_ESTIMATORS[self.kl_estimator]
+            kl_BT = estimate(clamp_for_exp(log_ratio(policy_logprobs_BT, reference_logprobs_BT, mask_BT)))
+            loss_BT = loss_BT + self.beta * kl_BT
+            metrics["reference_kl"] = kl_BT
+        loss = aggregate(loss_BT, mask_BT, self.aggregation, denominator=denominator, horizon=self.horizon)
+        return LossOutput(loss, {name: _masked(value_BT.detach(), mask_BT) for name, value_BT in metrics.items()})
 
 
-@policy_loss("fixed_horizon")
-def dr_grpo(tokens: Tokens, *, clip_low: float = 0.2, clip_high: float = 0.2) -> Terms:
-    """GRPO without its bias by length: the sum over tokens is divided by a fixed horizon.
+@dataclass(frozen=True)
+class ClippedLoss(PolicyLoss):
+    """Base class of the losses with PPO's clip: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A).
+
+    (PPO, arXiv:1707.06347.)
+    """
+
+    clip_low: Annotated[float, Ge(0), Hint("0 clips every ratio below 1")] = 0.2
+    clip_high: Annotated[float, Ge(0), Hint("0 clips every ratio above 1")] = 0.2
+
+    def per_token(self, x: LossInputs) -> PerTokenLoss:
+        return self.clip(x.ratio_BT, x.advantages_BT)
+
+    def clip(self, ratio_BT: Tensor, advantages_BT: Tensor) -> PerTokenLoss:
+        """Compute PPO's pessimistic loss: the larger of the plain and the clipped one."""
+        plain_BT = -ratio_BT * advantages_BT
+        clipped_BT = -ratio_BT.clamp(1 - self.clip_low, 1 + self.clip_high) * advantages_BT
+        return PerTokenLoss(torch.maximum(plain_BT, clipped_BT), ratio_BT, clipped_BT > plain_BT)
+
+
+@dataclass(frozen=True)
+class GRPO(ClippedLoss):
+    """Clipped token ratio, mean over tokens; the paper's mean over sequences is `aggregation=sequence_mean`.
+
+    `dual_clip` c bounds the loss of bad answers that have become much likelier: where A < 0 it is at most -c A
+    (arXiv:1912.09729, equation 5). (DeepSeekMath, arXiv:2402.03300, equation 3.)
+    """
+
+    dual_clip: Annotated[float | None, Ge(1), Hint("the loss is bounded at this multiple of the advantage")] = None
+
+    def per_token(self, x: LossInputs) -> PerTokenLoss:
+        loss_BT, ratio_BT, clipped_BT = self.clip(x.ratio_BT, x.advantages_BT)
+        if self.dual_clip is not None:
+            bound_BT = -self.dual_clip * x.advantages_BT
+            over_BT = (x.advantages_BT < 0) & (loss_BT > bound_BT)
+            loss_BT, clipped_BT = torch.where(over_BT, bound_BT, loss_BT), clipped_BT | over_BT
+        return PerTokenLoss(loss_BT, ratio_BT, clipped_BT)
+
+
+@dataclass(frozen=True)
+class DrGRPO(ClippedLoss):
+    """GRPO without its length bias: the sum over tokens is divided by a fixed horizon.
 
     Belongs with the advantages `mean_only`. (Dr. GRPO, arXiv:2503.20783, section 3.2.)
     """
-    return _clipped(tokens.ratio_BT, tokens.advantages_BT, clip_low, clip_high)
+
+    aggregation: Aggregation = "fixed_horizon"
 
 
-@policy_loss("token_mean")
-def dapo(tokens: Tokens, *, clip_low: float = 0.2, clip_high: float = 0.28, dual_clip: float | None = None) -> Terms:
+@dataclass(frozen=True)
+class DAPO(GRPO):
     """GRPO with more room upwards, so that unlikely tokens can become likely and the entropy stays up; token mean.
 
-    The paper's other parts are `filter.zero_variance` and `shaping.overlong`. The dual clip is not in it, but in many
-    of its implementations, hence in configs/loss/dapo.yaml. (DAPO, arXiv:2503.14476, sections 3.1 and 3.3.)
+    The paper's other parts are `filter.zero_variance` and `shaping.overlong`. The dual clip is not in the paper, but in
+    many of its implementations, hence in configs/loss/dapo.yaml. (DAPO, arXiv:2503.14476, sections 3.1 and 3.3.)
     """
-    return _clipped(tokens.ratio_BT, tokens.advantages_BT, clip_low, clip_high, dual_clip)
+
+    clip_high: Annotated[float, Ge(0), Hint("0 clips every ratio above 1")] = 0.28
 
 
-@policy_loss("sequence_mean")
-def gspo(tokens: Tokens, *, clip_low: float = 3e-4, clip_high: float = 4e-4) -> Terms:
-    """GRPO with one ratio for the whole sequence, s = exp(mean of log r over its tokens), clipped; mean over sequences.
+@dataclass(frozen=True)
+class GSPO(ClippedLoss):
+    """GRPO with one clipped ratio for the whole sequence, s = exp(mean of log r over its tokens); mean over sequences.
 
-    s stays much closer to 1 than r, hence the narrow clip. The gradient of s goes to each token by itself, so that
-    advantages, or importance weights, may differ within a sequence; where they don't, it is that of the sequence.
-    (GSPO, arXiv:2507.18071, section 4.3: GSPO-token.)
+    s stays much closer to 1 than r, hence the narrow clip. Each token gets the gradient of s through its own
+    log-probability, so advantages and importance weights may differ within a sequence; where they are equal, the
+    gradient is that of the sequence-level loss. (GSPO, arXiv:2507.18071, section 4.3: GSPO-token.)
     """
-    lengths_B1 = tokens.mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
-    mean_B1 = tokens.log_ratio_BT.detach().sum(dim=1, keepdim=True) / lengths_B1
-    log_ratio_BT = mean_B1 + (tokens.logprobs_BT - tokens.logprobs_BT.detach())  # exactly the mean
-    return _clipped(log_ratio_BT.exp(), tokens.advantages_BT, clip_low, clip_high)
+
+    aggregation: Aggregation = "sequence_mean"
+    clip_low: Annotated[float, Ge(0), Hint("0 clips every ratio below 1")] = 3e-4
+    clip_high: Annotated[float, Ge(0), Hint("0 clips every ratio above 1")] = 4e-4
+
+    def per_token(self, x: LossInputs) -> PerTokenLoss:
+        lengths_B1 = x.mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
+        mean_B1 = x.log_ratio_BT.detach().sum(dim=1, keepdim=True) / lengths_B1
+        log_ratio_BT = mean_B1 + (x.policy_logprobs_BT - x.policy_logprobs_BT.detach())  # in value exactly the mean
+        return self.clip(log_ratio_BT.exp(), x.advantages_BT)
 
 
-@policy_loss("token_mean")
-def cispo(tokens: Tokens, *, clip_low: float = 1.0, clip_high: float = 4.0) -> Terms:
+@dataclass(frozen=True)
+class CISPO(PolicyLoss):
     """REINFORCE weighted by the ratio, clipped and without gradient: -clip(r, 1 - clip_low, 1 + clip_high) A log p.
 
-    Every token keeps a gradient, the rare ones on which a chain of thought turns included. `clip_low` 1 is no lower
+    Every token keeps a gradient, including the rare tokens on which a chain of thought turns. `clip_low` 1 is no lower
     bound, as in the paper. (CISPO of MiniMax-M1, arXiv:2506.13585, equations 4 and 5.)
     """
-    return _weighted(tokens, tokens.ratio_BT.detach().clamp(1 - clip_low, 1 + clip_high))
+
+    clip_low: Annotated[float, Ge(0), Hint("0 clips every ratio below 1")] = 1.0
+    clip_high: Annotated[float, Ge(0), Hint("0 clips every ratio above 1")] = 4.0
+
+    def per_token(self, x: LossInputs) -> PerTokenLoss:
+        return _weighted(x, x.ratio_BT.detach().clamp(1 - self.clip_low, 1 + self.clip_high))
 
 
-@policy_loss("sequence_mean")
-def sapo(tokens: Tokens, *, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Terms:
-    """A soft gate in place of the clip: -f(r) A with f(r) = 4 / tau sigmoid(tau (r - 1)); mean over sequences.
+@dataclass(frozen=True)
+class SAPO(PolicyLoss):
+    """A soft gate instead of the clip: -f(r) A with f(r) = 4 / tau sigmoid(tau (r - 1)); mean over sequences.
 
     The gradient is the policy gradient at r = 1 and fades on both sides, faster with a larger tau: `tau_positive`
     where A > 0, `tau_negative` elsewhere. (SAPO, arXiv:2511.20347.)
     """
-    ratio_BT, advantages_BT = tokens.ratio_BT, tokens.advantages_BT
-    tau_BT = torch.full_like(ratio_BT, tau_negative).masked_fill(advantages_BT > 0, tau_positive)
-    gate_BT = 4 / tau_BT * torch.sigmoid(tau_BT * (ratio_BT - 1))
-    return Terms(-gate_BT * advantages_BT, ratio_BT, torch.zeros_like(tokens.mask_BT))
+
+    aggregation: Aggregation = "sequence_mean"
+    tau_positive: Annotated[float, Gt(0)] = 1.0
+    tau_negative: Annotated[float, Gt(0)] = 1.05
+
+    def per_token(self, x: LossInputs) -> PerTokenLoss:
+        ratio_BT = x.ratio_BT
+        tau_BT = torch.full_like(ratio_BT, self.tau_negative).masked_fill(x.advantages_BT > 0, self.tau_positive)
+        gate_BT = 4 / tau_BT * torch.sigmoid(tau_BT * (ratio_BT - 1))
+        return PerTokenLoss(-gate_BT * x.advantages_BT, ratio_BT, torch.zeros_like(x.mask_BT))
 
 
-@policy_loss("token_mean")
-def reinforce(tokens: Tokens, *, max_ratio: float = 2.0) -> Terms:
+@dataclass(frozen=True)
+class Reinforce(PolicyLoss):
     """The policy gradient with a clamped importance weight: -min(r, max_ratio) A log p, the weight without gradient.
 
     (Williams 1992; the weight as in IMPALA, arXiv:1802.01561, section 4.)
     """
-    return _weighted(tokens, tokens.ratio_BT.detach().clamp(max=max_ratio))
+
+    max_ratio: Annotated[float, Gt(0)] = 2.0
+
+    def per_token(self, x: LossInputs) -> PerTokenLoss:
+        return _weighted(x, x.ratio_BT.detach().clamp(max=self.max_ratio))
 
 
-@policy_loss("token_mean")
-def ppo_tv(tokens: Tokens, *, max_tv: float = 0.2) -> Terms:
+@dataclass(frozen=True)
+class PPOTV(PolicyLoss):
     """The ratio -r A within a trust region of probabilities: no gradient where the policy has gone far enough.
 
-    A token is cut off when its probability has moved by more than `max_tv` in the direction that A pushes. That is
-    the total variation between the two policies seen as "this token or another". A ratio says little for a rare token,
-    which the clip of PPO stops too early, and for a likely one, which it stops too late.
+    A token is dropped when its probability has moved by more than `max_tv` in the direction that A pushes. That is
+    the total variation between the two policies on the event "this token or another". A ratio says little about a rare
+    token, which the clip of PPO stops too early, and about a likely one, which it stops too late.
     (DPPO, arXiv:2602.04879, its variant Binary-TV.)
     """
-    ratio_BT = tokens.ratio_BT
-    moved_BT = tokens.behavior_logprobs_BT.exp() * (ratio_BT.detach() - 1)
-    cut_BT = moved_BT * tokens.advantages_BT.sign() > max_tv
-    return Terms((-ratio_BT * tokens.advantages_BT).masked_fill(cut_BT, 0.0), ratio_BT, cut_BT)
+
+    max_tv: Annotated[float, Ge(0), Hint("0 drops every token that moves")] = 0.2
+
+    def per_token(self, x: LossInputs) -> PerTokenLoss:
+        ratio_BT = x.ratio_BT
+        moved_BT = x.behavior_logprobs_BT.exp() * (ratio_BT.detach() - 1)
+        dropped_BT = moved_BT * x.advantages_BT.sign() > self.max_tv
+        return PerTokenLoss((-ratio_BT * x.advantages_BT).masked_fill(dropped_BT, 0.0), ratio_BT, dropped_BT)
+
+
+LOSSES: dict[str, type[PolicyLoss]] = {
+    "grpo": GRPO,
+    "dr_grpo": DrGRPO,
+    "dapo": DAPO,
+    "gspo": GSPO,
+    "cispo": CISPO,
+    "sapo": SAPO,
+    "reinforce": Reinforce,
+    "ppo_tv": PPOTV,
+}
 
 
 def k1(log_ratio_BT: Tensor) -> Tensor:
-    """log(p / reference): unbiased, but its gradient has mean zero on samples of the policy: to look at."""
+    """log(p / reference): unbiased, but its gradient has mean zero on samples of the policy; for monitoring only."""
     return log_ratio_BT
 
 
@@ -218,43 +296,19 @@ def k2(log_ratio_BT: Tensor) -> Tensor:
 def k3(log_ratio_BT: Tensor) -> Tensor:
     """reference / p - 1 - log(reference / p): unbiased, never negative, of low variance.
 
-    Its gradient on samples of the policy is that of the divergence the other way round, KL(reference || policy).
+    Its gradient on samples of the policy is that of the reverse divergence, KL(reference || policy).
     """
     return torch.exp(-log_ratio_BT) - 1 + log_ratio_BT
 
 
-KL: dict[str, Callable[[Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
-"""Estimates of KL(policy || reference) per token from log(p / reference). (Schulman, Approximating KL Divergence.)"""
-LOSSES: dict[str, Callable[..., LossOutput]] = {
-    "grpo": grpo,
-    "dr_grpo": dr_grpo,
-    "dapo": dapo,
-    "gspo": gspo,
-    "cispo": cispo,
-    "sapo": sapo,
-    "reinforce": reinforce,
-    "ppo_tv": ppo_tv,
-}
+KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
+"""Estimators of KL(policy || reference) per token from log(p / reference). (Schulman, Approximating KL Divergence.)"""
 
 
-def _clipped(
-    ratio_BT: Tensor, advantages_BT: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None
-) -> Terms:
-    """PPO's pessimistic loss."""
-    plain_BT = -ratio_BT * advantages_BT
-    clipped_BT = -ratio_BT.clamp(1 - clip_low, 1 + clip_high) * advantages_BT
-    loss_BT, cut_BT = torch.maximum(plain_BT, clipped_BT), clipped_BT > plain_BT
-    if dual_clip is not None:
-        most_BT = -dual_clip * advantages_BT
-        over_BT = (advantages_BT < 0) & (loss_BT > most_BT)
-        loss_BT, cut_BT = torch.where(over_BT, most_BT, loss_BT), cut_BT | over_BT
-    return Terms(loss_BT, ratio_BT, cut_BT)
-
-
-def _weighted(tokens: Tokens, weights_BT: Tensor) -> Terms:
-    """The policy gradient, with weights that have none."""
-    loss_BT = -weights_BT * tokens.advantages_BT * tokens.logprobs_BT
-    return Terms(loss_BT, tokens.ratio_BT, weights_BT != tokens.ratio_BT)
+def _weighted(x: LossInputs, weights_BT: Tensor) -> PerTokenLoss:
+    """Weight the policy gradient by weights that carry no gradient."""
+    loss_BT = -weights_BT * x.advantages_BT * x.policy_logprobs_BT
+    return PerTokenLoss(loss_BT, x.ratio_BT, weights_BT != x.ratio_BT)
 
 
 def _masked(values_BT: Tensor, mask_BT: Tensor) -> Tensor:

@@ -107,43 +107,19 @@ class RewardConfig(Settings):
 
 @dataclass
 class LossConfig(Settings):
-    """The loss and the advantages; see grpo/algorithms. A parameter left at null is the loss function's own."""
+    """The loss and the advantages; see grpo/algorithms. Parameters of the loss itself may be written without `args`."""
 
     name: str = "grpo"
-    """Loss: a name in LOSSES, or `module:function`."""
+    """Loss: a name in LOSSES (grpo/algorithms/losses.py), or `module:Class` for a PolicyLoss of your own."""
 
     advantages: str = "group_norm"
-    """Advantage estimator: a name in ADVANTAGES, or `module:function`."""
+    """Advantage estimator: a name in ADVANTAGES (grpo/algorithms/advantages.py), or `module:function`."""
 
     aggregation: Literal["token_mean", "sequence_mean", "fixed_horizon"] | None = None
-    """How per-token losses are averaged."""
+    """How per-token losses are averaged; null: the loss's default."""
 
     horizon: Annotated[int, Ge(1), Hint("the loss is divided by it")] | None = None
     """Tokens that fixed_horizon divides by; null: the longest completion of the batch."""
-
-    clip_low: Annotated[float, Ge(0), Hint("0 clips every ratio below 1")] | None = None
-    """Lower clip: the ratio is clipped to [1 - clip_low, 1 + clip_high]."""
-
-    clip_high: Annotated[float, Ge(0), Hint("0 clips every ratio above 1")] | None = None
-    """Upper clip, see clip_low."""
-
-    dual_clip: Annotated[float, Ge(1), Hint("it bounds the loss at so many times the advantage")] | None = None
-    """Bound on the loss of a token with a negative advantage, in multiples of it (grpo, dapo)."""
-
-    max_ratio: PositiveFloat | None = None
-    """Upper bound of the importance weight (reinforce)."""
-
-    tau_positive: PositiveFloat | None = None
-    """Steepness of the gate where advantages are positive (sapo)."""
-
-    tau_negative: PositiveFloat | None = None
-    """Steepness of the gate where advantages are negative (sapo)."""
-
-    max_tv: Annotated[float, Ge(0), Hint("0 stops every token that moves")] | None = None
-    """How far the probability of a token may move (ppo_tv)."""
-
-    args: dict[str, Any] = field(default_factory=dict)
-    """Further parameters, of a loss of your own."""
 
     beta: Annotated[float, Ge(0), Hint("0 switches the KL term off")] = 0.0
     """Weight of the KL term to the model before training; 0: no reference model is started."""
@@ -151,8 +127,8 @@ class LossConfig(Settings):
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL term."""
 
-
-LOSS_PARAMETERS = ("clip_low", "clip_high", "dual_clip", "max_ratio", "tau_positive", "tau_negative", "max_tv")
+    args: dict[str, Any] = field(default_factory=dict)
+    """Parameters of the loss by name, like clip_low; without one the loss's default applies."""
 
 
 @dataclass

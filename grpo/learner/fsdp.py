@@ -1,7 +1,7 @@
-"""The layers of a model: what is sharded, and compiled, one by one."""
+"""Sharding of the trained model over ranks with torch's FSDP2, and what is done to each of its layers.
 
-# MERGED: A model as one rank holds it: whole where it is alone, rows of every parameter with torch's FSDP2
-# where it is not.
+With one rank the model stays whole. With several, each rank keeps some rows of every parameter.
+"""
 
 from __future__ import annotations
 
@@ -21,67 +21,37 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def layers_of(model: PreTrainedModel) -> list[nn.Module]:
-    """Inner ones first, where they are nested."""
-    names = {*(model._no_split_modules or ())}
-    return [module for module in reversed([*model.modules()]) if type(module).__name__ in names]
-
-
-def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
-    """Have torch compile what every layer does, with one program for all and for any number of tokens.
-
-    Attention to packed rows is left out: its blocks have other shapes every time.
-    """
-    from transformers import AttentionInterface
-
-    from grpo.learner.packed_attention import PACKED_ATTENTION, packed_attention
-
-    AttentionInterface.register(PACKED_ATTENTION, torch.compiler.disable(packed_attention))
-    for layer in layers_of(model):
-        layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
-
-
-def checkpoint_layers(model: PreTrainedModel) -> None:
-    """Have the backward pass compute every layer again, instead of keeping what it would need.
-
-    After compile_layers: transformers' own checkpointing is part of what is compiled there, where torch gives up on it
-    together with all that is in it, as soon as there is anything that it can't compile.
-    """
-    for layer in layers_of(model):
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-
-
 R = TypeVar("R")
-_BUCKET = 32 << 20  # elements that a rank sends at a time
+_BUCKET = 32 << 20  # elements that a rank sends at a time when weights are gathered
 
 
 class Sharding(Protocol):
-    """What the learner knows of where its model is; another backend is one more class with these members.
+    """Interface of the learner to a model that may be sharded; another backend is one more class with these members.
 
-    `parameters` are this rank's rows of every trained parameter, by name: the float32 masters of an optimizer.
-    `rows` says which rows, of those parameters that are not here as a whole.
+    `parameters` are this rank's rows of every trained parameter, by name: the float32 master weights of an optimizer.
+    `rows` has the row range of each parameter of which this rank holds only a part.
     """
 
     parameters: Mapping[str, Tensor]
     rows: Mapping[str, ShardRange]
 
     def compute(self, function: Callable[[], R]) -> R:
-        """What the function returns, which may call the model and its parts. Every rank calls this alike."""
+        """Call a function that uses the model or its parts. Every rank has to make the same calls."""
 
     def with_gradients(self) -> list[Tensor]:
-        """Those of `parameters` for which there is a gradient, and have it in `grad`: the sum over all ranks."""
+        """Return the `parameters` that have a gradient, with the sum over all ranks in `grad`."""
 
     def weights(self, version: int) -> Weights | None:
-        """A snapshot to publish, on rank 0. Raises WeightsError; see WeightsWriter."""
+        """Write a snapshot to publish; None on ranks other than 0. Raises WeightsError; see WeightsWriter."""
 
 
-def sharded(model: PreTrainedModel, ranks: Ranks, dtype: torch.dtype) -> Sharding:
-    """The model, of which this rank keeps only its part. What is published, and computed by layers, has `dtype`."""
-    return Whole(model, dtype) if ranks.size == 1 else FullySharded(model, ranks, dtype)
+def shard(model: PreTrainedModel, ranks: Ranks, dtype: torch.dtype) -> Sharding:
+    """Keep only this rank's part of the model. Layers compute, and weights are published, in `dtype`."""
+    return Unsharded(model, dtype) if ranks.size == 1 else FullySharded(model, ranks, dtype)
 
 
-class Whole:
-    """One rank: the model as it is."""
+class Unsharded:
+    """Sharding of one rank, which holds the whole model."""
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         self.parameters: Mapping[str, Tensor] = trained_parameters(model)
@@ -99,11 +69,11 @@ class Whole:
 
 
 class FullySharded:
-    """FSDP2: a layer's parameters are gathered while it computes, in `dtype`; gradients are added up in float32.
+    """Sharding with FSDP2: a layer's parameters are gathered in `dtype` while it computes; gradients sum in float32.
 
-    What is outside of the layers (embedding, head, last norm) makes one unit, so that it may be tied, and is computed
-    with in float32 as on one rank, under the same autocast. The model may be anywhere: layer by layer its rows move to
-    the device that `join` was given.
+    Everything outside of the layers (embedding, head, last norm) makes one unit, so that it may be tied. It is gathered
+    in float32 and computes under the same autocast as on one rank. The model may start on any device: layer by layer
+    its rows move to the device that `join` was given.
     """
 
     def __init__(self, model: PreTrainedModel, ranks: Ranks, dtype: torch.dtype) -> None:
@@ -111,6 +81,7 @@ class FullySharded:
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
         self._ranks, self._dtype, self._device = ranks, dtype, device()
+        # A layer is a unit of FSDP. The root unit holds the rest, and gathers it during any function that is computed.
         mesh = init_device_mesh(self._device.type, (ranks.size,))
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for layer in layers_of(model):
@@ -118,11 +89,13 @@ class FullySharded:
         root = _Root(model)
         self._root: Any = fully_shard(root, mesh=mesh)
         for module in root.modules():
-            if isinstance(module, FSDPModule):  # gradients are added up: the loss has the whole batch's denominator
+            if isinstance(module, FSDPModule):  # sum, not mean: the loss has the whole batch's denominator
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
         with torch.no_grad():
-            self.compute(lambda: None)  # from now on FSDP leaves the rows where they are
+            self.compute(lambda: None)  # FSDP's lazy initialization: from now on the rows' storage stays
+
+        # Rows as plain tensors: the optimizer and the snapshots know nothing of FSDP.
         self._sharded: dict[str, Any] = {**trained_parameters(model)}
         self._shapes = {name: tuple(parameter.shape) for name, parameter in self._sharded.items()}
         self.parameters: Mapping[str, Tensor] = {
@@ -136,7 +109,7 @@ class FullySharded:
     def compute(self, function: Callable[[], R]) -> R:
         result: R = self._root(function)
         if not torch.is_grad_enabled():
-            self._root.reshard()  # as a backward pass does otherwise: what was gathered may be old by the next one
+            self._root.reshard()  # normally done by the backward pass; gathered values would be stale in the next call
         return result
 
     def with_gradients(self) -> list[Tensor]:
@@ -147,10 +120,10 @@ class FullySharded:
 
     @torch.no_grad()
     def weights(self, version: int) -> Weights | None:
-        """Gathered in buckets: rank 0 has the buffer and one bucket of every rank, but no second model."""
+        """Gather in buckets: rank 0 needs its buffer and one bucket of every rank, but no second model."""
         targets = dict(self._writer.tensors()) if self._writer else {}
         for bucket in self._buckets():
-            sent = self._packed(bucket)
+            sent = self._pack(bucket)
             received = [torch.empty_like(sent) for _ in range(self._ranks.size)] if self._writer else None
             distributed.gather(sent, received, dst=0)
             for rank, packed in enumerate(received or []):
@@ -158,24 +131,24 @@ class FullySharded:
         return self._writer.seal(version) if self._writer else None
 
     def _buckets(self) -> list[list[str]]:
-        """Names of parameters that travel together; a large one travels alone."""
-        buckets, room = list[list[str]](), 0
+        """Group parameter names into buckets that are sent together; a large parameter makes one by itself."""
+        buckets, free = list[list[str]](), 0
         for name in self._shapes:
             size = self._slot(name)
-            if size > room:
+            if size > free:
                 buckets.append([])
-                room = _BUCKET
+                free = _BUCKET
             buckets[-1].append(name)
-            room -= size
+            free -= size
         return buckets
 
     def _slot(self, name: str) -> int:
-        """Elements that every rank sends of a parameter: as many as the first one has, who has most."""
+        """Return the elements that every rank sends of a parameter: as many as rank 0 holds, which holds most."""
         shape = self._shapes[name]
         return ShardRange.of(shape, Ranks(0, self._ranks.size)).count * math.prod(shape[1:])
 
-    def _packed(self, bucket: Sequence[str]) -> Tensor:
-        """uint8 [bytes]: what this rank has of these parameters, in the dtype to publish."""
+    def _pack(self, bucket: Sequence[str]) -> Tensor:
+        """uint8 [bytes]: this rank's rows of these parameters, in the dtype to publish."""
         slots = [self._slot(name) for name in bucket]
         packed = torch.zeros(sum(slots), dtype=self._dtype, device=self._device)
         for name, slot in zip(bucket, packed.split(slots), strict=True):
@@ -184,6 +157,7 @@ class FullySharded:
         return packed.view(torch.uint8)
 
     def _unpack(self, bucket: Sequence[str], packed: Tensor, ranks: Ranks, targets: Mapping[str, Tensor]) -> None:
+        """Copy the rows that one rank sent to their place in the whole tensors."""
         slots = packed.view(self._dtype).split([self._slot(name) for name in bucket])
         for name, slot in zip(bucket, slots, strict=True):
             rows = ShardRange.of(self._shapes[name], ranks)
@@ -192,7 +166,7 @@ class FullySharded:
 
 
 class _Root(nn.Module):
-    """Computes anything while all that is outside of the layers is gathered, also what calls parts of the model."""
+    """Root unit of FSDP: gathers the parameters outside of the layers while any function of the model runs."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -200,3 +174,33 @@ class _Root(nn.Module):
 
     def forward(self, function: Callable[[], R]) -> R:
         return function()
+
+
+def layers_of(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the decoder layers of a model; where they are nested, inner ones first."""
+    names = {*(model._no_split_modules or ())}
+    return [module for module in reversed([*model.modules()]) if type(module).__name__ in names]
+
+
+def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
+    """Compile every layer with torch.compile: one program for all layers and any number of tokens.
+
+    Packed attention stays uncompiled, since the shapes of its blocks change every time.
+    """
+    from transformers import AttentionInterface
+
+    from grpo.learner.packed_attention import PACKED_ATTENTION, packed_attention
+
+    AttentionInterface.register(PACKED_ATTENTION, torch.compiler.disable(packed_attention))
+    for layer in layers_of(model):
+        layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
+
+
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Recompute every layer in the backward pass instead of keeping its activations.
+
+    Call it after compile_layers. transformers' own checkpointing would be inside the compiled function, and one graph
+    break there makes torch run the whole layer uncompiled.
+    """
+    for layer in layers_of(model):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

@@ -1,6 +1,6 @@
-"""Log-probabilities and entropy straight from hidden states: the logits, N tokens by V vocab, never exist as a whole.
+"""Log-probabilities and entropy from hidden states, without materializing the [N, V] logits of N tokens.
 
-Blocks of W vocab are computed one after another, with a running normalizer (Milakov and Gimelshein, "Online normalizer
+The vocabulary is processed in blocks of W tokens with a running normalizer (Milakov and Gimelshein, "Online normalizer
 calculation for softmax", 2018), and once more in the backward pass.
 """
 
@@ -17,20 +17,20 @@ from torch.nn import functional
 
 from grpo.utils.torch_utils import fused
 
-_BLOCK = {"cpu": 1 << 20}  # logits of a block: 4 MB stay in the cache between two operations ...
-_LARGE_BLOCK = 1 << 26  # ... and 256 MB keep a GPU busy
-_VOCAB_BLOCK = 256  # of a block, at least: fewer make a poor matrix product
-_ALIGNED = 128  # of which a GPU's matrix products want a multiple: others take twice the time
+_CPU_BLOCK = 1 << 20  # logits per block: 4 MB stay in the cache between two operations
+_GPU_BLOCK = 1 << 26  # 256 MB keep a GPU busy
+_MIN_VOCAB_BLOCK = 256  # fewer columns make a slow matrix product
+_ALIGNMENT = 128  # a GPU's matrix products take twice the time unless W is a multiple
 
 
 def linear_logprobs(hidden_ND: Tensor, head: nn.Linear, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """float32 [N]: log-probabilities of the targets, and the entropy in nats, without gradient, of each distribution.
+    """float32 [N]: log-probabilities of the targets, and the entropy of each distribution in nats, without gradient.
 
-    The distributions are the softmax of `head(hidden_ND) / temperature`. Products are computed in the autocast dtype,
-    the rest in float32. A frozen head gets no gradient.
+    The distributions are the softmax of `head(hidden_ND) / temperature`. Matrix products run in the autocast dtype, the
+    rest in float32. A frozen head gets no gradient.
     """
-    found: tuple[Tensor, Tensor] = _LinearLogprobs.apply(hidden_ND, head.weight, head.bias, targets_N, temperature)
-    return found
+    result: tuple[Tensor, Tensor] = _LinearLogprobs.apply(hidden_ND, head.weight, head.bias, targets_N, temperature)
+    return result
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -56,13 +56,13 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of a logit is that of the log-probability times (1 if it is the target's) minus p."""
+        """The gradient of a logit is the log-probability's gradient times ((1 if it is the target) - p)."""
         hidden_ND, weight_VD, bias_V, targets_N, normalizer_N = ctx.saved_tensors
         vocab = _VocabBlocks(hidden_ND.to(ctx.dtype), weight_VD, bias_V, targets_N)
-        of_hidden, of_weight, of_bias, *_ = ctx.needs_input_grad
-        hidden_grad_ND = torch.zeros_like(hidden_ND, dtype=torch.float32) if of_hidden else None
-        weight_grad_VD = torch.empty_like(weight_VD) if of_weight else None
-        bias_grad_V = torch.empty_like(bias_V) if of_bias else None
+        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        hidden_grad_ND = torch.zeros_like(hidden_ND, dtype=torch.float32) if needs_hidden else None
+        weight_grad_VD = torch.empty_like(weight_VD) if needs_weight else None
+        bias_grad_V = torch.empty_like(bias_V) if needs_bias else None
         scaled_N = grad_N / ctx.temperature
         for block, logits_NW in vocab.blocks():
             grad_NW = _block_gradient(logits_NW, ctx.temperature, *vocab.targets_in(block), normalizer_N, scaled_N)
@@ -87,7 +87,7 @@ def _add_block(
     weighted_N: Tensor,
     target_N: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The largest logit so far, the sums of exp(logit - largest) and of that times the logit, and the target's."""
+    """Update the running largest logit, sum of p = exp(logit - largest), sum of p x logit, and the target's logit."""
     scaled_NW = logits_NW.float().div_(temperature)
     target_N = target_N + scaled_NW.gather(1, column_N1)[:, 0].where(inside_N, 0.0)
     higher_N = torch.maximum(top_N, scaled_NW.amax(dim=1))
@@ -107,7 +107,7 @@ def _block_gradient(
     normalizer_N: Tensor,
     scaled_N: Tensor,
 ) -> Tensor:
-    """[N, W], in the dtype of the logits: (1 if the word is the target, minus p) times the gradient in `scaled_N`."""
+    """[N, W], in the dtype of the logits: ((1 if the column is the target) - p) times the gradient in `scaled_N`."""
     p_NW = logits_NW.float().div_(temperature).sub_(normalizer_N[:, None]).exp_()
     p_N1 = p_NW.gather(1, column_N1)
     at_column_N1 = scaled_N[:, None] * (inside_N[:, None].float() - p_N1)
@@ -117,24 +117,24 @@ def _block_gradient(
 
 @dataclass(frozen=True)
 class _VocabBlocks:
-    """The vocabulary, a block of W vocab after another."""
+    """Iterate over the logits in blocks of W columns of the vocabulary."""
 
-    hidden_ND: Tensor  # in the dtype of products
+    hidden_ND: Tensor  # in the dtype of matrix products
     weight_VD: Tensor
     bias_V: Tensor | None
     targets_N: Tensor
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Which vocab, and their logits [N, W], in the dtype of products."""
+        """Yield the columns of a block and their logits [N, W], in the dtype of matrix products."""
         dtype, count = self.hidden_ND.dtype, len(self.weight_VD)
-        logits = _BLOCK.get(self.hidden_ND.device.type, _LARGE_BLOCK)
-        size = max(_VOCAB_BLOCK, logits // len(self.hidden_ND) // _ALIGNED * _ALIGNED)
+        logits = _CPU_BLOCK if self.hidden_ND.device.type == "cpu" else _GPU_BLOCK
+        size = max(_MIN_VOCAB_BLOCK, logits // len(self.hidden_ND) // _ALIGNMENT * _ALIGNMENT)
         for begin in range(0, count, size):
             block = slice(begin, min(begin + size, count))
             bias_W = None if self.bias_V is None else self.bias_V[block].to(dtype)
             yield block, functional.linear(self.hidden_ND, self.weight_VD[block].to(dtype), bias_W)
 
     def targets_in(self, block: slice) -> tuple[Tensor, Tensor]:
-        """The target's column in the block, [N, 1], any one where it is in another, and [N] whether it is in this."""
+        """Return the target's column in the block, [N, 1], arbitrary if it is outside, and [N] whether it is inside."""
         column_N, last = self.targets_N - block.start, block.stop - block.start - 1
         return column_N.clamp(0, last)[:, None], (column_N >= 0) & (column_N <= last)

@@ -1,4 +1,4 @@
-"""Log-probabilities of completions under a model, for the trainer and the reference. V is the vocabulary."""
+"""Log-probabilities of completions under a model, for the trainer and the reference. V is the vocabulary size."""
 
 from __future__ import annotations
 
@@ -17,37 +17,39 @@ from grpo.types import Floats
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_CHUNK = 1 << 22  # logits of which the entropy is computed at a time, to bound the memory
+_CHUNK = 1 << 22  # logits per chunk of the entropy, to bound its memory
 log = logging.getLogger(__name__)
 
 
 class TokenLogprobs:
-    """What a model says of completions, at the temperature that they were sampled with.
+    """Log-probabilities and entropies of completions, at the temperature that they were sampled with.
 
-    With `packing` "auto" the samples of a micro-batch share one row, where that comes out the same; a line in the log
-    says so where it does not. With "never" they are padded.
+    With `packing` "auto" the samples of a micro-batch share one row if the model gives the same logits that way, else
+    they are padded and the reason is logged. With "never" they are always padded.
+
+    Example:
+        logprobs = TokenLogprobs(model, temperature=1.0)
+        for part in logprobs.plan(samples, max_tokens=4096):
+            logprobs_N, entropy_N = logprobs([samples[i] for i in part])
     """
 
     def __init__(self, model: PreTrainedModel, temperature: float, packing: str = "auto") -> None:
-        from grpo.learner.layouts import (  # as much to import as a model, which is there by now
-            choose_layout,
-            find_linear_head,
-        )
+        from grpo.learner.layouts import choose_layout, find_linear_head  # imports transformers
 
         self._model, self._temperature = model, temperature
         self._layout, why_padded = choose_layout(model, packing)
         self._head = find_linear_head(model)
         if why_padded:
-            log.warning("%s is trained on padded rows: %s", type(model).__name__, why_padded)
+            log.warning("%s runs on padded rows: %s", type(model).__name__, why_padded)
 
     def plan(self, samples: Sequence[Sample], max_tokens: int) -> list[list[int]]:
-        """Micro-batches, by index, of at most `max_tokens` tokens each as they are laid out; see Layout."""
+        """Split samples, by index, into micro-batches of at most `max_tokens` tokens each; see Layout."""
         return self._layout.plan(samples, max_tokens)
 
     def __call__(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         """float32 [N]: log-probabilities of all completion tokens, sample after sample, and entropies in nats.
 
-        An entropy is that of the whole distribution at its token, and has no gradient.
+        The entropy is of the whole distribution that a token was drawn from, and has no gradient.
         """
         inputs = self._layout.lay_out(samples, self._model.device)
         if self._head is None:
@@ -71,15 +73,15 @@ class TokenLogprobs:
 
 
 def logits_logprobs(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """As head.linear_logprobs, from whole logits, any of which may be minus infinity."""
+    """Like lm_head.linear_logprobs, from whole logits, which may include minus infinity."""
     normalizer_N = logits_NV.logsumexp(dim=-1)
-    picked_N = logits_NV.gather(-1, targets_N[:, None])[:, 0]
-    return picked_N - normalizer_N, _entropy(logits_NV, normalizer_N)
+    target_N = logits_NV.gather(-1, targets_N[:, None])[:, 0]
+    return target_N - normalizer_N, _entropy(logits_NV, normalizer_N)
 
 
 @torch.no_grad()
 def _entropy(logits_NV: Tensor, normalizer_N: Tensor) -> Tensor:
-    """The normalizer minus the mean logit; a logit of minus infinity has no part in it."""
+    """Return the normalizer minus the mean logit; logits of minus infinity are left out."""
     rows = max(1, _CHUNK // logits_NV.shape[1])
     means = []
     for part_NV, normalizer_n in zip(logits_NV.split(rows), normalizer_N.split(rows), strict=True):

@@ -1,8 +1,8 @@
-"""Attention within the sequences of a packed row, for models that go through transformers' AttentionInterface.
+"""Attention within the sequences of a packed row, for models that use transformers' AttentionInterface.
 
-Queries, keys and values of every sequence, its prompt included, are copied side by side into padded rows. There it is
-plain causal attention, without a mask, for which SDPA has its fastest kernels. Sequences of like lengths share a call,
-so that little of it is padding. Gradients of a shared prompt add up over its copies.
+Queries, keys and values of every sequence, its prompt included, are copied into padded rows. Attention there is plain
+causal attention without a mask, for which SDPA has its fastest kernels. Sequences of similar lengths share a call, so
+that there is little padding. Gradients of a shared prompt add up over its copies.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ from transformers.masking_utils import sdpa_mask
 
 from grpo.types import Ints
 
-PACKED_ATTENTION, ROWS = "packed_sdpa", "packed_rows"  # its name, and that of the argument that it is told by
-_LIKE = 0.75  # the shortest sequence of a call over the longest
+PACKED_ATTENTION = "packed_sdpa"
+"""Name of the attention implementation."""
+ROWS = "packed_rows"
+"""Name of the model's argument that passes AttentionRows on to it."""
+_MIN_FILL = 0.75  # shortest sequence of a call over the longest
 
 
 @dataclass(frozen=True)
 class AttentionRows:
-    """Where attention finds the N tokens of a packed row: M places of padded rows, in blocks of like lengths.
+    """Index from the N tokens of a packed row to the M places of padded rows, in blocks of similar lengths, and back.
 
-    `shapes` has the rows and columns of each block. `tokens_M` says which token stands at a place, any one in padded
-    ones; `places_N` gives one of the places of a token.
+    `shapes` has the rows and columns of each block. `tokens_M` is the token at each place (arbitrary in padding);
+    `places_N` is one of the places of each token.
     """
 
     shapes: Sequence[tuple[int, int]]
@@ -38,16 +41,18 @@ class AttentionRows:
 
 
 def attention_rows(sequences: Sequence[Ints], device: torch.device) -> AttentionRows:
-    """From the tokens of each sequence, as places in the packed row."""
+    """Build the index; `sequences` has the positions of each sequence's tokens in the packed row."""
     places = np.empty(1 + max(int(sequence[-1]) for sequence in sequences), np.int64)
     blocks: list[list[Ints]] = []
     for sequence in sorted(sequences, key=len, reverse=True):
-        if blocks and len(sequence) >= _LIKE * len(blocks[-1][0]):
+        if blocks and len(sequence) >= _MIN_FILL * len(blocks[-1][0]):
             blocks[-1].append(sequence)
         else:
             blocks.append([sequence])
     shapes = [(len(block), len(block[0])) for block in blocks]
     tokens = np.zeros(sum(rows * columns for rows, columns in shapes), np.int64)
+
+    # Each sequence fills the beginning of its row; the rest of the row keeps token 0.
     begin = 0
     for block, (_, columns) in zip(blocks, shapes, strict=True):
         for sequence in block:
@@ -57,15 +62,15 @@ def attention_rows(sequences: Sequence[Ints], device: torch.device) -> Attention
     return AttentionRows(shapes, torch.from_numpy(tokens).to(device), torch.from_numpy(places).to(device))
 
 
-def take(values_ND: Tensor, index_M: Tensor) -> Tensor:
-    """[M, D]: the rows at `index_M`. Expanding the index chooses a kernel that is fast backward too, on a CPU."""
+def gather_rows(values_ND: Tensor, index_M: Tensor) -> Tensor:
+    """[M, D]: the rows at `index_M`. Expanding the index selects a kernel whose backward is fast on a CPU, too."""
     return values_ND.gather(0, index_M[:, None].expand(-1, values_ND.shape[1]))
 
 
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """[1, N, heads, D] from query, key and value of shape [1, heads, N, D]; plain SDPA where nothing is packed."""
+    """[1, N, heads, D] from query, key and value of shape [1, heads, N, D]; plain SDPA if the row is not packed."""
     rows: AttentionRows | None = kwargs.pop(ROWS, None)
     if rows is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -74,13 +79,13 @@ def packed_attention(
     outputs = [sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in zip(*blocks, strict=True)]
     heads, width = outputs[0].shape[2:]
     output_MD = torch.cat([output.reshape(-1, heads * width) for output in outputs])
-    return take(output_MD, rows.places_N).view(1, -1, heads, width), None
+    return gather_rows(output_MD, rows.places_N).view(1, -1, heads, width), None
 
 
 def _split(values_NHD: Tensor, rows: AttentionRows) -> list[Tensor]:
-    """[rows, heads, columns, D] for each block."""
+    """Copy into padded rows: [rows, heads, columns, D] for each block."""
     heads, width = values_NHD.shape[1:]
-    copies = take(values_NHD.flatten(1), rows.tokens_M).split([r * c for r, c in rows.shapes])
+    copies = gather_rows(values_NHD.flatten(1), rows.tokens_M).split([r * c for r, c in rows.shapes])
     return [copy.view(*shape, heads, width).transpose(1, 2) for copy, shape in zip(copies, rows.shapes, strict=True)]
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from benchmarks.figures import Figure
 from grpo.config.actors import ModelConfig
 from grpo.learner.batch import Sample
-from grpo.learner.layouts import PADDED, Layout
+from grpo.learner.layouts import PaddedLayout
 from grpo.learner.lm_head import linear_logprobs
 from grpo.learner.logprobs import TokenLogprobs, logits_logprobs
 from grpo.models.loading import load_model
@@ -52,10 +52,10 @@ def run(quick: bool) -> list[Figure]:
 
 
 def _packing(name: str, budget: int, rounds: int, groups: int = GROUPS) -> list[Figure]:
-    """The same completions in three ways. In order of arrival is what one gets without sorting by length."""
+    """Train on the same completions packed, padded in order of length, and padded in order of arrival."""
     models, samples = {way: _model(name) for way in ("packed", "padded", "arrival")}, _samples(groups)
     ways = {way: TokenLogprobs(model, 1.0, "auto" if way == "packed" else "never") for way, model in models.items()}
-    ways["arrival"]._layout = Layout(_plan_by_arrival, PADDED.lay_out)
+    ways["arrival"]._layout = _ArrivalLayout()
     passes = {way: partial(_train, logprobs, samples, budget) for way, logprobs in ways.items()}
     gap = _gap(*(_gradients(models[way], passes[way]) for way in ("packed", "padded")))
     packed_s, padded_s, arrival_s = _fastest(list(passes.values()), rounds)
@@ -86,15 +86,18 @@ def _samples(groups: int) -> list[Sample]:
     return samples
 
 
-def _plan_by_arrival(samples: Sequence[Sample], max_tokens: int) -> list[list[int]]:
-    parts: list[list[int]] = []
-    for i in range(len(samples)):
-        longer = [*parts[-1], i] if parts else []
-        if longer and len(longer) * max(len(samples[k]) for k in longer) <= max_tokens:
-            parts[-1] = longer
-        else:
-            parts.append([i])
-    return parts
+class _ArrivalLayout(PaddedLayout):
+    """Padded rows without sorting by length."""
+
+    def plan(self, samples: Sequence[Sample], max_tokens: int) -> list[list[int]]:
+        parts: list[list[int]] = []
+        for i in range(len(samples)):
+            longer = [*parts[-1], i] if parts else []
+            if longer and len(longer) * max(len(samples[k]) for k in longer) <= max_tokens:
+                parts[-1] = longer
+            else:
+                parts.append([i])
+        return parts
 
 
 def _train(logprobs: TokenLogprobs, samples: Sequence[Sample], budget: int) -> None:
@@ -126,7 +129,7 @@ def _timed(work: Pass) -> float:
     return time.perf_counter() - began
 
 
-# --- blocks of words against whole logits ---
+# --- vocabulary blocks against whole logits ---
 
 
 def _head(words: int, tokens: int, rounds: int) -> list[Figure]:

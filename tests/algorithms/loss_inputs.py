@@ -35,14 +35,14 @@ class Inputs:
     def lengths(self):
         return self.mask_BT.sum(dim=1).tolist()
 
-    def loss(self, name, **kwargs):
-        return LOSSES[name](
+    def loss(self, name, *, denominator=None, **parameters):
+        return LOSSES[name](**parameters)(
             self.policy_BT,
             self.behavior_BT,
             self.advantages_BT,
             self.mask_BT,
             reference_logprobs_BT=self.reference_BT,
-            **kwargs,
+            denominator=denominator,
         )
 
     def map(self, function):

@@ -148,7 +148,7 @@ def slow_loss(
     aggregation=None,
     horizon=None,
     beta=0.0,
-    kl="k3",
+    kl_estimator="k3",
     **own,
 ):
     """Value of the loss, its gradient and its metrics; the arguments are lists of rows."""
@@ -169,7 +169,7 @@ def slow_loss(
             metrics["ratio"] += terms[i].ratio
             metrics["clip_fraction"] += terms[i].cut
             if reference is not None:
-                value, slope = slow_kl(kl, policy[b][t] - reference[b][t])
+                value, slope = slow_kl(kl_estimator, policy[b][t] - reference[b][t])
                 loss += beta * weights[b][t] * value
                 gradient[b][t] += beta * weights[b][t] * slope
                 metrics["reference_kl"] += value

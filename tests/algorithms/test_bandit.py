@@ -72,27 +72,27 @@ def probability(logits_TV, tokens):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_finds_the_best_arm(name):
-    logits_TV, ratios = train(FAR_FROM_BEST_1V, LOSSES[name], reward_of_arm)
+    logits_TV, ratios = train(FAR_FROM_BEST_1V, LOSSES[name](), reward_of_arm)
     assert probability(logits_TV, [2]) > 0.9
     assert max(abs(ratio - 1) for ratio in ratios) > 0.01, "the policy never left the behavior"
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_all_advantages_lead_to_the_best_arm(name):
-    logits_TV, _ = train(FAR_FROM_BEST_1V, LOSSES["grpo"], reward_of_arm, advantages=name)
+    logits_TV, _ = train(FAR_FROM_BEST_1V, LOSSES["grpo"](), reward_of_arm, advantages=name)
     assert probability(logits_TV, [2]) > 0.9
 
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("reward", [share_of_right_tokens, all_tokens_right])
 def test_every_loss_finds_the_best_sequence(name, reward):
-    logits_TV, _ = train(torch.zeros(3, 3), LOSSES[name], reward)
+    logits_TV, _ = train(torch.zeros(3, 3), LOSSES[name](), reward)
     assert probability(logits_TV, BEST_SEQUENCE_T.tolist()) > 0.9
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_all_advantages_lead_to_the_best_sequence(name):
-    logits_TV, _ = train(torch.zeros(3, 3), LOSSES["grpo"], all_tokens_right, advantages=name)
+    logits_TV, _ = train(torch.zeros(3, 3), LOSSES["grpo"](), all_tokens_right, advantages=name)
     assert probability(logits_TV, BEST_SEQUENCE_T.tolist()) > 0.9
 
 
@@ -103,9 +103,14 @@ def eight_batches_behind(policies):
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_corrected_answers_of_an_old_policy_lead_to_the_best_sequence(name, level):
-    correct = {"weights": "truncate", "level": level, "high": 2.0}
+    correct = {"mode": "truncate", "level": level, "max_ratio": 2.0}
     logits_TV, _ = train(
-        torch.zeros(3, 3), LOSSES[name], share_of_right_tokens, drawn_from=eight_batches_behind, correct=correct, lr=2.0
+        torch.zeros(3, 3),
+        LOSSES[name](),
+        share_of_right_tokens,
+        drawn_from=eight_batches_behind,
+        correct=correct,
+        lr=2.0,
     )
     assert probability(logits_TV, BEST_SEQUENCE_T.tolist()) > 0.9
 
@@ -113,9 +118,9 @@ def test_corrected_answers_of_an_old_policy_lead_to_the_best_sequence(name, leve
 @pytest.mark.parametrize(
     ("correct", "arm"),
     [
-        ({"weights": "truncate", "level": "token", "low": 1.0, "high": 1.0}, 3),
-        ({"weights": "truncate", "level": "token", "high": 30.0}, 2),
-        ({"weights": "mask", "level": "sequence", "high": 30.0}, 2),
+        ({"mode": "truncate", "level": "token", "min_ratio": 1.0, "max_ratio": 1.0}, 3),
+        ({"mode": "truncate", "level": "token", "max_ratio": 30.0}, 2),
+        ({"mode": "mask", "level": "sequence", "max_ratio": 30.0}, 2),
     ],
 )
 def test_answers_that_are_never_the_policys_own_lead_to_the_best_arm_only_when_corrected(correct, arm):
@@ -126,7 +131,7 @@ def test_answers_that_are_never_the_policys_own_lead_to_the_best_arm_only_when_c
 
     logits_TV, _ = train(
         FAR_FROM_BEST_1V,
-        LOSSES["grpo"],
+        LOSSES["grpo"](),
         reward_of_arm,
         advantages="mean_only",
         drawn_from=stranger,

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from grpo.algorithms.corrections import importance_weights
+from grpo.algorithms.corrections import clamp_for_exp, importance_weights, log_ratio
 from grpo.algorithms.losses import LOSSES
 from tests.algorithms.loss_inputs import TIGHT, random_inputs, value_and_gradient
 
@@ -140,3 +140,19 @@ def test_the_loss_scales_with_the_advantages_and_the_kl_does_not(name, weight):
     kl = inputs.loss(name, beta=0.2, **TIGHT[name]).loss - loss
     weighted_kl = weighted.loss(name, beta=0.2, **TIGHT[name]).loss - weighted_loss
     torch.testing.assert_close(weighted_kl, kl, rtol=1e-10, atol=1e-14)
+
+
+def test_masked_places_have_no_log_ratio():
+    policy_BT, other_BT = torch.tensor([[-1.0, math.nan, -math.inf]]), torch.tensor([[-3.0, -1.0, -math.inf]])
+    found_BT = log_ratio(policy_BT, other_BT, torch.tensor([[True, False, False]]))
+    assert found_BT.tolist() == [[2.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_ratio_however_far_off_has_an_exp_with_a_finite_square_and_gradient(dtype):
+    values_T = torch.tensor([-math.inf, -1e4, 0.5, 1e4, math.inf], dtype=dtype, requires_grad=True)
+    ratio_T = clamp_for_exp(values_T).exp()
+    (ratio_T**2).sum().backward()
+    assert ratio_T.isfinite().all()
+    assert values_T.grad.isfinite().all()
+    assert ratio_T[2].item() == pytest.approx(math.exp(0.5), rel=1e-2)

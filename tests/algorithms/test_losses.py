@@ -36,7 +36,7 @@ def test_defaults_agree_with_a_slow_loop(name, seed, beta):
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("scale", [{}, {"denominator": 50}, {"horizon": 11}])
 def test_tight_bounds_agree_with_a_slow_loop(name, kl, aggregation, scale):
-    kwargs = {"beta": 0.1, "kl": kl, "aggregation": aggregation, **scale, **TIGHT[name]}
+    kwargs = {"beta": 0.1, "kl_estimator": kl, "aggregation": aggregation, **scale, **TIGHT[name]}
     for seed in range(4):
         assert_agrees_with_the_slow_loop(name, random_inputs(seed), **kwargs)
 
@@ -85,7 +85,7 @@ def test_gradcheck(name, kl):
     def loss(policy_BT):
         moved_BT = (policy_BT - inputs.policy_BT).detach() if name in WEIGHT_IS_CONSTANT else 0.0
         moved = replace(inputs, policy_BT=policy_BT, behavior_BT=inputs.behavior_BT + moved_BT)
-        return moved.loss(name, beta=0.1, kl=kl, **TIGHT[name]).loss
+        return moved.loss(name, beta=0.1, kl_estimator=kl, **TIGHT[name]).loss
 
     assert torch.autograd.gradcheck(loss, inputs.policy_BT.clone().requires_grad_())
 
@@ -198,7 +198,7 @@ def test_models_far_apart_give_a_finite_loss_and_gradient_in_float32(name, kl, a
     other_BT = torch.tensor([[-100.1, -0.1, -0.2], [-0.1, -0.1, -0.1], [-100.1, -100.1, -100.1]])
     on_BT = torch.ones(3, 3)
     inputs = Inputs(policy_BT, other_BT, advantage * on_BT, on_BT, other_BT)
-    loss, gradient_BT, metrics = value_and_gradient(name, inputs, beta=0.1, kl=kl)
+    loss, gradient_BT, metrics = value_and_gradient(name, inputs, beta=0.1, kl_estimator=kl)
     assert torch.isfinite(loss)
     assert torch.isfinite(gradient_BT).all()
     assert all(math.isfinite(value) for value in metrics.values())
@@ -209,7 +209,7 @@ def test_models_far_apart_give_a_finite_loss_and_gradient_in_float32(name, kl, a
 def test_a_reference_that_agrees_changes_nothing(name, kl):
     inputs = random_inputs()
     same = replace(inputs, reference_BT=inputs.policy_BT)
-    loss, _, metrics = value_and_gradient(name, same, beta=0.3, kl=kl)
+    loss, _, metrics = value_and_gradient(name, same, beta=0.3, kl_estimator=kl)
     assert torch.equal(loss, inputs.loss(name).loss)
     assert float(metrics["reference_kl"]) == 0.0
 

@@ -15,7 +15,7 @@ def one_token(name, ratio, advantage, behavior=0.0, **own):
     policy_BT = torch.tensor([[math.log(ratio) + behavior]], dtype=torch.float64, requires_grad=True)
     behavior_BT = torch.full((1, 1), behavior, dtype=torch.float64)
     advantages_BT = torch.full((1, 1), advantage, dtype=torch.float64)
-    output = LOSSES[name](policy_BT, behavior_BT, advantages_BT, torch.ones(1, 1), **own)
+    output = LOSSES[name](**own)(policy_BT, behavior_BT, advantages_BT, torch.ones(1, 1))
     output.loss.backward()
     return float(output.loss.detach()), float(policy_BT.grad), float(output.metrics["clip_fraction"].sum())
 
@@ -136,7 +136,7 @@ def test_sapo_clips_nothing():
 def one_row(log_ratios, advantage, **own):
     policy_BT = torch.tensor([log_ratios], dtype=torch.float64, requires_grad=True)
     zero_BT = torch.zeros_like(policy_BT)
-    output = LOSSES["gspo"](policy_BT, zero_BT, zero_BT + advantage, zero_BT == 0, **own)
+    output = LOSSES["gspo"](**own)(policy_BT, zero_BT, zero_BT + advantage, zero_BT == 0)
     output.loss.backward()
     return float(output.loss.detach()), policy_BT.grad[0].tolist(), float(output.metrics["clip_fraction"].sum())
 
@@ -160,5 +160,5 @@ def test_gspo_leaves_the_gradient_of_a_token_without_advantage_to_the_others():
     policy_BT = torch.tensor([[0.1, -0.1, 0.0]], dtype=torch.float64, requires_grad=True)
     zero_BT = torch.zeros_like(policy_BT)
     advantages_BT = torch.tensor([[1.0, 0.0, 2.0]], dtype=torch.float64)
-    LOSSES["gspo"](policy_BT, zero_BT, advantages_BT, zero_BT == 0).loss.backward()
+    LOSSES["gspo"]()(policy_BT, zero_BT, advantages_BT, zero_BT == 0).loss.backward()
     assert policy_BT.grad[0].tolist() == pytest.approx([-1 / 3, 0.0, -2 / 3])

@@ -1,12 +1,13 @@
 import importlib.util
 import inspect
+from dataclasses import fields
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from grpo.algorithms.losses import LOSSES, grpo
-from grpo.config.algorithm import LOSS_PARAMETERS, CorrectionConfig, LossConfig
+from grpo.algorithms.losses import GRPO, LOSSES, PolicyLoss
+from grpo.config.algorithm import LossConfig
 from grpo.config.composition import CONFIGS, from_run, to_yaml
 from grpo.config.warnings import warnings
 from grpo.errors import ConfigError
@@ -56,7 +57,8 @@ def test_every_choice_of_a_group_composes(group, choice):
     values = in_file(group, choice)
     if "horizon" in values:
         values["horizon"] = config.rollout.max_completion_tokens  # to which it refers
-    assert {name: getattr(getattr(config, group), name) for name in values} == values
+    found = vars(getattr(config, group))
+    assert {name: ({**found, **found.get("args", {})})[name] for name in values} == values
 
 
 @pytest.mark.parametrize("correction", ["none", "tis", "mis", "icepop", "decoupled"])
@@ -66,7 +68,7 @@ def test_every_loss_goes_with_every_correction(loss, correction):
     assert Objective(config.loss, config.correction).needs_proximal == (correction != "none")
 
 
-BEYOND_THE_FUNCTION = {"dapo": {"dual_clip": 3.0}}  # which null switches off
+BEYOND_THE_CLASS = {"dapo": {"dual_clip": 3.0}}  # which null switches off
 
 
 @pytest.mark.parametrize(
@@ -101,17 +103,14 @@ def test_every_loss_has_a_choice_of_its_name():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_choice_of_a_loss_says_what_the_function_does_by_itself(name):
+def test_the_choice_of_a_loss_says_what_the_class_does_by_itself(name):
     values = in_file("loss", name)
-    defaults = {
-        parameter.name: parameter.default
-        for parameter in inspect.signature(LOSSES[name]).parameters.values()
-        if parameter.name in (*LOSS_PARAMETERS, "aggregation") and parameter.default is not None
-    }
+    own = {field.name for field in fields(LOSSES[name])} - {field.name for field in fields(PolicyLoss)}
+    defaults = {key: value for key, value in vars(LOSSES[name]()).items() if key in own and value is not None}
     assert values["name"] == name
-    given = {key: values[key] for key in values if key in (*LOSS_PARAMETERS, "aggregation")}
-    assert defaults | given == defaults | (BEYOND_THE_FUNCTION.get(name, {}))
-    assert given.keys() >= defaults.keys() - {"aggregation"}
+    assert values.get("aggregation", "token_mean") == LOSSES[name]().aggregation
+    given = {key: value for key, value in values.items() if key not in {field.name for field in fields(LossConfig)}}
+    assert given == defaults | BEYOND_THE_CLASS.get(name, {})
 
 
 @pytest.mark.parametrize(
@@ -131,11 +130,13 @@ def test_the_choice_of_a_loss_says_what_the_function_does_by_itself(name):
         ("+experiment=chess", r"Could not find 'experiment/chess' Available options"),
         ("loss.name=magic", r"loss\.name: 'magic' is not one of grpo, .*, nor of the form module:function"),
         ("loss=magic", r"Could not find 'loss/magic' Available options in 'loss': .*grpo"),
-        ("loss.tau_positive=1", r"loss\.tau_positive: the loss grpo takes .* but clip_low, .*; leave it at null"),
-        ("loss=sapo loss.clip_low=0.2", r"loss\.clip_low: the loss sapo takes .* tau_positive, tau_negative; leave it"),
-        ("+loss.args.speed=3", r"loss\.args\.speed: the loss grpo takes no such parameter, but clip_low, .*; leave it"),
-        ("+loss.args.aggregation=token_mean", r"loss\.args\.aggregation: the loss grpo takes no such parameter"),
-        ("+loss.args.beta=1", r"loss\.args\.beta: the loss grpo takes no such parameter"),
+        ("loss.tau_positive=1", r"loss\.tau_positive: no such key; it takes .*, clip_low, clip_high, dual_clip"),
+        ("loss=sapo loss.clip_low=0.2", r"loss\.clip_low: no such key; it takes .*, tau_positive, tau_negative"),
+        ("loss.clip_hihg=0.2", r"loss\.clip_hihg: no such key; did you mean clip_high\?"),
+        ("loss.dual_clip=0.5", r"loss\.dual_clip: is 0\.5, must be at least 1"),
+        ("+loss.args.speed=3", r"loss\.speed: no such key; it takes .*, clip_low, clip_high, dual_clip"),
+        ("+loss.args.aggregation=token_mean", r"loss\.args\.aggregation: .* set loss\.aggregation"),
+        ("+loss.args.beta=1", r"loss\.args\.beta: is no parameter of a single loss; set loss\.beta"),
         ("lora=r7", r"Could not find 'lora/r7' Available options in 'lora': .*r16"),
         (
             "task.args.letters=4",
@@ -161,35 +162,24 @@ def micro_batch() -> tuple[torch.Tensor, MicroBatch]:
 
 
 @pytest.mark.parametrize(
-    ("args", "factor"), [([], 2.0), (["+loss.args.factor=3.0"], 3.0), (["+loss.args={factor: 0.5}"], 0.5)]
+    ("args", "factor"),
+    [([], 2.0), (["loss.factor=4"], 4.0), (["+loss.args.factor=3.0"], 3.0), (["+loss.args={factor: 0.5}"], 0.5)],
 )
-def test_a_loss_of_ones_own_is_named_by_module_and_function_and_gets_its_arguments(args, factor):
-    own = ["loss.name=tests.fakes:doubled_grpo", "loss.clip_low=null", "loss.clip_high=null"]
-    config = composed(*own, *args)
+def test_a_loss_of_ones_own_is_named_by_module_and_class_and_gets_its_parameters(args, factor):
+    config = composed("loss.name=tests.fakes:ScaledGRPO", *args)
     policy_BK, micro = micro_batch()
     found = Objective(config.loss, config.correction)(policy_BK, micro, denominator=7.0)
-    expected = grpo(policy_BK, micro.behavior_logprobs_BK, factor * micro.advantages_BK, micro.mask_BK, denominator=7.0)
+    scaled_BK = factor * micro.advantages_BK
+    expected = GRPO()(policy_BK, micro.behavior_logprobs_BK, scaled_BK, micro.mask_BK, denominator=7.0)
     assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-12)
     assert float(found.loss) != 0
 
 
-def test_a_loss_of_ones_own_takes_no_arguments_but_its_own():
-    own = ["loss.name=tests.fakes:doubled_grpo", "loss.clip_low=null", "loss.clip_high=null"]
-    with pytest.raises(
-        ConfigError, match=r"^loss\.args\.speed: .* takes no such parameter, but factor; leave it at null$"
-    ):
-        checked(*own, "+loss.args.speed=3")
-    with pytest.raises(
-        ConfigError, match=r"^loss\.clip_low: .* takes no such parameter, but factor; leave it at null$"
-    ):
-        checked("loss.name=tests.fakes:doubled_grpo")
-
-
-@pytest.mark.parametrize("name", ["aggregation", "beta", "kl", "horizon", "denominator", "reference_logprobs_BT"])
-def test_what_every_loss_is_given_is_no_argument_of_its_own(name):
-    """Also of a loss that spells it out."""
-    with pytest.raises(ConfigError, match=rf"^loss\.args\.{name}: .* takes no such parameter, but sharpness; leave it"):
-        Objective(LossConfig(name="tests.fakes:spelled_out", args={name: 1.0}), CorrectionConfig())
+def test_a_parameter_of_null_is_left_out():
+    own = ["loss.name=tests.learner.test_objective:Bold", "loss.clip_low=null", "loss.clip_high=null"]
+    assert checked(*own, "loss.boldness=2").loss.args == {"boldness": 2}
+    with pytest.raises(ConfigError, match=r"^loss\.clip_low: no such key; it takes .*boldness$"):
+        checked("loss.name=tests.learner.test_objective:Bold")
 
 
 def test_yaml_round_trip(tmp_path):

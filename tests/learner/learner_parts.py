@@ -65,7 +65,7 @@ def make_learner(
     **trainer,
 ):
     settings = TrainerConfig(**({"lr": 1e-3, "max_grad_norm": 1e9} | trainer))
-    loss = loss or LossConfig(beta=beta, clip_low=0.2, clip_high=0.2)
+    loss = loss or LossConfig(beta=beta)
     objective = Objective(loss, correction or CorrectionConfig())
     options = {"temperature": temperature, "age_bound": age_bound, "compute_dtype": dtype}
     options["as_reference"] = as_reference

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
+import pytest
 import torch
 
-from grpo.learner.batch import collate, make_sample, samples_of
+from grpo.learner.batch import balance, collate, make_sample, samples_of
 from grpo.types import Completion
 
 CPU = torch.device("cpu")
@@ -53,3 +56,26 @@ def test_read_only_arrays_will_do(make_group):
         for array in (group.prompt.token_ids, completion.token_ids, completion.logprobs, reference):
             array.flags.writeable = False
     collate(samples_of(group), CPU)
+
+
+def load(costs, parts):
+    return max(sum(costs[i] for i in part) for part in parts)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(5))
+def test_everything_is_given_to_one_part_and_none_has_much_more_than_need_be(seed, parts):
+    costs = np.random.default_rng(seed).integers(1, 100, size=7).tolist()
+    found = balance(costs, parts)
+    assert sorted(itertools.chain(*found)) == list(range(7))
+    assert all(part == sorted(part) for part in found)
+    best = min(
+        load(costs, [[i for i in range(7) if owners[i] == part] for part in range(parts)])
+        for owners in itertools.product(range(parts), repeat=7)
+    )
+    assert load(costs, found) <= best * 4 / 3
+
+
+def test_with_too_few_some_have_none():
+    assert balance([5], 3) == [[0], [], []]
+    assert balance([], 2) == [[], []]

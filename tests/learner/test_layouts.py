@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from grpo.learner.batch import Sample, samples_of
-from grpo.learner.layouts import PACKED, PADDED
+from grpo.learner.layouts import PackedLayout, PaddedLayout
 from grpo.learner.packed_attention import ROWS
 
 CPU = torch.device("cpu")
+PACKED, PADDED = PackedLayout(), PaddedLayout()
 LAYOUTS = pytest.mark.parametrize("layout", [PADDED, PACKED], ids=["padded", "packed"])
 
 

@@ -17,7 +17,7 @@ from transformers import (
 
 from grpo.learner import logprobs
 from grpo.learner.batch import samples_of
-from grpo.learner.layouts import PACKED, PADDED
+from grpo.learner.layouts import PackedLayout, PaddedLayout
 from grpo.learner.logprobs import TokenLogprobs, logits_logprobs
 
 SMALL = {
@@ -26,17 +26,17 @@ SMALL = {
 }  # fmt: skip
 # A model, the layout it gets, whether its logits are what its head gives, and what the log says.
 MODELS = {
-    "qwen3": (Qwen3Config(**SMALL, head_dim=8), PACKED, True, ""),
+    "qwen3": (Qwen3Config(**SMALL, head_dim=8), PackedLayout, True, ""),
     "gpt2": (
         GPT2Config(vocab_size=79, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=1),
-        PACKED,
+        PackedLayout,
         True,
         "",
     ),
-    "cohere": (CohereConfig(**SMALL, logit_scale=0.25), PACKED, False, ""),
-    "mistral": (MistralConfig(**SMALL, sliding_window=4), PADDED, True, "slid"),
-    "gemma2": (Gemma2Config(**SMALL, head_dim=8, sliding_window=4), PADDED, False, "sliding_attention"),
-    "bloom": (BloomConfig(vocab_size=79, hidden_size=32, n_layer=2, n_head=4), PADDED, True, "not sdpa"),
+    "cohere": (CohereConfig(**SMALL, logit_scale=0.25), PackedLayout, False, ""),
+    "mistral": (MistralConfig(**SMALL, sliding_window=4), PaddedLayout, True, "slid"),
+    "gemma2": (Gemma2Config(**SMALL, head_dim=8, sliding_window=4), PaddedLayout, False, "sliding_attention"),
+    "bloom": (BloomConfig(vocab_size=79, hidden_size=32, n_layer=2, n_head=4), PaddedLayout, True, "not sdpa"),
 }
 PACKINGS = pytest.mark.parametrize("packing", ["auto", "never"])
 
@@ -109,7 +109,7 @@ def test_any_model_gives_the_logprobs_and_gradients_of_one_sequence_at_a_time(
                 parameter.normal_(0, 0.25)
     slow_model, groups = copy.deepcopy(model).double(), mixed_groups()
     found = TokenLogprobs(model, 0.7, packing)
-    assert found._layout is (layout if packing == "auto" else PADDED)
+    assert type(found._layout) is (layout if packing == "auto" else PaddedLayout)
     assert (found._head is not None) == plain
     assert (said in caplog.text) if packing == "auto" and said else not caplog.records
     logprobs_N, _ = found(samples_in(groups))
@@ -126,7 +126,7 @@ def test_any_model_gives_the_logprobs_and_gradients_of_one_sequence_at_a_time(
 def test_a_model_that_does_not_tell_its_attention_what_is_packed_gets_padded_rows(model, mixed_groups, caplog):
     attend = model.model.layers[1].self_attn.forward
     model.model.layers[1].self_attn.forward = lambda *args, packed_rows=None, **kwargs: attend(*args, **kwargs)
-    assert TokenLogprobs(model, 1.0)._layout is PADDED
+    assert type(TokenLogprobs(model, 1.0)._layout) is PaddedLayout
     assert "logits of packed rows are off by" in caplog.text
     assert model.config._attn_implementation == "sdpa"
 
@@ -145,7 +145,7 @@ def test_are_float32_under_a_bfloat16_model(model, mixed_groups):
         exact_N, _ = TokenLogprobs(model, 1.0)(samples)
         found = TokenLogprobs(model.to(torch.bfloat16), 1.0)
         rounded_N, _ = found(samples)
-    assert found._layout is PACKED
+    assert type(found._layout) is PackedLayout
     assert rounded_N.dtype == torch.float32
     assert float((rounded_N - exact_N).abs().mean()) < 0.2
 

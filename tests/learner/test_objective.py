@@ -1,14 +1,21 @@
-from dataclasses import replace
+import copy
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import pytest
 import torch
+from annotated_types import Gt
 
+from grpo.algorithms.aggregation import Aggregation
 from grpo.algorithms.corrections import importance_weights
-from grpo.algorithms.losses import LOSSES, LossOutput, grpo
+from grpo.algorithms.losses import DAPO, GRPO, LOSSES, LossInputs, PerTokenLoss, PolicyLoss
 from grpo.config.algorithm import CorrectionConfig, LossConfig
+from grpo.config.fields import Hint
 from grpo.errors import ConfigError
 from grpo.learner.batch import collate, samples_of
-from grpo.learner.objective import Objective
+from grpo.learner.logprobs import TokenLogprobs
+from grpo.learner.objective import Objective, make_loss
+from grpo.types import Batch
 
 DECOUPLED = CorrectionConfig(mode="mask", level="token", max_ratio=5.0)
 
@@ -33,7 +40,7 @@ def gradient(output, logprobs_BK):
 @pytest.mark.parametrize("name", LOSSES)
 def test_without_a_correction_the_ratio_is_to_the_policy_that_sampled(name, micro, logprobs_BK):
     found = Objective(LossConfig(name), CorrectionConfig())(logprobs_BK, micro, denominator=3.0)
-    expected = LOSSES[name](
+    expected = LOSSES[name]()(
         logprobs_BK, micro.behavior_logprobs_BK, micro.advantages_BK, micro.mask_BK, denominator=3.0
     )
     assert torch.equal(found.loss, expected.loss)
@@ -50,7 +57,7 @@ def test_with_one_the_ratio_is_to_the_proximal_policy_and_the_advantages_are_wei
         proximal_BK, micro.behavior_logprobs_BK, micro.mask_BK, mode="mask", level="token", max_ratio=5.0
     )
     weighted_BK = micro.advantages_BK * weights_BK
-    expected = LOSSES[name](logprobs_BK, proximal_BK, weighted_BK, micro.mask_BK, denominator=3.0)
+    expected = LOSSES[name]()(logprobs_BK, proximal_BK, weighted_BK, micro.mask_BK, denominator=3.0)
     assert torch.equal(gradient(found, logprobs_BK), gradient(expected, logprobs_BK))
 
 
@@ -75,12 +82,11 @@ def test_the_kl_term_is_not_weighted(micro, logprobs_BK):
 
 
 def test_the_parameters_of_the_config_reach_the_loss(micro, logprobs_BK):
-    loss = LossConfig(clip_low=0.01, clip_high=0.02, dual_clip=1.5, aggregation="fixed_horizon", horizon=7)
-    objective = Objective(loss, CorrectionConfig())
-    expected = grpo(
-        logprobs_BK, micro.behavior_logprobs_BK, micro.advantages_BK, micro.mask_BK,
-        clip_low=0.01, clip_high=0.02, dual_clip=1.5, aggregation="fixed_horizon", denominator=2.0,
-    )  # fmt: skip
+    own = {"clip_low": 0.01, "clip_high": 0.02, "dual_clip": 1.5}
+    objective = Objective(LossConfig(aggregation="fixed_horizon", horizon=7, args=own), CorrectionConfig())
+    expected = GRPO(aggregation="fixed_horizon", **own)(
+        logprobs_BK, micro.behavior_logprobs_BK, micro.advantages_BK, micro.mask_BK, denominator=2.0
+    )
     assert torch.equal(objective(logprobs_BK, micro, 2.0).loss, expected.loss)
     assert objective.denominator([3, 4, 0]) == 21
 
@@ -122,18 +128,60 @@ def test_it_says_what_the_correction_does(micro, logprobs_BK):
         torch.testing.assert_close(said["correction_weight"][micro.mask_BK], expected_BK[micro.mask_BK])
 
 
-def short(policy_logprobs_BT, behavior_logprobs_BT, advantages_BT, mask_BT, *, denominator):
-    """Lacks what every loss is given."""
+@dataclass(frozen=True)
+class Bold(PolicyLoss):
+    """A loss of one's own: the policy gradient, so many times."""
+
+    aggregation: Aggregation = "sequence_mean"
+    boldness: Annotated[float, Gt(0), Hint("0 learns nothing")] = 1.0
+
+    def per_token(self, x: LossInputs) -> PerTokenLoss:
+        loss_BT = -self.boldness * x.advantages_BT * x.policy_logprobs_BT
+        return PerTokenLoss(loss_BT, x.ratio_BT, torch.zeros_like(x.mask_BT))
 
 
-def bold(policy_logprobs_BT, behavior_logprobs_BT, advantages_BT, mask_BT, *, boldness=1.0, **common):
-    return LossOutput(-boldness * (policy_logprobs_BT * mask_BT).sum() / common["denominator"], {})
+class Bolder(Bold):
+    """Not decorated, for it has no parameters of its own."""
+
+
+@dataclass
+class NoLoss:
+    boldness: float = 1.0
+
+
+BOLD = "tests.learner.test_objective:Bold"
 
 
 def test_a_loss_of_ones_own_is_named_by_its_module(micro, logprobs_BK):
-    loss = LossConfig("tests.learner.test_objective:bold", args={"boldness": 3.0})
-    found = Objective(loss, CorrectionConfig())(logprobs_BK, micro, denominator=2.0)
-    torch.testing.assert_close(gradient(found, logprobs_BK), -1.5 * micro.mask_BK.float())
+    objective = Objective(LossConfig(BOLD, aggregation="token_mean", args={"boldness": 3}), CorrectionConfig())
+    found = gradient(objective(logprobs_BK, micro, denominator=2.0), logprobs_BK)
+    torch.testing.assert_close(found, -1.5 * micro.advantages_BK * micro.mask_BK)
+
+
+def test_a_loss_of_ones_own_has_an_aggregation_of_its_own(micro, logprobs_BK):
+    for name in (BOLD, BOLD + "er"):
+        objective = Objective(LossConfig(name), CorrectionConfig())
+        assert objective.denominator([3, 4, 0]) == 2
+        lengths_B1 = micro.mask_BK.sum(dim=1, keepdim=True)
+        found = gradient(objective(logprobs_BK, micro, denominator=2.0), logprobs_BK)
+        torch.testing.assert_close(found, -0.5 * micro.advantages_BK * micro.mask_BK / lengths_B1)
+
+
+def test_a_step_is_trained_with_a_loss_of_ones_own(make_learner, model, make_group, steps_taken):
+    """On samples of the present policy all losses have the same gradient: the policy gradient, here doubled."""
+    group, initial = make_group(4, [6, 2, 3], [1.2, -0.7, -0.5], seed=1), copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        sampled = TokenLogprobs(model, 1.0).of_samples(samples_of(group), 1000)
+    completions = [replace(c, logprobs=found) for c, found in zip(group.completions, sampled, strict=True)]
+    batch = Batch([replace(group, completions=completions)])
+    for loss in (LossConfig(aggregation="sequence_mean"), LossConfig(BOLD, args={"boldness": 2.0})):
+        model.load_state_dict(initial)
+        metrics = make_learner(loss=loss).train_step(batch)
+    (one, _), (doubled, _) = steps_taken
+    for grpo, bold in zip(one, doubled, strict=True):
+        torch.testing.assert_close(bold, 2 * grpo, rtol=1e-4, atol=1e-6)
+    assert metrics["trainer/clip_fraction"] == 0.0
+    assert any(not torch.equal(parameter, initial[name]) for name, parameter in model.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -141,16 +189,44 @@ def test_a_loss_of_ones_own_is_named_by_its_module(micro, logprobs_BK):
     [
         (LossConfig("grop"), r"loss.name: 'grop' is not one of grpo, .*, nor of the form module:function"),
         (LossConfig("nowhere:loss"), r"loss.name: can't import 'nowhere:loss'"),
-        (LossConfig(tau_positive=1.0), r"loss.tau_positive: the loss grpo takes no such parameter, but clip_low, "),
-        (LossConfig("sapo", clip_low=0.1), r"loss.clip_low: the loss sapo takes .*but tau_positive, tau_negative"),
-        (
-            LossConfig("tests.learner.test_objective:short"),
-            r"loss.name: .*short' can't be called as .*losses.py says: ",
+        (LossConfig(BOLD + "est"), r"loss.name: can't import 'tests.learner.test_objective:Boldest'"),
+        *(
+            (LossConfig(f"tests.learner.test_objective:{name}"), rf"loss.name: .*:{name}' is no loss; name a subclass")
+            for name in ("NoLoss", "PolicyLoss", "gradient")
         ),
-        (LossConfig(args={"clip_low": 0.1}), r"loss.args.clip_low: is a key of its own: loss.clip_low"),
-        (LossConfig(args={"boldness": 2}), r"loss.args.boldness: the loss grpo takes no such parameter"),
+        (LossConfig(args={"tau": 1.0}), r"loss.tau: no such key; it takes .*, clip_low, clip_high, dual_clip$"),
+        (
+            LossConfig("sapo", args={"clip_low": 1}),
+            r"loss.clip_low: no such key; it takes .*, tau_negative",
+        ),
+        (LossConfig(args={"clip_hihg": 1.0}), r"loss.clip_hihg: no such key; did you mean clip_high\?$"),
+        (LossConfig(BOLD, args={"speed": 1}), r"loss.speed: no such key; it takes .*boldness$"),
+        (LossConfig(BOLD, args={"boldness": 0}), r"loss.boldness: is 0, must be greater than 0: 0 learns nothing$"),
+        (LossConfig(args={"clip_low": "far"}), r"loss.clip_low: is 'far', must be a number"),
+        (LossConfig(args={"clip_low": -1}), r"loss.clip_low: is -1, must be at least 0"),
+        (LossConfig(args={"dual_clip": 0.5}), r"loss.dual_clip: is 0.5, must be at least 1"),
+        (LossConfig("reinforce", args={"max_ratio": 0.0}), r"loss.max_ratio: is 0.0, must be greater than 0"),
+        (LossConfig("sapo", args={"tau_negative": 0.0}), r"loss.tau_negative: is 0.0, must be greater than 0"),
+        (LossConfig("ppo_tv", args={"max_tv": -0.1}), r"loss.max_tv: is -0.1, must be at least 0"),
+        (LossConfig(kl_estimator="k4"), r"loss.kl_estimator: is 'k4', must be one of k1, k2 or k3"),
+        (LossConfig(aggregation="mean"), r"loss.aggregation: is 'mean', must be one of token_mean, "),
+        (LossConfig(horizon=0), r"loss.horizon: is 0, must be at least 1"),
+        (LossConfig(beta=-1), r"loss.beta: is -1, must be at least 0"),
+        *(
+            (LossConfig(args={name: 1.0}), rf"loss.args.{name}: is no parameter of a single loss; set loss.{name}$")
+            for name in ("aggregation", "horizon", "beta", "kl_estimator")
+        ),
+        *(
+            (LossConfig(args={name: 1.0}), rf"loss.{name}: no such key")
+            for name in ("denominator", "reference_logprobs_BT")
+        ),
     ],
 )
-def test_what_a_loss_does_not_take_is_refused(loss, message):
-    with pytest.raises(ConfigError, match=message):
+def test_what_a_loss_does_not_take_is_refused_in_one_line(loss, message):
+    with pytest.raises(ConfigError, match=f"^{message}") as caught:
         Objective(loss, CorrectionConfig())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_parameter_of_null_is_a_value():
+    assert make_loss(LossConfig("dapo", args={"dual_clip": None})) == DAPO()
