@@ -28,7 +28,7 @@ from comparison.table import Record, Setting, cell, on_screen, page, rows
 from rich.console import Console
 
 from grpo.cli import preflight
-from grpo.config.composition import CONFIGS, from_overrides
+from grpo.config.composition import CONFIGS, compose
 from grpo.config.schema import RunConfig
 from grpo.errors import ConfigError, GRPOError
 from grpo.observe.run_dir import to_json
@@ -56,7 +56,7 @@ def config_of(setting: Setting, overrides: Sequence[str]) -> RunConfig:
 def _composed(loss: str, correction: str, age: int, overrides: tuple[str, ...]) -> RunConfig:
     """Return the config of `grpo train` with as many rollouts as tickets: fewer would keep the ages down."""
     groups = [f"loss={loss}", f"correction={correction}"]
-    config = from_overrides([*groups, f"buffer.max_policy_age={age}", *FIXED, *overrides])
+    config = compose(*groups, f"buffer.max_policy_age={age}", *FIXED, *overrides)
     config.rollout.concurrency = config.ticket_capacity
     return config
 

@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 
 from grpo.cluster.connect import ray_cluster
-from grpo.config.schema import ClusterConfig, RunConfig
+from grpo.config.operation import ClusterConfig
+from grpo.config.schema import RunConfig
 from grpo.driver.context import make_pacer
 from grpo.driver.recorder import Recorder
 from grpo.models.tiny import character_tokenizer, tiny_llama

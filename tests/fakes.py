@@ -13,7 +13,7 @@ import numpy as np
 
 from grpo.actors.marks import batched, returns_payload
 from grpo.algorithms.losses import GRPO, LossInputs, PerTokenLoss
-from grpo.config.schema import RecoveryConfig
+from grpo.config.operation import RecoveryConfig
 from grpo.errors import RewardError
 from grpo.services.failures import Failures
 from grpo.services.local import LocalEndpoint

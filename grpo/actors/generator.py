@@ -97,7 +97,7 @@ async def make_engine(config: RunConfig, device: str, threads: int) -> Engine:
             stop_token_ids=stop_token_ids(skeleton, tokenizer),
             shapes=parameter_shapes(skeleton),
             limits=limits,
-            weight_update=settings.weight_update,  # type: ignore[arg-type]  # validated by the config
+            weight_update=settings.weight_update,
             device=device,
             threads=threads,
             settings=_vllm_settings(config),
@@ -108,7 +108,7 @@ async def make_engine(config: RunConfig, device: str, threads: int) -> Engine:
         model.to(device),
         stop_token_ids=stop_token_ids(model, tokenizer),
         limits=limits,
-        weight_update=settings.weight_update,  # type: ignore[arg-type]  # validated by the config
+        weight_update=settings.weight_update,
         cuda_graphs=settings.cuda_graphs,
         threads=threads,
         merge=merge,

@@ -13,7 +13,8 @@ from grpo.actors.reference import Reference
 from grpo.actors.replay_buffer import ReplayBuffer
 from grpo.actors.reward import Reward
 from grpo.actors.trainer import Trainer
-from grpo.config.schema import EvalConfig, GeneratorConfig, ReferenceConfig, RunConfig, TrainerConfig
+from grpo.config.actors import EvalConfig, GeneratorConfig, ReferenceConfig, TrainerConfig
+from grpo.config.schema import RunConfig
 from grpo.utils.torch_utils import device_for
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.checkpoint.store import checkpoints, find_checkpoint, load_progress
+from grpo.config.renamed import upgrade
 from grpo.config.schema import RunConfig
 from grpo.errors import CheckpointError, ConfigError
 
@@ -162,7 +163,8 @@ def _unfinished_siblings(config: RunConfig, folder: Path) -> Iterator[Path]:
 
 
 def _with_defaults(before: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete the config of an older version of this package: settings that it did not have get their defaults."""
+    """Bring the config of an older version up to date: new names, and defaults for settings that it did not have."""
+    before, _ = upgrade(before)
     return {
         name: {**default, **before.get(name, {})} if isinstance(default, dict) else before.get(name, default)
         for name, default in _as_json(RunConfig()).items()

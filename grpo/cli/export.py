@@ -52,7 +52,7 @@ def export(
     """
     from grpo.checkpoint.store import MODEL, find_checkpoint, load_trainer
     from grpo.checkpoint.trainer_state import Parameters
-    from grpo.config.schema import ModelConfig
+    from grpo.config.actors import ModelConfig
     from grpo.models.export import export_merged, export_model
     from grpo.models.lora import adapted_base
 

@@ -16,8 +16,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config.composition import CONFIGS, explain, from_hydra, register
+from grpo.config.renamed import rename_overrides
 from grpo.config.schema import RunConfig
-from grpo.errors import GRPOError
+from grpo.errors import ConfigError, GRPOError
 from grpo.types import EXIT_CODES
 from grpo.utils.gc_tuning import relax_gc
 
@@ -88,16 +89,25 @@ def run_jobs(work: Work, after_sweep: Callable[[Path], None] | None = None) -> N
 
 def _exit_code(composed: DictConfig, work: Work, folder: Path) -> int:
     try:
-        return work(from_hydra(composed), folder)
+        return work(from_hydra(composed, HydraConfig.get().overrides.task, warn=_warn), folder)
     except (GRPOError, OSError) as error:  # found before the run began; later errors stand in what the run leaves
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CODES["failed"]
 
 
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
+
+
 def _call(job: Callable[[], None]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as exceptions, not as Hydra's printed traces
     try:
+        sys.argv[1:], renamed = rename_overrides(sys.argv[1:])
+        for line in renamed:
+            _warn(line)
         job()
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(f"error: {explain(error)}")
     except OSError as error:  # Hydra makes the folder of the run before our code is reached

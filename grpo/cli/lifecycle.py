@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from grpo.cluster.connect import ray_cluster
-from grpo.config.schema import ClusterConfig
+from grpo.config.operation import ClusterConfig
 from grpo.types import Status
 from grpo.utils.aio import Interrupted
 

@@ -16,8 +16,9 @@ from grpo.checkpoint.resume import ResumePoint, archive_newer_checkpoints, check
 from grpo.checkpoint.store import checkpoints
 from grpo.cluster.connect import check_dashboard, wait_for_room
 from grpo.cluster.placement import Node, check_placement
+from grpo.config.actors import LoraConfig, ModelConfig
 from grpo.config.composition import to_yaml
-from grpo.config.schema import LoraConfig, ModelConfig, RunConfig
+from grpo.config.schema import RunConfig
 from grpo.driver.rollout import advantage_function
 from grpo.engines.simulated import SimulatedEngine
 from grpo.engines.vllm.params import check_installed
@@ -140,9 +141,7 @@ def prepare_model(config: RunConfig, task: Task) -> RunConfig:
     """
     if config.model.builder is None:
         path = os.path.expanduser(str(config.model.path))
-        path = (
-            os.path.abspath(path) if path.startswith(".") or os.path.isdir(path) else path
-        )
+        path = os.path.abspath(path) if path.startswith(".") or os.path.isdir(path) else path
     else:
         prepare = import_target(config.model.builder, key="model.builder")
         path = str(prepare(task, **config.model.args))

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from grpo.cli.main import ArgumentParser
-from grpo.config.composition import from_overrides, from_run
+from grpo.config.composition import compose, from_run
 from grpo.config.schema import RunConfig
 from grpo.errors import GRPOError
 from grpo.tuning.fitting import profile_of
@@ -95,7 +95,7 @@ def _simulating(args: argparse.Namespace, console: Console) -> tuple[RunConfig, 
 
 
 def _running(args: argparse.Namespace, console: Console) -> tuple[RunConfig, Measure]:
-    config = from_overrides(args.overrides)
+    config = compose(*args.overrides)
     folder = args.out or Path("outputs") / "tune" / f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
     steps = _steps_of(config, args)
     console.print(f"a run of {steps} steps for each setting, in {folder}; target: {args.target:.0%} wait")
@@ -136,7 +136,7 @@ def _simulated(profile: Profile, config: RunConfig, steps: int) -> Outcome:
 def _profile(args: argparse.Namespace) -> tuple[Profile, RunConfig]:
     first = args.simulate[0]
     if first.is_file():
-        profile, config = load_profile(first), from_overrides(args.overrides)
+        profile, config = load_profile(first), compose(*args.overrides)
     else:
         config = from_run(first, args.overrides)
         profile = profile_of(args.simulate)

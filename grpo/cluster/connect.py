@@ -25,7 +25,7 @@ from grpo.cluster import probe
 from grpo.cluster.placement import Node, check_placement
 from grpo.cluster.reaper import session_reaper
 from grpo.cluster.shipping import runtime_env
-from grpo.config.schema import ClusterConfig
+from grpo.config.operation import ClusterConfig
 from grpo.errors import ConfigError, LaunchError
 
 _RETRY_S = 2.0

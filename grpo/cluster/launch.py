@@ -18,7 +18,8 @@ from grpo.actors.specs import ActorSpec, actor_specs
 from grpo.cluster.actor import RayEndpoint, host_class, name_of
 from grpo.cluster.placement import Node, RankGroups, check_placement
 from grpo.cluster.shipping import ship_config
-from grpo.config.schema import ClusterConfig, RunConfig
+from grpo.config.operation import ClusterConfig
+from grpo.config.schema import RunConfig
 from grpo.errors import LaunchError
 from grpo.services.endpoint import Endpoint, Gang
 from grpo.services.failures import Failures

@@ -1,14 +1,17 @@
-"""From what Hydra composes to the typed config, and from Hydra's errors to one line."""
+"""Compose settings with Hydra, check them, and turn Hydra's errors into one line.
+
+Hydra and OmegaConf merge plain values here; types and limits are checked afterwards, by pydantic (validation.py).
+"""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from hydra import compose, initialize_config_dir
+import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -19,68 +22,99 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from grpo.config.combinations import validate
+from grpo.config.combinations import check_combinations
+from grpo.config.renamed import RENAMED, RENAMED_OPTIONS, rename_overrides, upgrade
 from grpo.config.schema import RunConfig
+from grpo.config.validation import build, unknown_key
 from grpo.errors import ConfigError
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+_PACKAGE = Path(__file__).resolve().parents[1]
+CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+
+
+def compose(*overrides: str, warn: Callable[[str], None] | None = None) -> RunConfig:
+    """Return the settings of `train.py` with these arguments.
+
+    `warn` gets a line for every setting under an old name; without it, the line is a FutureWarning. Raises ConfigError
+    in one line for everything that the script refuses.
+
+    Example:
+        config = compose("+experiment=smollm2", "trainer.max_steps=10")
+    """
+    words, renamed = rename_overrides(overrides)
+    _warn_each(renamed, warn)
+    register()
+    try:
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            composed = hydra.compose("config", words)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from None
+    return from_hydra(composed, words, warn=warn)
 
 
 def register() -> None:
-    """Make the dataclasses known to Hydra as `base`, so that composed configs are typed and unknown keys refused."""
-    ConfigStore.instance().store(name="base", node=RunConfig)
+    """Register the defaults with Hydra as `base`, and config group options under their old names."""
+    store = ConfigStore.instance()
+    store.store(name="base", node=asdict(RunConfig()))
+    for group, name in RENAMED_OPTIONS:
+        # The option sets the old key, so that `upgrade` warns also where a YAML file selects it.
+        store.store(group=group, name=name, node={name: True})
+
+
+def from_hydra(
+    composed: DictConfig, overrides: Sequence[str] = (), *, warn: Callable[[str], None] | None = None
+) -> RunConfig:
+    """Return the settings that Hydra composed from its files and these `overrides`, checked.
+
+    `warn` is that of `compose`. Raises ConfigError in one line for a value that is missing, unknown or out of range.
+    """
+    try:
+        values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from None
+    given = {override.lstrip("+").partition("=")[0] for override in overrides}
+    values, renamed = upgrade(cast(dict[str, Any], values), given)
+    _warn_each(renamed, warn)
+    return validate(values)
+
+
+def from_run(folder: Path, overrides: Sequence[str] = (), *, warn: Callable[[str], None] | None = None) -> RunConfig:
+    """Return the settings of an earlier run with some values changed (`key=value`).
+
+    `warn` is that of `compose`. Raises ConfigError, also where the folder is not a run's.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"{folder} is not the folder of a run: it has no config.yaml")
+    words, renamed = rename_overrides(overrides)
+    try:
+        # Old names in the file go before the merge, so that overrides replace their values.
+        before, old = upgrade(cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(file))))
+        composed = OmegaConf.merge(asdict(RunConfig()), before, OmegaConf.from_dotlist(words))
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from None
+    _warn_each([*renamed, *old], warn)
+    return from_hydra(cast(DictConfig, composed), warn=warn)
+
+
+def validate(config: RunConfig | Mapping[str, Any]) -> RunConfig:
+    """Check types, limits and combinations of settings. Raises ConfigError that names the key and the fix."""
+    values = asdict(config) if isinstance(config, RunConfig) else config
+    checked = build(RunConfig, values)
+    check_combinations(checked)
+    return checked
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The config as it stands, in the form that Hydra reads."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def from_hydra(composed: DictConfig) -> RunConfig:
-    """The typed config of a composed one. Raises ConfigError for a value that is missing, unknown, or out of range."""
-    try:
-        config = OmegaConf.to_object(composed)
-        values = OmegaConf.to_container(composed, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(explain(error)) from None
-    for key in _keys(values):
-        if not _declared(key):  # Hydra's `+key=value` gets past the types
-            raise ConfigError(_unknown(key))
-    assert isinstance(config, RunConfig)
-    validate(config)
-    return config
-
-
-def from_overrides(overrides: Sequence[str]) -> RunConfig:
-    """That of `train.py` with these arguments. Raises ConfigError for what the script would refuse."""
-    register()
-    try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return from_hydra(compose("config", list(overrides)))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(error)) from None
-
-
-def from_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """That of a run that was, with some values changed (`key=value`). Raises ConfigError, also where there is none."""
-    file = folder / "config.yaml"
-    if not file.is_file():
-        raise ConfigError(f"{folder} is no run's folder: it has no config.yaml")
-    try:
-        composed = OmegaConf.merge(
-            OmegaConf.structured(RunConfig), OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides))
-        )
-    except OmegaConfBaseException as error:
-        raise ConfigError(explain(error)) from None
-    assert isinstance(composed, DictConfig)
-    return from_hydra(composed)
+    """Return the settings as YAML, which `from_run` reads."""
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
 
 
 def explain(error: Exception) -> str:
-    """What Hydra or OmegaConf refused, as one line that names the key and, where one looks alike, the key meant."""
+    """Describe what Hydra or OmegaConf refused in one line that names the key and the fix."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
-        return _unknown(str(cause.full_key))
+        return f"{cause.full_key}: {_why_refused(str(cause.full_key))}"
     if isinstance(cause, MissingMandatoryValue):
         return f"{cause.full_key}: has no value; set it on the command line or in the experiment"
     if isinstance(cause, OmegaConfBaseException):
@@ -89,42 +123,33 @@ def explain(error: Exception) -> str:
     return " ".join(message.replace("\n\t", " ").split())
 
 
-def _unknown(key: str) -> str:
-    if _declared(key):
-        free = _free_form(key)
-        return f"{key}: is not there yet; add it with a plus sign, +{free}={{{key.removeprefix(f'{free}.')}: ...}}"
-    known = [name for name in _keys(OmegaConf.to_container(OmegaConf.structured(RunConfig))) if name]
-    alike = difflib.get_close_matches(key, [*known, *(f.name for f in fields(RunConfig))], n=1)
-    return f"{key}: no such key; " + (f"did you mean {alike[0]}?" if alike else "grpo/config/schema.py lists them all")
+def _why_refused(key: str) -> str:
+    """Say what to type instead of an override of a key that is not in the composed settings."""
+    if key in RENAMED:
+        return f"renamed to {RENAMED[key]}"
+    if (free := _free_form_parent(key)) is not None:
+        # The second form is for names with dots in them.
+        return f"not set by default; prefix it with `+`, as in +{free}={{{key.removeprefix(f'{free}.')}: ...}}"
+    refusal = unknown_key(RunConfig, key)
+    if key.startswith("loss.") and "did you mean" not in refusal:  # a parameter of some loss
+        return "not set by default; prefix it with `+`"
+    return refusal
 
 
-def _keys(values: Any, prefix: str = "") -> Iterator[str]:
-    """The dotted keys of nested dictionaries, down to the leaves."""
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _keys(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
-
-
-def _declared(key: str) -> bool:
-    """Whether a dotted key is a field of the dataclasses, or lies below a free-form one."""
-    owner: Any = RunConfig()
-    for name in key.split("."):
-        if not is_dataclass(owner):
-            return isinstance(owner, dict)
-        if name not in {f.name for f in fields(owner)}:
-            return False
-        owner = getattr(owner, name)
-    return True
-
-
-def _free_form(key: str) -> str:
-    """The field that a declared key lies below, if only it is free-form: names in there may have dots."""
+def _free_form_parent(key: str) -> str | None:
+    """Return the setting with names of the user's choice that a key lies below, if there is one."""
     owner: Any = RunConfig()
     names = key.split(".")
     for depth, name in enumerate(names):
-        if not is_dataclass(owner):
+        if isinstance(owner, dict):
             return ".".join(names[:depth])
-        owner = getattr(owner, name)
-    return key
+        owner = getattr(owner, name, None) if is_dataclass(owner) else None
+    return None
+
+
+def _warn_each(lines: Iterable[str], warn: Callable[[str], None] | None) -> None:
+    for line in lines:
+        if warn is None:
+            warnings.warn(line, FutureWarning, stacklevel=3)
+        else:
+            warn(line)

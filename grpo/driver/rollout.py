@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from grpo.algorithms.advantages import ADVANTAGES, shape
-from grpo.config.schema import LossConfig, RolloutConfig, RunConfig, ShapingConfig
+from grpo.config.algorithm import LossConfig, RolloutConfig, ShapingConfig
+from grpo.config.schema import RunConfig
 from grpo.errors import ConfigError, ZeroVarianceGroup
 from grpo.services.handle import Services
 from grpo.telemetry.recording import note

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import NoReturn
 
-from grpo.config.schema import WatchdogConfig
+from grpo.config.operation import WatchdogConfig
 from grpo.errors import StalledError
 from grpo.telemetry.activity import describe_blocked
 from grpo.utils.aio import Signal

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from grpo.checkpoint.trainer_state import StateWriter, TrainerState
-from grpo.config.schema import TrainerConfig
+from grpo.config.actors import TrainerConfig
 from grpo.errors import CheckpointError, NonFiniteError, StalenessError
 from grpo.learner.batch import RankBatch, Sample, collate, samples_of, split_batch
 from grpo.learner.diagnostics import Diagnostics

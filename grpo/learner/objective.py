@@ -12,7 +12,7 @@ from grpo.algorithms.advantages import BATCH_SCALED, batch_scale
 from grpo.algorithms.aggregation import batch_denominator
 from grpo.algorithms.corrections import importance_ratio, importance_weights
 from grpo.algorithms.losses import LOSSES, LossOutput, PolicyLoss
-from grpo.config.schema import CorrectionConfig, LossConfig
+from grpo.config.algorithm import CorrectionConfig, LossConfig
 from grpo.config.validation import build
 from grpo.errors import ConfigError
 from grpo.learner.batch import MicroBatch

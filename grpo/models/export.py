@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from grpo.config.schema import LoraConfig, ModelConfig
+from grpo.config.actors import LoraConfig, ModelConfig
 from grpo.errors import CheckpointError
 from grpo.models.loading import cached, load_original
 from grpo.models.lora import TENSORS, adapted_base, merge_folder, write_adapters

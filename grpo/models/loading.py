@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, has_file
 from transformers.utils import logging as transformers_logging
 
-from grpo.config.schema import ModelConfig
+from grpo.config.actors import ModelConfig
 from grpo.errors import ConfigError
 from grpo.utils.torch_utils import check_device
 

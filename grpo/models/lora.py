@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from grpo.config.schema import LoraConfig, ModelConfig, RunConfig
+from grpo.config.actors import LoraConfig, ModelConfig
+from grpo.config.schema import RunConfig
 from grpo.errors import ConfigError
 from grpo.models.loading import load_model
 from grpo.weights.adapters import ADAPTER, module_of

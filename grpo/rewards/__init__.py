@@ -1,6 +1,7 @@
-"""Reward functions: (problem, texts of the G completions) -> G numbers. Add one: write it, put it into REWARDS.
+"""Reward functions: (problem, texts of the G completions) -> G numbers.
 
-`task`, the task's own scoring, needs no entry; other code is named as `my_module.my_function` in `reward.functions`.
+`reward.functions` in the config weights them: by a name in REWARDS, `task` for the task's own scoring, or
+`my_module:my_function` for other code.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from grpo.types import Problem
 
 RewardFunction = Callable[[Problem, Sequence[str]], Sequence[float]]
 
-# Short names. A module is imported when a config asks for it: some need more than this package installs.
+# Imported only when a config names them: some need libraries that this package does not install.
 REWARDS = {
     "final_answer": "grpo.rewards.final_answer:final_answer",
     "math_verify": "grpo.rewards.math_verify:math_verify",

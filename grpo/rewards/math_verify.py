@@ -1,4 +1,4 @@
-"""Equivalence of mathematical expressions, by the math-verify library (extra `math`)."""
+"""Reward for an equivalent mathematical expression, by the math-verify library (extra `math`)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ try:
     from math_verify import parse, verify
 except ImportError as error:
     raise ConfigError("math_verify needs a library: pip install -e '.[math]'", key="reward.functions") from error
-logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the time-outs that are switched off below
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the disabled time-outs below
 
 
 def math_verify(problem: Problem, completions: Sequence[str]) -> list[float]:
-    """1 for a completion whose answer equals the problem's as an expression, 0.5 or \\frac{1}{2} alike; else 0.
+    """Return 1 for each completion whose answer equals the problem's as an expression (0.5 and \\frac{1}{2}), else 0.
 
-    Simplifying may take for ever: `reward.timeout_s` ends it, the library's own time-outs (`signal.alarm`, which only
-    works in a main thread) are switched off. Raises ValueError for a problem whose answer can't be read.
+    Simplifying can hang until `reward.timeout_s`: the library's own time-outs use `signal.alarm`, which works only in
+    a main thread, so they are disabled. Raises ValueError if the problem's answer can't be parsed.
     """
     expected = parse(f"\\boxed{{{problem.answer}}}", parsing_timeout=None)
     if not expected:
-        raise ValueError(f"math-verify finds no expression in the problem's answer {problem.answer!r}")
+        raise ValueError(f"math-verify can't parse the problem's answer {problem.answer!r}")
     return [float(_equivalent(expected, text)) for text in completions]
 
 

@@ -1,6 +1,6 @@
-"""Code that may hang, crash or eat all memory, in processes that can be killed.
+"""Pool of processes for code that may hang, crash or exhaust memory.
 
-One pipe per process and nothing shared: whatever happens to one, the others go on.
+Each process has its own pipe and shares nothing else, so the failure of one does not affect the others.
 """
 
 from __future__ import annotations
@@ -23,22 +23,34 @@ from typing import Any, Generic, TypeVar
 from grpo.errors import RewardCrash, RewardError, RewardMemory, RewardTimeout
 from grpo.telemetry.recording import span
 
-# No child of `multiprocessing`: that would import this process' main module (Ray, where an actor starts the process)
-# and would not let user code have processes of its own.
+# Not a child of `multiprocessing`: it would import the parent's main module (Ray, in an actor), and user code could not
+# start processes.
 _COMMAND = "import sys; sys.path[:] = sys.argv[2:]; from grpo.rewards.pool_worker import serve; serve(sys.argv[1])"
-_DYING_S = 1.0
+_DYING_S = 1.0  # for a process to end after its pipe has closed
 _BUILD_S = 600.0  # for a process to import and build what it runs
-_SURELY_SENT = 1 << 15  # bytes that fit into the pipe, whatever the process at its end does
+_PIPE_CAPACITY = 1 << 15  # bytes that can be sent to a process that does not read
 T = TypeVar("T")
 
 
 class ProcessPool(Generic[T]):
-    """Calls a function in one of `workers` processes, each call for at most `timeout_s` seconds.
+    """Call a function in one of `workers` processes, with a limit of `timeout_s` seconds and `memory_gb` GiB (0: none).
 
-    `build(*args)`, run once in each process, returns the function. It is called with `doing`, a function that takes
-    the words under which errors name what comes next, and the arguments of the call. A process that hangs or dies is
-    replaced, and it takes along those it has started. All end with `close`, and (on Linux) with this process however
-    it ends; after a SIGKILL of this one, those that user code has started itself may stay.
+    `build(*args)` runs once in each process and returns the function. The function gets `set_label`, which names the
+    current work in errors, before the arguments of the call. A process that hangs or dies is replaced, and processes
+    that it started are killed with it. All processes end with `close`. On Linux they also end with this process, except
+    that a SIGKILL can leave behind those that user code started.
+
+    Example:
+        def build(factor: int) -> Callable[..., int]:
+            def multiply(set_label: Callable[[str], None], number: int) -> int:
+                set_label(f"multiplication of {number}")
+                return factor * number
+            return multiply
+
+        pool = ProcessPool(build, (2,), workers=4, timeout_s=10.0)
+        await pool.start()
+        assert await pool.call(21) == 42
+        await pool.close()
     """
 
     def __init__(
@@ -50,15 +62,15 @@ class ProcessPool(Generic[T]):
         timeout_s: float,
         memory_gb: float = 0.0,
     ) -> None:
-        self._make = partial(_Worker, pickle.dumps((build, args, memory_gb)), timeout_s)
-        self._workers: set[_Worker] = {self._make() for _ in range(workers)}
+        self._new_worker = partial(_Worker, pickle.dumps((build, args, memory_gb)), timeout_s)
+        self._workers: set[_Worker] = {self._new_worker() for _ in range(workers)}
         self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
-        # Its threads live until `close`: the kernel ends a process with the thread that has started it.
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="killable")
+        # Threads live until `close`: the kernel kills a process when the thread that started it ends.
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="process-pool")
         self._closed = False
 
     async def start(self) -> None:
-        """Start the processes. Raises what `build` raises, RewardCrash when a process dies of it."""
+        """Start the processes. Raises the exceptions of `build`, and RewardCrash if a process dies in it."""
         loop = asyncio.get_running_loop()
         try:
             await asyncio.gather(*(loop.run_in_executor(self._threads, worker.start) for worker in self._workers))
@@ -69,21 +81,21 @@ class ProcessPool(Generic[T]):
             self._idle.put_nowait(worker)
 
     async def call(self, *args: Any) -> T:
-        """What the function returns. Time spent waiting for a free process is free; a cancelled call is killed.
+        """Return the function's result. Cancelling the call kills its process.
 
-        A call whose process gets a SIGKILL that is not ours is made once more. Raises RewardTimeout, RewardCrash when
-        the process dies, and what the function raises, with the traceback as a note: a RewardError, or a RewardError
-        that tells of it.
+        The time limit excludes waiting for a free process. The call is repeated once if something else kills the
+        process with SIGKILL. Raises RewardTimeout, and RewardCrash if the process dies. An exception of the function
+        arrives with its traceback as a note, as a RewardError if its class may be unknown here.
         """
         try:
             return await self._call(args)
-        except _Killed:  # from outside, or for want of memory on the machine: once more, before user code is blamed
+        except _Killed:  # by the kernel when the machine is out of memory, for example; not the function's fault
             return await self._call(args)
 
     async def _call(self, args: tuple[Any, ...]) -> T:
         worker = await self._idle.get()
         if self._closed:
-            self._idle.put_nowait(worker)  # for the next who waits
+            self._idle.put_nowait(worker)  # wakes the next caller
             raise RewardCrash("the reward processes are closed")
         running = asyncio.get_running_loop().run_in_executor(self._threads, worker.call, args)
         running.add_done_callback(partial(self._give_back, worker))
@@ -91,12 +103,12 @@ class ProcessPool(Generic[T]):
             with span("score"):
                 return await asyncio.shield(running)
         except asyncio.CancelledError:
-            if not running.done():  # else the next call may have it by now
+            if not running.done():  # or the next call may already use the process
                 worker.kill()
             raise
 
     async def close(self) -> None:
-        """Kill the processes; calls under way or waiting raise RewardCrash."""
+        """Kill the processes. Pending calls raise RewardCrash."""
         self._closed = True
         for worker in self._workers:
             worker.kill()
@@ -106,17 +118,17 @@ class ProcessPool(Generic[T]):
 
     def _give_back(self, worker: _Worker, call: asyncio.Future[T]) -> None:
         if not call.cancelled():
-            call.exception()  # of a call that was cancelled nobody else asks, and asyncio would complain
+            call.exception()  # marks it as retrieved: a cancelled caller does not
         if worker.killed and not self._closed:
             self._workers.remove(worker)
             self._threads.submit(worker.clean_up)
-            worker = self._make()  # started by its first call
+            worker = self._new_worker()  # its first call starts it
             self._workers.add(worker)
         self._idle.put_nowait(worker)
 
 
 class _Worker:
-    """One process, begun when it is needed. `kill` may come from any thread; the other methods from one at a time."""
+    """One process, started by its first call. Only `kill` may be called while another method runs."""
 
     def __init__(self, setup: bytes, timeout_s: float) -> None:
         self._setup, self._timeout_s = setup, timeout_s
@@ -125,15 +137,15 @@ class _Worker:
         self.killed = False
 
     def start(self) -> None:
-        """Raises what building the function raises."""
-        self._pipe, theirs = Pipe()
-        with theirs, self._lock:
+        """Start the process and build the function. Raises the exceptions of `build`."""
+        self._pipe, worker_end = Pipe()
+        with worker_end, self._lock:
             if self.killed:
-                raise RewardCrash("its process was stopped")
-            # -u: what user code prints is not lost when the process is killed
-            command = [sys.executable, "-u", "-c", _COMMAND, f"{theirs.fileno()},{os.getpid()}", *sys.path]
+                raise RewardCrash("its process was killed")
+            # -u: output of user code is not lost when the process is killed
+            command = [sys.executable, "-u", "-c", _COMMAND, f"{worker_end.fileno()},{os.getpid()}", *sys.path]
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
+                command, stdin=subprocess.DEVNULL, pass_fds=[worker_end.fileno()], start_new_session=True
             )
         try:
             self._ask(self._setup, _BUILD_S)
@@ -145,26 +157,26 @@ class _Worker:
     def call(self, args: tuple[Any, ...]) -> Any:
         try:
             request = pickle.dumps(args)
-        except Exception as error:  # of a type that depends on what is in there
-            raise RewardError(f"a problem that can't be sent to another process: {error}") from error
-        if self._process is None or self._process.poll() is not None:  # new, or killed from outside while idle
+        except Exception as error:  # its type depends on the arguments
+            raise RewardError(f"a problem that can't be pickled for another process: {error}") from error
+        if self._process is None or self._process.poll() is not None:  # new, or killed while idle
             self.clean_up()
             self.start()
         try:
             return self._ask(request, self._timeout_s)
         except RewardMemory:
-            self._end()  # it may still hold what it took
+            self._end()  # it may still hold the memory
             raise
 
     def kill(self) -> None:
-        """End the process for good, together with those it has started. Waits for nothing."""
+        """Kill the process and those that it started, without waiting."""
         with self._lock, suppress(ProcessLookupError):
             self.killed = True
             if self._process is not None:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def clean_up(self) -> None:
-        """Forget a process that has ended."""
+        """Release the resources of a process that has ended."""
         if self._process is not None:
             self._process.wait()
             self._pipe.close()
@@ -172,29 +184,29 @@ class _Worker:
                 self._process = None
 
     def _ask(self, request: bytes, timeout_s: float) -> Any:
-        """The answer. Raises the error that is the answer, RewardTimeout or RewardCrash."""
+        """Return the answer. Raises the function's exception, RewardTimeout or RewardCrash."""
         deadline = time.monotonic() + timeout_s
-        kind, doing = "doing", "a reward process"
+        kind, label = "label", "a reward process"
         try:
-            with self._killed_at(deadline) if len(request) > _SURELY_SENT else nullcontext():
+            with self._killed_at(deadline) if len(request) > _PIPE_CAPACITY else nullcontext():
                 self._pipe.send_bytes(request)
-            while kind == "doing" and self._pipe.poll(max(0.0, deadline - time.monotonic())):
+            while kind == "label" and self._pipe.poll(max(0.0, deadline - time.monotonic())):
                 kind, value = self._pipe.recv()
-                doing = value if kind == "doing" else doing
+                label = value if kind == "label" else label
         except (EOFError, OSError) as error:
             if time.monotonic() < deadline:
-                ours, code = self.killed, self._end(_DYING_S)  # the pipe closes a moment before the process ends
-                kind_of_death = _Killed if code == -signal.SIGKILL and not ours else RewardCrash
-                raise kind_of_death(f"{doing}: its process died with {_describe(code)}") from error
-        if kind == "doing":
+                killed_here, code = self.killed, self._end(_DYING_S)
+                crash = _Killed if code == -signal.SIGKILL and not killed_here else RewardCrash
+                raise crash(f"{label}: its process died with {_describe(code)}") from error
+        if kind == "label":
             self._end()
-            raise RewardTimeout(f"{doing}: took longer than {timeout_s:g} s and was killed")
+            raise RewardTimeout(f"{label}: took longer than {timeout_s:g} s and was killed")
         if kind == "raised":
             raise value
         return value
 
     def _end(self, patience_s: float = 0.0) -> int:
-        """Kill a process that has not ended by itself within `patience_s`; how it went, as subprocess tells it."""
+        """Wait `patience_s` for the process to end, then kill it. Return its exit code as subprocess does."""
         assert self._process is not None
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(patience_s)
@@ -205,7 +217,7 @@ class _Worker:
 
     @contextmanager
     def _killed_at(self, deadline: float) -> Iterator[None]:
-        """End the process when the block takes so long: it may not read what is sent to it."""
+        """Kill the process if the block runs past the deadline: it may not read the request."""
         timer = Timer(deadline - time.monotonic(), self.kill)
         timer.start()
         try:
@@ -215,7 +227,7 @@ class _Worker:
 
 
 class _Killed(RewardCrash):
-    """By a signal that no code can send itself by accident."""
+    """Death by SIGKILL from outside."""
 
 
 def _describe(code: int) -> str:

@@ -1,4 +1,4 @@
-"""A format reward: did the model reason inside tags before it answered?"""
+"""Format reward for reasoning inside tags before the answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FORMAT = re.compile(r"\s*<think>\s*\S.*?</think>.*\S.*", re.DOTALL)
 
 
 def thinking(problem: Problem, completions: Sequence[str]) -> list[float]:
-    """1 for `<think>...</think>` followed by an answer, both non-empty, with one pair of tags; else 0."""
+    """Return 1 for each completion with one pair of `<think>` tags and an answer after it, both non-empty, else 0."""
     return [
         float(bool(_FORMAT.fullmatch(text)) and text.count("<think>") == text.count("</think>") == 1)
         for text in completions

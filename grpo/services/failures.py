@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from grpo.config.schema import RecoveryConfig
+from grpo.config.operation import RecoveryConfig
 from grpo.errors import DataError, InfrastructureError, PayloadLost, RewardError, ZeroVarianceGroup
 from grpo.utils.aio import Signal
 

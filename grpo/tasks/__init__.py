@@ -1,1 +1,1 @@
-"""A task = prompts and how to score an answer; one small file each, chosen by `task.target`."""
+"""Tasks: prompts and the scoring of answers, one file each, selected by `task.target`."""

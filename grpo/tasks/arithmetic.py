@@ -1,4 +1,4 @@
-"""Sums, differences and products of small numbers, for models that can read a question."""
+"""Sums, differences and products of small numbers, as questions in words."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _INTEGER = re.compile(r"-?\d+")
 
 
 class Arithmetic:
-    """All pairs of numbers in 0..`largest` under each operation, shuffled by `seed`; a share of them is held out.
+    """All pairs of numbers in 0..`largest` under each operation, shuffled by `seed`.
 
-    The reward is 1 when the last integer of the answer is the result. `question` is a template with the field
-    {expression}.
+    The fraction `held_out_share` of the problems is held out. `question` is a template with the field {expression}. The
+    reward is 1 if the last integer of the answer is the result.
     """
 
     def __init__(

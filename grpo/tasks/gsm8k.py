@@ -1,4 +1,4 @@
-"""GSM8K, grade school word problems with a number as the answer; or any jsonl file of that shape."""
+"""GSM8K, grade school math word problems with a number as the answer, or a JSONL file of the same form."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from grpo.tasks.base import Split
 from grpo.types import Problem
 
 _HUB_NAME, _SUBSET = "openai/gsm8k", "main"
-_LOCAL = "or name a local file, task.path=FILE.jsonl"
+_LOCAL = "or set a local file, task.path=FILE.jsonl"
 _HUB_TIMEOUT_S = 10.0
 
 
 class GSM8K:
-    """From the Hugging Face hub (extra `gsm8k`), its test split held out; or from `path`, a share of it held out.
+    """Word problems from the Hugging Face hub (extra `gsm8k`), or from the JSONL file `path`.
 
-    A row has a question and an answer; the number is what stands after `####`, or the whole answer where that is
-    missing. The reward is 1 when the completion's final answer is exactly that number, see `final_number`.
+    The hub's test split is held out; of a file, the fraction `held_out_share`. A row has a question and an answer. The
+    answer's number follows `####`, or is the whole answer. The reward is 1 if the completion's final answer is exactly
+    that number, see `final_number`.
 
-    `partial_credit` is for a wrong final answer where the right number stands elsewhere in the completion. Listing many
-    numbers would earn it, so it is divided by the count of different numbers there; even so it pays for fewer numbers
-    rather than for better reasoning, and is 0 unless asked for.
+    `partial_credit` rewards a wrong final answer if the right number occurs elsewhere in the completion. It is divided
+    by the count of different numbers there, because listing many numbers would earn it. Even so it rewards fewer
+    numbers rather than better reasoning, so the default is 0.
 
-    Raises ConfigError for a file or a hub that can't be read, and for a row that is not as expected.
+    Raises ConfigError if the file or the hub can't be read, or a row has another form.
     """
 
     def __init__(
@@ -55,15 +56,15 @@ class GSM8K:
         return self._splits[split]
 
     def score(self, problem: Problem, completion: str) -> float:
-        right = parse_number(problem.answer)
-        if final_number(completion) == right:
+        expected = parse_number(problem.answer)
+        if final_number(completion) == expected:
             return 1.0
         mentioned = set(numbers_in(completion)) if self._partial_credit else set()
-        return self._partial_credit / len(mentioned) if right in mentioned else 0.0
+        return self._partial_credit / len(mentioned) if expected in mentioned else 0.0
 
 
 def _split(problems: Sequence[Problem], held_out_share: float, seed: int) -> dict[Split, list[Problem]]:
-    """Hold out a share of the questions. One that occurs twice is on the same side both times."""
+    """Hold out a fraction of the questions. A question that occurs twice is in one split only."""
     questions = list(dict.fromkeys(problem.question for problem in problems))
     order = np.random.default_rng(seed).permutation(len(questions))
     held_out = {questions[i] for i in order[: round(len(questions) * held_out_share)]}
@@ -84,7 +85,7 @@ def _from_file(path: Path, fields: tuple[str, str]) -> list[Problem]:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(FILE:LINE, value) of every line that is not blank."""
+    """Yield (FILE:LINE, value) for every line that is not blank."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -96,7 +97,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _problem(row: Any, fields: tuple[str, str], where: str) -> Problem:
-    """Raises ConfigError that begins with `where`."""
+    """Check a row. Raises ConfigError, whose message begins with `where`."""
     if not isinstance(row, Mapping):
         raise ConfigError(f"{where}: expected a JSON object, got {_shown(row)}")
     for name in fields:
@@ -122,12 +123,12 @@ def _from_hub(fields: tuple[str, str]) -> dict[Split, list[Problem]]:
     unreachable: Exception | None = None
     try:
         HfApi().dataset_info(_HUB_NAME, timeout=_HUB_TIMEOUT_S)
-    except Exception as error:  # of a type that depends on the hub's HTTP library; `datasets` would retry for 20 s
+    except Exception as error:  # its type depends on the hub's HTTP library; `datasets` would retry for 20 s
         unreachable = error
-        datasets.config.HF_HUB_OFFLINE = True  # what was downloaded before is found all the same
+        datasets.config.HF_HUB_OFFLINE = True  # finds earlier downloads
     try:
         loaded = datasets.load_dataset(_HUB_NAME, _SUBSET)
-    except Exception as error:  # likewise
+    except Exception as error:  # its type depends on the hub's HTTP library, too
         reason = " ".join(str(unreachable or error).split())
         raise ConfigError(
             f"can't load {_HUB_NAME} from the Hugging Face hub ({reason}); connect to it, {_LOCAL}", key="task.target"

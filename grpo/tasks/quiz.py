@@ -1,4 +1,4 @@
-"""Short questions that a small chat model understands and mostly gets wrong: room for the reward to climb."""
+"""Short questions that a small chat model understands and mostly gets wrong, so that the reward can rise."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ KINDS = {"sum": _sum, "largest": _largest, "smallest": _smallest, "legs": _legs}
 class Quiz:
     """Up to `per_kind` problems of each of `kinds` (sum, largest, smallest, legs), drawn by `seed`.
 
-    Of every kind a share is held out. The reward is 1 for the right number, alone or behind an equals sign, in as many
-    words as the model likes: but a second number earns nothing, so guessing in rows does not pay.
+    The fraction `held_out_share` of each kind is held out. The reward is 1 if the right number is the only one in the
+    answer, or the only one after its last equals sign; other words do not matter. Listing guesses earns nothing.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class Quiz:
             held_out = round(len(chosen) * held_out_share)
             self._splits["held_out"] += chosen[:held_out]
             self._splits["train"] += chosen[held_out:]
-        shuffled = rng.permutation(len(self._splits["held_out"]))  # so that the first few are of every kind
+        shuffled = rng.permutation(len(self._splits["held_out"]))  # mixes the kinds
         self._splits["held_out"] = [self._splits["held_out"][i] for i in shuffled]
 
     def problems(self, split: Split) -> Sequence[Problem]:
         return self._splits[split]
 
     def score(self, problem: Problem, completion: str) -> float:
-        result = completion.rpartition("=")[2]  # "4 + 7 = 11" is an answer, too
+        result = completion.rpartition("=")[2]  # accepts "4 + 7 = 11"
         return float(_INTEGER.findall(result) == [problem.answer])

@@ -1,4 +1,4 @@
-"""Any of reasoning-gym's generated data sets (extra `reasoning-gym`), with its own scoring."""
+"""Generated data sets of reasoning-gym (extra `reasoning-gym`) with the library's scoring."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from grpo.errors import ConfigError
 from grpo.tasks.base import Split
 from grpo.types import Problem
 
-_HELD_OUT_SEED = 1 << 30  # apart from the seeds that training uses
+_HELD_OUT_SEED = 1 << 30  # far from the seeds of training
 
 
 class ReasoningGym:
-    """`dataset` is one of reasoning-gym's names, `settings` go to it as they are.
+    """The data set `dataset` of reasoning-gym, generated with the library's own `settings`.
 
-    The answer is what stands in <answer> tags, or the whole completion where there are none. Scores are
-    reasoning-gym's, in [0, 1]: partial credit included.
+    The answer is the text in <answer> tags, or the whole completion without any. Scores are reasoning-gym's, in [0, 1],
+    with partial credit.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class ReasoningGym:
             self._dataset = make(dataset, seed=seed, size=train_size, **settings)
             held_out = make(dataset, seed=_HELD_OUT_SEED + seed, size=held_out_size, **settings)
         except (ValueError, TypeError, AssertionError) as error:
-            raise ConfigError(f"reasoning-gym refuses {dataset!r} with {settings}: {error}", key="task.args") from error
+            raise ConfigError(f"reasoning-gym rejects {dataset!r} with {settings}: {error}", key="task.args") from error
         reserved = {entry["question"] for entry in held_out}
         train = [entry for entry in self._dataset if entry["question"] not in reserved]
         self._splits = {"train": list(map(_problem, train)), "held_out": list(map(_problem, held_out))}

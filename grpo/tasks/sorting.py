@@ -1,4 +1,4 @@
-"""Sort a few letters: `dbca>` wants `abcd`. The task of the default experiment."""
+"""Sorting of a few letters, the task of the default experiment: the answer to `dbca>` is `abcd`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ALPHABET = "abcdefghijkl"
 
 
 class Sorting:
-    """Distinct random strings of `min_letters` to `max_letters` letters; the reward is 1 for the sorted string."""
+    """Distinct random strings of `min_letters` to `max_letters` different letters. The sorted string has reward 1."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class Sorting:
         if max_letters > len(ALPHABET) or wanted > possible:
             raise ConfigError(
                 f"there are {possible} strings of {min_letters} to {max_letters} different letters out of {ALPHABET}, "
-                f"and train_size + held_out_size is {wanted}: ask for fewer, or for other lengths",
+                f"but train_size + held_out_size is {wanted}; lower one of them, or allow longer strings",
                 key="task.args",
             )
         rng = np.random.default_rng(seed)
@@ -48,9 +48,9 @@ class Sorting:
         return float(completion == problem.answer)
 
     def demonstration(self, problem: Problem, rng: np.random.Generator) -> str:
-        """One of three ways to answer, only the first of them right.
+        """Return one of three answers, of which one is right.
 
-        A model taught with these can sort, but does so a third of the time: room for the reward to climb.
+        A model trained on these can sort, but does so a third of the time, so its reward can rise.
         """
         answers = (problem.answer, problem.answer[::-1], problem.question[:-1])
         return answers[int(rng.integers(len(answers)))]

@@ -14,15 +14,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from grpo.config.schema import (
-    CheckpointConfig,
-    EvalConfig,
-    LossConfig,
-    RunConfig,
-    ShapingConfig,
-    WatchdogConfig,
-    WeightSyncConfig,
-)
+from grpo.config.actors import EvalConfig, WeightSyncConfig
+from grpo.config.algorithm import LossConfig, ShapingConfig
+from grpo.config.operation import CheckpointConfig, WatchdogConfig
+from grpo.config.schema import RunConfig
 from grpo.driver.context import make_pacer
 from grpo.driver.loop import train_loop
 from grpo.driver.pacing import Pacer

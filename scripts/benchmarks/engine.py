@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.engine_rounds import Case, VLLMProcess, generate_tokens_per_s, torch_tokens_per_s, vllm_python
 from benchmarks.figures import Figure
-from grpo.config.schema import ModelConfig
+from grpo.config.actors import ModelConfig
 from grpo.models.loading import load_model
 from grpo.models.smollm2 import prepare
 from grpo.models.tiny import tiny_llama

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks import gpu_run
 from benchmarks.figures import Figure
-from grpo.config.schema import CorrectionConfig, LossConfig, TrainerConfig
+from grpo.config.actors import TrainerConfig
+from grpo.config.algorithm import CorrectionConfig, LossConfig
 from grpo.engines.base import Limits
 from grpo.engines.torch.engine import TorchEngine
 from grpo.learner.learner import Learner

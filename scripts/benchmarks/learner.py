@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.figures import Figure
-from grpo.config.schema import ModelConfig
+from grpo.config.actors import ModelConfig
 from grpo.learner.batch import Sample
 from grpo.learner.layouts import PaddedLayout
 from grpo.learner.lm_head import linear_logprobs

@@ -21,14 +21,10 @@ from grpo.actors.replay_buffer import ReplayBuffer
 from grpo.actors.specs import ActorSpec
 from grpo.cluster.connect import ray_cluster
 from grpo.cluster.launch import launch_actors
-from grpo.config.schema import (
-    BufferConfig,
-    CheckpointConfig,
-    ClusterConfig,
-    RolloutConfig,
-    RunConfig,
-    TrainerConfig,
-)
+from grpo.config.actors import TrainerConfig
+from grpo.config.algorithm import BufferConfig, RolloutConfig
+from grpo.config.operation import CheckpointConfig, ClusterConfig
+from grpo.config.schema import RunConfig
 from grpo.observe.terminal.display import Display
 from grpo.services.failures import Failures
 from grpo.services.handle import ActorHandle

@@ -14,16 +14,10 @@ from benchmarks.runs import run_on
 from benchmarks.stages import EVEN_TOKENS, nouns, specs
 from grpo.cluster.connect import ray_cluster
 from grpo.cluster.launch import launch_actors
-from grpo.config.schema import (
-    BufferConfig,
-    CheckpointConfig,
-    ClusterConfig,
-    GeneratorConfig,
-    ModelConfig,
-    RolloutConfig,
-    RunConfig,
-    TrainerConfig,
-)
+from grpo.config.actors import GeneratorConfig, ModelConfig, TrainerConfig
+from grpo.config.algorithm import BufferConfig, RolloutConfig
+from grpo.config.operation import CheckpointConfig, ClusterConfig
+from grpo.config.schema import RunConfig
 from grpo.models.tiny import character_tokenizer, tiny_llama
 from grpo.observe.terminal.display import Display
 from grpo.services.failures import Failures

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from benchmarks.peer_case import COMPLETIONS, THREADS, Case
-from grpo.config.schema import ModelConfig, TaskConfig
+from grpo.config.actors import ModelConfig
+from grpo.config.algorithm import TaskConfig
 from grpo.engines.base import Limits
 from grpo.engines.torch.engine import TorchEngine
 from grpo.models.loading import load_model, stop_token_ids

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.memory import PeakMemory
 from benchmarks.peer_case import COMPLETIONS, PROMPTS_PER_STEP, SAMPLES_PER_STEP, Case, Training
-from grpo.config.schema import TaskConfig
+from grpo.config.algorithm import TaskConfig
 from grpo.models.loading import cached
 from grpo.tasks.base import make_task
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.peer_case import COMPLETIONS, SAMPLES_PER_STEP, THREADS, Case
-from grpo.config.schema import TaskConfig
+from grpo.config.algorithm import TaskConfig
 from grpo.observe.metrics import process_age_s
 from grpo.tasks.base import make_task
 from grpo.types import Problem

@@ -18,7 +18,8 @@ from grpo.actors.marks import replayed_on_join, returns_payload
 from grpo.actors.specs import ActorSpec
 from grpo.cluster.connect import ray_cluster
 from grpo.cluster.launch import launch_actors
-from grpo.config.schema import ClusterConfig, RunConfig
+from grpo.config.operation import ClusterConfig
+from grpo.config.schema import RunConfig
 from grpo.services.failures import Failures
 from grpo.services.handle import ActorHandle
 from grpo.utils.aio import gather_or_cancel

@@ -6,18 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from grpo.config.schema import (
-    BufferConfig,
-    GeneratorConfig,
-    LossConfig,
-    ModelConfig,
-    ReferenceConfig,
-    RewardConfig,
-    RolloutConfig,
-    RunConfig,
-    TaskConfig,
-    TrainerConfig,
-)
+from grpo.config.actors import GeneratorConfig, ModelConfig, ReferenceConfig, TrainerConfig
+from grpo.config.algorithm import BufferConfig, LossConfig, RewardConfig, RolloutConfig, TaskConfig
+from grpo.config.schema import RunConfig
 from grpo.models.tiny import character_tokenizer
 from grpo.types import Completion, Group, Problem, Prompt
 

@@ -12,7 +12,9 @@ from grpo.actors.checkpointer import Checkpointer
 from grpo.actors.trainer import Trainer
 from grpo.checkpoint import store
 from grpo.checkpoint.trainer_state import Parameters
-from grpo.config.schema import CheckpointConfig, LoraConfig, LossConfig
+from grpo.config.actors import LoraConfig
+from grpo.config.algorithm import LossConfig
+from grpo.config.operation import CheckpointConfig
 from grpo.errors import CheckpointError
 from grpo.types import Batch
 

@@ -9,7 +9,7 @@ import torch
 
 from grpo.actors.generator import Generator
 from grpo.actors.trainer import Trainer
-from grpo.config.schema import GeneratorConfig, LoraConfig
+from grpo.config.actors import GeneratorConfig, LoraConfig
 from grpo.errors import ConfigError
 from grpo.models.loading import load_model
 from grpo.types import Batch, SamplingParams

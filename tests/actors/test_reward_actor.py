@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from grpo.actors.reward import Reward
-from grpo.config.schema import RewardConfig, TaskConfig
+from grpo.config.algorithm import RewardConfig, TaskConfig
 from grpo.errors import ConfigError, RewardCrash, RewardError, RewardInvalid, RewardMemory, RewardTimeout
 from grpo.rewards import REWARDS
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from grpo.actors.trainer import Trainer
-from grpo.config.schema import ModelConfig
+from grpo.config.actors import ModelConfig
 from grpo.errors import StalenessError, TransferError, WeightsError
 from grpo.learner.batch import samples_of
 from grpo.learner.logprobs import TokenLogprobs

@@ -26,7 +26,7 @@ from grpo.checkpoint.store import (
     verify,
     write_manifest,
 )
-from grpo.config.schema import ModelConfig
+from grpo.config.actors import ModelConfig
 from grpo.errors import CheckpointError
 from grpo.models.export import export_model
 from grpo.models.tiny import tiny_llama

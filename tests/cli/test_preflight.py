@@ -7,7 +7,7 @@ from transformers import CLIPConfig, GPTNeoConfig, MambaConfig
 
 from grpo.actors.specs import actor_specs
 from grpo.cli import preflight
-from grpo.config.schema import LoraConfig, ModelConfig
+from grpo.config.actors import LoraConfig, ModelConfig
 from grpo.errors import GRPOError
 from grpo.models import loading
 from grpo.models.export import export_adapters
@@ -28,7 +28,7 @@ from grpo.weights.payload import trained_parameters
         (lambda c: setattr(c.reward, "functions", {"magic": 1.0}), r"reward\.functions: 'magic' is neither"),
         (lambda c: setattr(c.generator, "args", {"speed": 3}), r"generator\.args: the torch engine takes none"),
         (lambda c: setattr(c.observe, "sinks", {"magic": {}}), r"observe\.sinks: 'magic' is not one of tensorboard"),
-        (lambda c: setattr(c.model, "prepare", "json:dumpz"), r"model\.prepare: can't import"),
+        (lambda c: setattr(c.model, "builder", "json:dumpz"), r"model\.builder: can't import"),
     ],
 )
 def test_names_that_do_not_exist_are_found_before_anything_starts(tiny_config, change, message):

@@ -15,7 +15,7 @@ from pathlib import Path
 import ray
 from grpo.cluster.connect import ray_cluster
 from grpo.cluster.ray_metrics import RaySink
-from grpo.config.schema import ClusterConfig
+from grpo.config.operation import ClusterConfig
 
 def exported(address):
     while True:

@@ -16,7 +16,7 @@ from ray.util import placement_group, remove_placement_group
 from grpo.actors.specs import actor_specs
 from grpo.cluster.connect import check_dashboard, ray_cluster
 from grpo.cluster.launch import launch, launch_actors
-from grpo.config.schema import ClusterConfig
+from grpo.config.operation import ClusterConfig
 from grpo.driver.loop import train_loop
 from grpo.errors import ActorDied, ConfigError, LaunchError, RewardCrash, RewardError
 from grpo.services.failures import Failures

@@ -8,34 +8,52 @@ from tests.composed import assert_refused, composed
     ("override", "message"),
     [
         ("model=hf", r"model\.path: set either"),
-        ("trainer.ranks=2 trainer.num_gpus=2", r"trainer\.num_gpus: is 2, but each of trainer\.ranks=2 .*: 1 or 0$"),
-        ("trainer.ranks=2 trainer.num_gpus=0.5", r"trainer\.num_gpus: is 0\.5, but each of trainer\.ranks=2 .*GPU of"),
-        ("trainer.num_gpus=2", r"trainer\.num_gpus: is 2, but .* computes on one GPU: set it to 1, and trainer\.ranks"),
-        ("trainer.num_gpus=1.5", r"trainer\.num_gpus: is 1\.5, but .* on one GPU: set it to 1, and trainer\.ranks"),
-        ("generator.num_gpus=2", r"generator\.num_gpus: is 2, but .* on one GPU: set it to 1, and generator\.replicas"),
-        ("eval.num_gpus=1.5", r"eval\.num_gpus: is 1\.5, but each computes on one GPU: .* eval\.replicas"),
-        ("reference.num_gpus=2", r"reference\.num_gpus: is 2, but each computes on one GPU: .* reference\.replicas"),
-        ("generator.engine=vllm generator.num_gpus=2", r"generator\.num_gpus: is 2; with .* 1, or a part of one$"),
-        ("generator.engine=vllm generator.num_gpus=1.5", r"generator\.num_gpus: is 1\.5; with .* 1, or a part of one$"),
+        (
+            "trainer.ranks=2 trainer.num_gpus=2",
+            r"trainer\.num_gpus: is 2, but each of trainer\.ranks=2 .*; set it to 1 or 0$",
+        ),
+        (
+            "trainer.ranks=2 trainer.num_gpus=0.5",
+            r"trainer\.num_gpus: is 0\.5, but each of trainer\.ranks=2 uses one whole GPU",
+        ),
+        (
+            "trainer.num_gpus=2",
+            r"trainer\.num_gpus: is 2, but each process .* uses one GPU; set it to 1, and trainer\.ranks",
+        ),
+        ("trainer.num_gpus=1.5", r"trainer\.num_gpus: is 1\.5, but .* uses one GPU; set it to 1, and trainer\.ranks"),
+        (
+            "generator.num_gpus=2",
+            r"generator\.num_gpus: is 2, but .* uses one GPU; set it to 1, and generator\.replicas",
+        ),
+        ("eval.num_gpus=1.5", r"eval\.num_gpus: is 1\.5, but each replica uses one GPU; .* eval\.replicas"),
+        ("reference.num_gpus=2", r"reference\.num_gpus: is 2, but each replica uses one GPU; .* reference\.replicas"),
+        ("generator.engine=vllm generator.num_gpus=2", r"generator\.num_gpus: is 2; with .* 1, or a fraction$"),
+        ("generator.engine=vllm generator.num_gpus=1.5", r"generator\.num_gpus: is 1\.5; with .* 1, or a fraction$"),
         (
             "weight_sync.backend=nccl trainer.num_gpus=1 generator.num_gpus=1 trainer.ranks=2",
-            r"weights\.backend: nccl takes a trainer of one rank, and trainer\.ranks is 2, .*: take auto or gloo$",
+            r"weight_sync\.backend: nccl needs a trainer of one rank, and trainer\.ranks=2 .*; take auto or gloo$",
         ),
-        ("trainer.ranks=2 trainer.num_cpus=0", r"trainer\.num_cpus: is 0, but trainer\.ranks=2 are placed by what"),
-        ("weight_sync.backend=nccl", r"weights\.backend: nccl needs whole GPUs, and trainer\.num_gpus is 0: raise it"),
+        (
+            "trainer.ranks=2 trainer.num_cpus=0",
+            r"trainer\.num_cpus: is 0, but trainer\.ranks=2 are placed by their resources",
+        ),
+        (
+            "weight_sync.backend=nccl",
+            r"weight_sync\.backend: nccl needs whole GPUs, and trainer\.num_gpus is 0; raise it",
+        ),
         (
             "weight_sync.backend=nccl trainer.num_gpus=1 generator.num_gpus=0.5",
-            r"weights\.backend: nccl needs whole GPUs, and generator\.num_gpus is 0\.5: raise it, or take auto or gloo",
+            r"weight_sync\.backend: nccl needs whole GPUs, and generator\.num_gpus is 0\.5; raise it, or take auto or",
         ),
         (
             "weight_sync.backend=nccl generator.engine=vllm generator.num_gpus=1 trainer.num_gpus=1",
-            r"weights\.backend: the vllm engine has no GPU in the actor's process; take auto or gloo",
+            r"weight_sync\.backend: is nccl, but the vllm engine has no GPU in the actor's process; take auto or gloo",
         ),
         ("generator.max_sequences=4", r"generator\.max_sequences: is 4, but a group of rollout\.group_size=8"),
         ("model.path=x", r"model\.path: set either"),
         ("generator.engine=vllm rollout.temperature=3", r"rollout\.temperature: is 3\.0, vLLM takes at most 2"),
         ("generator.engine=vllm eval.temperature=3", r"eval\.temperature: is 3\.0, vLLM takes at most 2"),
-        ("generator.tensor_parallel=2", r"generator\.tensor_parallel: only the vllm engine"),
+        ("generator.tensor_parallel=2", r"generator\.tensor_parallel: is 2, but only generator\.engine=vllm"),
         (
             "generator.engine=vllm generator.tensor_parallel=2 generator.num_gpus=1",
             r"generator\.num_gpus: is 1; with .* it must be 2$",
@@ -46,37 +64,43 @@ from tests.composed import assert_refused, composed
         ),
         (
             "generator.engine=vllm generator.num_gpus=1 eval.every=5",
-            r"eval\.num_gpus: is 0; with .* it must be 1, or a part of one$",
+            r"eval\.num_gpus: is 0; with .* it must be 1, or a fraction$",
         ),
-        ("trainer.updates_per_batch=17", r"trainer\.updates_per_batch: is 17, but a batch has 16 groups .*: lower it"),
+        ("trainer.updates_per_batch=17", r"trainer\.updates_per_batch: is 17, but a batch has 16 groups .*; lower it"),
         (
             "correction.max_ratio=3",
-            r"correction\.weights: no weights are there to bound; take correction=tis, mis, icepop or dec",
+            r"correction\.mode: is none, so .* have no effect; take correction=tis, mis, icepop or dec",
         ),
         (
             "correction.min_ratio=0.5",
-            r"correction\.weights: no weights are there to bound; take correction=tis, mis, icepop or dec",
+            r"correction\.mode: is none, so .* have no effect; take correction=tis, mis, icepop or dec",
         ),
         (
             "shaping.overlong_buffer=0.3",
-            r"shaping\.overlong_zone: is 0\.3 with shaping\.overlong=keep; .* the others 0",
+            r"shaping\.overlong_buffer: is 0\.3 with shaping\.overlong=keep; .* and keep and mask need 0",
         ),
-        ("shaping=overlong_mask shaping.overlong_buffer=0.3", r"shaping\.overlong_zone: is 0\.3 with .*overlong=mask;"),
-        ("shaping.overlong=penalize", r"shaping\.overlong_zone: is 0 with .*=penalize; penalize needs a part of"),
+        (
+            "shaping=overlong_mask shaping.overlong_buffer=0.3",
+            r"shaping\.overlong_buffer: is 0\.3 with .*overlong=mask;",
+        ),
+        ("shaping.overlong=penalize", r"shaping\.overlong_buffer: is 0 with .*=penalize; penalize needs a fraction of"),
         (
             "shaping=overlong_penalty shaping.overlong_buffer=4",
-            r"shaping\.overlong_zone: is 4 .* needs a part of rollout",
+            r"shaping\.overlong_buffer: is 4 .* needs a fraction of rollout",
         ),
         (
             "shaping.clip_low=1 shaping.clip_high=1",
-            r"shaping\.clip_low: is 1\.0, must be below shaping\.clip_high=1\.0",
+            r"shaping\.clip_low: is 1\.0, must be less than shaping\.clip_high=1\.0",
         ),
         (
             "shaping.clip_low=2 shaping.clip_high=1",
-            r"shaping\.clip_low: is 2\.0, must be below shaping\.clip_high=1\.0",
+            r"shaping\.clip_low: is 2\.0, must be less than shaping\.clip_high=1\.0",
         ),
         ("eval.samples=512", r"eval\.samples: is 512, but .* generator\.max_sequences=256"),
-        ("cluster.dashboard=true cluster.address=auto", r"cluster\.dashboard: is for a cluster of the run's own"),
+        (
+            "cluster.dashboard=true cluster.address=auto",
+            r"cluster\.dashboard: works only for a cluster that the run starts",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_one_line_that_names_a_key(override, message):
@@ -91,5 +115,5 @@ def test_several_greedy_answers_to_a_prompt_are_refused(override):
 
 @pytest.mark.parametrize("penalty", ["shaping.length_penalty=0.1", "shaping=overlong_penalty"])
 def test_max_rl_takes_no_penalty_that_could_make_rewards_negative(penalty):
-    with pytest.raises(ConfigError, match=r"^loss\.advantages: max_rl takes rewards of 0 and more, .* or no penalty$"):
+    with pytest.raises(ConfigError, match=r"^loss\.advantages: max_rl needs rewards of at least 0, .* or no penalty$"):
         composed("loss.advantages=max_rl", penalty)

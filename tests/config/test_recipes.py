@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STAND_INS = {
     "scontrol": "printf 'one\\ntwo\\n'",
     "openssl": "echo token",

@@ -59,5 +59,5 @@ def test_what_is_left_to_cpus_while_the_trainer_has_gpus_is_warned_about():
 
 
 def test_dropout_of_adapters_is_warned_of():
-    assert "lora.dropout=0.1: the trainer sees" in " ".join(warnings(checked("lora=r16", "lora.dropout=0.1")))
+    assert "lora.dropout=0.1: the trainer computes" in " ".join(warnings(checked("lora=r16", "lora.dropout=0.1")))
     assert not any("lora" in warning for warning in warnings(checked("lora=r16", "lora.target_modules=[q_proj]")))

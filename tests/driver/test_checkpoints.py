@@ -17,7 +17,7 @@ from grpo.actors.trainer import Trainer
 from grpo.checkpoint import store
 from grpo.checkpoint.resume import find_resume_point
 from grpo.checkpoint.store import checkpoints
-from grpo.config.schema import CorrectionConfig, DataloaderConfig
+from grpo.config.algorithm import CorrectionConfig, DataloaderConfig
 from grpo.driver.loop import train_loop
 from grpo.errors import CheckpointError, PayloadLost
 from grpo.services.local import launch_local

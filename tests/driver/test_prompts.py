@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from grpo.actors.dataloader import Dataloader
-from grpo.config.schema import DataloaderConfig
+from grpo.config.algorithm import DataloaderConfig
 from grpo.driver.pacing import Pacer
 from grpo.driver.prompts import Difficulty, PromptQueue
 from grpo.services.handle import ActorHandle

@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from grpo.config.schema import WatchdogConfig
+from grpo.config.operation import WatchdogConfig
 from grpo.driver.watchdog import Watchdog
 from grpo.errors import StalledError
 from grpo.telemetry.activity import begin_activity, describe_blocked, waiting_for

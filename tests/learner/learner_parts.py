@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from grpo.config.schema import CorrectionConfig, LossConfig, TrainerConfig
+from grpo.config.actors import TrainerConfig
+from grpo.config.algorithm import CorrectionConfig, LossConfig
 from grpo.learner.learner import Learner
 from grpo.learner.objective import Objective
 from grpo.types import Completion, Group, Problem, Prompt

@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AttentionInterface
 
 from grpo.checkpoint.store import load_trainer, save_checkpoint
-from grpo.config.schema import CorrectionConfig, LossConfig
+from grpo.config.algorithm import CorrectionConfig, LossConfig
 from grpo.errors import CheckpointError
 from grpo.learner import learner as learner_module
 from grpo.learner.fsdp import compile_layers

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from grpo.actors.reference import Reference
-from grpo.config.schema import LoraConfig, ModelConfig, RunConfig
+from grpo.config.actors import LoraConfig, ModelConfig
+from grpo.config.schema import RunConfig
 from grpo.engines.base import Limits
 from grpo.engines.torch.engine import TorchEngine
 from grpo.errors import CheckpointError

@@ -9,8 +9,8 @@ from annotated_types import Gt
 from grpo.algorithms.aggregation import Aggregation
 from grpo.algorithms.corrections import importance_weights
 from grpo.algorithms.losses import DAPO, GRPO, LOSSES, LossInputs, PerTokenLoss, PolicyLoss
+from grpo.config.algorithm import CorrectionConfig, LossConfig
 from grpo.config.fields import Hint
-from grpo.config.schema import CorrectionConfig, LossConfig
 from grpo.errors import ConfigError
 from grpo.learner.batch import collate, samples_of
 from grpo.learner.logprobs import TokenLogprobs

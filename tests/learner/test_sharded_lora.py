@@ -8,7 +8,7 @@ import pytest
 import torch
 from learner_parts import make_group, make_learner, peaked
 
-from grpo.config.schema import LoraConfig
+from grpo.config.actors import LoraConfig
 from grpo.models.lora import adapters_off, add_adapters
 from grpo.models.tiny import tiny_llama
 from grpo.types import Batch

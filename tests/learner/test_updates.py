@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from grpo.config.schema import CorrectionConfig, LossConfig
+from grpo.config.algorithm import CorrectionConfig, LossConfig
 from grpo.errors import NonFiniteError
 from grpo.learner.batch import samples_of
 from grpo.learner.logprobs import TokenLogprobs

@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from grpo.checkpoint.trainer_state import Parameters
-from grpo.config.schema import CorrectionConfig, LossConfig, ModelConfig, TrainerConfig
+from grpo.config.actors import ModelConfig, TrainerConfig
+from grpo.config.algorithm import CorrectionConfig, LossConfig
 from grpo.engines.base import Limits
 from grpo.engines.torch.engine import TorchEngine
 from grpo.errors import ConfigError

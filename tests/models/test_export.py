@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
-from grpo.config.schema import ModelConfig
+from grpo.config.actors import ModelConfig
 from grpo.errors import CheckpointError
 from grpo.models.export import export_model
 from grpo.models.tiny import character_tokenizer, tiny_llama

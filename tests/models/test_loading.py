@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import BioGptConfig, BioGptForCausalLM, BloomConfig, GPT2Config, GPT2LMHeadModel
 
-from grpo.config.schema import ModelConfig
+from grpo.config.actors import ModelConfig
 from grpo.errors import ConfigError
 from grpo.models.loading import (
     cache_folder,

@@ -7,7 +7,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from grpo.config.schema import LoraConfig, ModelConfig, RunConfig
+from grpo.config.actors import LoraConfig, ModelConfig
+from grpo.config.schema import RunConfig
 from grpo.errors import ConfigError
 from grpo.models.export import export_adapters, export_merged, merged_model_path
 from grpo.models.loading import load_model

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo.config.schema import ModelConfig
+from grpo.config.actors import ModelConfig
 from grpo.errors import ConfigError
 from grpo.models import smollm2
 from grpo.models.loading import load_model, stop_token_ids

@@ -8,12 +8,12 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from grpo.config.schema import ModelConfig
+from grpo.config.actors import ModelConfig
 from grpo.models.tokenizer import load_tokenizer, token_texts
 
 PROGRAM = """
 import os, sys
-from grpo.config.schema import ModelConfig
+from grpo.config.actors import ModelConfig
 from grpo.models.tokenizer import load_tokenizer
 {before}
 print(load_tokenizer(ModelConfig(path={path!r}), text_only=True).encode("dbca>"))

@@ -12,7 +12,7 @@ from grpo.types import Problem
 
 
 def build():
-    return lambda doing, *args: reward_function("math_verify", task=None)(*args)
+    return lambda set_label, *args: reward_function("math_verify", task=None)(*args)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_it_runs_off_the_main_thread(math_verify):
 
 
 def test_an_answer_that_is_no_expression_is_an_error(math_verify):
-    with pytest.raises(ValueError, match="no expression in the problem's answer ''"):
+    with pytest.raises(ValueError, match="can't parse the problem's answer ''"):
         math_verify(Problem("?", ""), ["72"])
 
 

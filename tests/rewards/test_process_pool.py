@@ -32,8 +32,8 @@ def behaviour():
     return behave
 
 
-def behave(doing, how, *args):
-    doing(how)
+def behave(set_label, how, *args):
+    set_label(how)
     return BEHAVIOURS[how](*args)
 
 
@@ -194,7 +194,7 @@ class OnlyHere:
 
 
 async def test_an_argument_that_can_not_be_read_there_is_an_error(patient):
-    with pytest.raises(RewardError, match="can't be read in another process: gone"):
+    with pytest.raises(RewardError, match="another process can't unpickle: gone"):
         await patient.call("say", OnlyHere())
 
 
@@ -207,7 +207,7 @@ async def test_what_is_printed_is_not_lost_when_the_process_is_killed(capfd):
 
 
 async def test_an_argument_that_can_not_be_sent_is_an_error(patient):
-    with pytest.raises(RewardError, match="can't be sent"):
+    with pytest.raises(RewardError, match="can't be pickled for another process"):
         await patient.call("say", lambda: None)
     assert await patient.call("say", "fine") == "fine"
 
@@ -344,9 +344,9 @@ async def test_start_raises_what_building_raises_and_leaves_nothing(how, kind, m
 async def test_nothing_is_left_when_the_parent_is_killed(how, tmp_path):
     script = (
         "import asyncio, time\n"
-        "from tests.rewards.test_process_pool import Killable, behaviour\n"
+        "from tests.rewards.test_process_pool import ProcessPool, behaviour\n"
         "async def main():\n"
-        "    pool = Killable(behaviour, (), workers=1, timeout_s=600.0)\n"
+        "    pool = ProcessPool(behaviour, (), workers=1, timeout_s=600.0)\n"
         "    await pool.start()\n"
         "    print(await pool.call('pid'), flush=True)\n"
         f"    await pool.call('write then', {str(tmp_path / 'pids')!r}, {how!r})\n"

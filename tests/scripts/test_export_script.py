@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo.checkpoint.store import find_checkpoint, save_checkpoint
 from grpo.cli.export import export
-from grpo.config.schema import CorrectionConfig, LoraConfig, LossConfig, ModelConfig, TrainerConfig
+from grpo.config.actors import LoraConfig, ModelConfig, TrainerConfig
+from grpo.config.algorithm import CorrectionConfig, LossConfig
 from grpo.errors import CheckpointError
 from grpo.learner.learner import Learner
 from grpo.learner.objective import Objective

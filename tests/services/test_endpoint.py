@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from grpo.actors.marks import copied_to_driver, returns_payload
-from grpo.config.schema import RecoveryConfig
+from grpo.config.operation import RecoveryConfig
 from grpo.errors import ActorDied, StalenessError
 from grpo.services.endpoint import Gang
 from grpo.services.failures import Failures

@@ -1,6 +1,6 @@
 import pytest
 
-from grpo.config.schema import RecoveryConfig
+from grpo.config.operation import RecoveryConfig
 from grpo.errors import ActorDied, DataError, PayloadLost, RewardTimeout, ZeroVarianceGroup
 from grpo.services.failures import Failures
 from grpo.types import GenerationReport, Group, Rollout, Scores

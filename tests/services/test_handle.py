@@ -3,7 +3,7 @@ import asyncio
 import pytest
 
 from grpo.actors.marks import replayed_on_join
-from grpo.config.schema import RecoveryConfig
+from grpo.config.operation import RecoveryConfig
 from grpo.errors import ActorDied, ConfigError, PayloadLost
 from grpo.services.failures import Failures
 from grpo.services.handle import ActorHandle

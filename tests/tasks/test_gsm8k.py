@@ -215,6 +215,6 @@ def test_what_was_downloaded_before_needs_no_hub(offline, monkeypatch):
 
 def test_a_missing_library_names_the_line_to_type_and_is_not_needed_for_a_file(write, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match=r"pip install -e '\.\[gsm8k\]', or name a local file, task\.path="):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[gsm8k\]', or set a local file, task\.path="):
         GSM8K()
     assert len(GSM8K(write(ROW)).problems("train")) == 1

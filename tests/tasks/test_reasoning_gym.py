@@ -33,7 +33,7 @@ def test_another_data_set_with_settings():
 
 @pytest.mark.parametrize("args", [{"dataset": "chess960"}, {"settings": {"colour": "blue"}}])
 def test_what_reasoning_gym_refuses_is_a_clear_error(args):
-    with pytest.raises(ConfigError, match=r"task\.args: reasoning-gym refuses"):
+    with pytest.raises(ConfigError, match=r"task\.args: reasoning-gym rejects"):
         ReasoningGym(**args)
 
 

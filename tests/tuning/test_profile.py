@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from grpo.config.actors import ModelConfig
+from grpo.config.algorithm import TaskConfig
 from grpo.config.composition import to_yaml
-from grpo.config.schema import ModelConfig, RunConfig, TaskConfig
+from grpo.config.schema import RunConfig
 from grpo.errors import TuningError
 from grpo.tuning.fitting import profile_of
 from grpo.tuning.profile import Cost, GroupShape, Profile, load_profile, parse_lengths
