@@ -200,7 +200,7 @@ def test_a_peft_that_is_not_there_is_named_with_the_line_to_type(tiny_config, mo
 
 def test_adapters_of_what_the_model_has_not_are_refused(tiny_config, checked):
     tiny_config.lora.rank, tiny_config.lora.target_modules = 4, ["query"]
-    with pytest.raises(GRPOError, match=r"^lora\.target_modules: 'query' is no nn\.Linear of LlamaForCausalLM"):
+    with pytest.raises(GRPOError, match=r"^lora\.target_modules: 'query' is not an nn\.Linear of LlamaForCausalLM"):
         checked()
     tiny_config.lora.target_modules = "all-linear"
     checked()
