@@ -259,7 +259,8 @@ def test_a_run_from_before_there_was_a_choice_of_algorithms_goes_on(config, run_
     for name in ("correction", "shaping", "filter", "dataloader"):
         del before[name]
     del before["trainer"]["updates_per_batch"]
-    before["loss"] = {name: before["loss"][name] for name in ("name", "advantages", "clip_low", "clip_high", "beta")}
+    loss = before["loss"]
+    before["loss"] = {name: loss[name] for name in ("name", "advantages", "beta")} | loss["args"]  # clip_low, clip_high
     point.progress["config"] = before
     check_compatible(config, point)
 
