@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config.composition import CONFIGS, explain, from_hydra, register
-from grpo.config.renamed import rename_overrides
+from grpo.config.renamed import rewrite_overrides
 from grpo.config.schema import RunConfig
 from grpo.errors import ConfigError, GRPOError
 from grpo.types import EXIT_CODES
@@ -102,7 +102,7 @@ def _warn(line: str) -> None:
 def _call(job: Callable[[], None]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as exceptions, not as Hydra's printed traces
     try:
-        sys.argv[1:], renamed = rename_overrides(sys.argv[1:])
+        sys.argv[1:], renamed = rewrite_overrides(sys.argv[1:])
         for line in renamed:
             _warn(line)
         job()

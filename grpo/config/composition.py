@@ -23,7 +23,7 @@ from omegaconf.errors import (
 )
 
 from grpo.config.combinations import check_combinations
-from grpo.config.renamed import RENAMED, RENAMED_OPTIONS, rename_overrides, upgrade
+from grpo.config.renamed import RENAMED, RENAMED_OPTIONS, rewrite_overrides, upgrade
 from grpo.config.schema import RunConfig
 from grpo.config.validation import build, unknown_key
 from grpo.errors import ConfigError
@@ -41,7 +41,7 @@ def compose(*overrides: str, warn: Callable[[str], None] | None = None) -> RunCo
     Example:
         config = compose("+experiment=smollm2", "trainer.max_steps=10")
     """
-    words, renamed = rename_overrides(overrides)
+    words, renamed = rewrite_overrides(overrides)
     _warn_each(renamed, warn)
     register()
     try:
@@ -86,7 +86,7 @@ def from_run(folder: Path, overrides: Sequence[str] = (), *, warn: Callable[[str
     file = folder / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{folder} is not the folder of a run: it has no config.yaml")
-    words, renamed = rename_overrides(overrides)
+    words, renamed = rewrite_overrides(overrides)
     try:
         # Old names in the file go before the merge, so that overrides replace their values.
         before, old = upgrade(cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(file))))
@@ -130,10 +130,7 @@ def _why_refused(key: str) -> str:
     if (free := _free_form_parent(key)) is not None:
         # The second form is for names with dots in them.
         return f"not set by default; prefix it with `+`, as in +{free}={{{key.removeprefix(f'{free}.')}: ...}}"
-    refusal = unknown_key(RunConfig, key)
-    if key.startswith("loss.") and "did you mean" not in refusal:  # a parameter of some loss
-        return "not set by default; prefix it with `+`"
-    return refusal
+    return unknown_key(RunConfig, key)
 
 
 def _free_form_parent(key: str) -> str | None:

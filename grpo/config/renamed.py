@@ -1,7 +1,7 @@
-"""Old names of settings, which work in this version, with a warning; the next version refuses them.
+"""Short and old forms of settings: parameters of the loss without `args`, and old names.
 
-Overrides of the command line are renamed before Hydra sees them (`rename_overrides`). Values in YAML files are renamed
-after composition (`upgrade`).
+Old names work in this version, with a warning; the next version refuses them. Overrides are rewritten before Hydra sees
+them (`rewrite_overrides`), and values of YAML files after composition (`upgrade`).
 """
 
 from __future__ import annotations
@@ -38,36 +38,43 @@ RENAMED = {
 }
 RENAMED_OPTIONS = {("filter", "zero_advantage"): "zero_variance"}
 
+_LOSS_SETTINGS = {field.name for field in fields(LossConfig)}
 _OVERRIDE = re.compile(r"(?P<sign>\+{0,2}|~)(?P<key>[\w.]+)(?P<value>=.*|)", re.DOTALL)
 
 
-def rename_overrides(words: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Return the words of a command line with new names in place of old ones, and a warning for each of these.
+def rewrite_overrides(words: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return the words of a command line in today's form, and a warning for each old name.
 
-    A word is `key=value`, with or without `+`, `++` or `~`, and with the values of a sweep. All other words, like the
-    flags of Hydra, stay unchanged. Raises ConfigError where a setting is given under both names.
+    A word is `key=value`, with or without `+`, `++` or `~`, and with the values of a sweep. Old names become new ones.
+    A parameter of the loss, like `loss.clip_low=0.1`, gets `++`, so that Hydra takes it whether or not the file of the
+    loss sets it. All other words, like the flags of Hydra, stay unchanged. Raises ConfigError where a setting is given
+    under both names.
 
     Example:
-        words, warnings = rename_overrides(["buffer.window=1,2", "--multirun"])
-        words     # ["buffer.reorder_window=1,2", "--multirun"]
+        words, warnings = rewrite_overrides(["buffer.window=1,2", "loss.clip_low=0.1", "--multirun"])
+        words     # ["buffer.reorder_window=1,2", "++loss.clip_low=0.1", "--multirun"]
         warnings  # ["buffer.window: renamed to buffer.reorder_window; the old name goes in the next version"]
     """
-    renamed, warnings = list(words), []
-    given = {match["key"] for word in renamed if (match := _OVERRIDE.fullmatch(word))}
-    for i, word in enumerate(renamed):
+    rewritten, warnings = list(words), []
+    given = {match["key"] for word in rewritten if (match := _OVERRIDE.fullmatch(word))}
+    for i, word in enumerate(rewritten):
         if (match := _OVERRIDE.fullmatch(word)) is None:
             continue
-        key, value = match["key"], match["value"]
+        sign, key, value = match["sign"], match["key"], match["value"]
         if (new := RENAMED.get(key)) is not None:
             if new in given:
                 raise ConfigError(f"renamed to {new}, which is given too; leave {key} out", key=key)
             warnings.append(renamed_line(key, new))
-            renamed[i] = f"{match['sign']}{new}{value}"
-        for (group, old), new in RENAMED_OPTIONS.items():
+            key = new
+        for (group, old), option in RENAMED_OPTIONS.items():
             if key == group and re.search(rf"\b{old}\b", value):
-                warnings.append(renamed_line(f"{group}={old}", f"{group}={new}"))
-                renamed[i] = match["sign"] + key + re.sub(rf"\b{old}\b", new, value)
-    return renamed, warnings
+                warnings.append(renamed_line(f"{group}={old}", f"{group}={option}"))
+                value = re.sub(rf"\b{old}\b", option, value)
+        group, _, name = key.partition(".")
+        if group == "loss" and name.isidentifier() and name not in _LOSS_SETTINGS and sign != "~":
+            sign = "++"
+        rewritten[i] = f"{sign}{key}{value}"
+    return rewritten, warnings
 
 
 def upgrade(values: Mapping[str, Any], given: Collection[str] = ()) -> tuple[dict[str, Any], list[str]]:
@@ -80,13 +87,12 @@ def upgrade(values: Mapping[str, Any], given: Collection[str] = ()) -> tuple[dic
     """
     upgraded, renamed = _rename(values, given)
     if isinstance(loss := upgraded.get("loss"), dict):
-        known = {field.name for field in fields(LossConfig)}
-        parameters = {name: value for name, value in loss.items() if name not in known}
+        parameters = {name: value for name, value in loss.items() if name not in _LOSS_SETTINGS}
         for name in parameters:
             if f"loss.args.{name}" in given:
                 raise ConfigError(f"give it as loss.{name}, without args", key=f"loss.args.{name}")
         args = {**(loss.get("args") or {}), **parameters}
-        upgraded["loss"] = {name: value for name, value in loss.items() if name in known} | {
+        upgraded["loss"] = {name: value for name, value in loss.items() if name in _LOSS_SETTINGS} | {
             "args": {name: value for name, value in args.items() if value is not None}
         }
     return upgraded, renamed

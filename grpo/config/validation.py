@@ -48,8 +48,12 @@ def unknown_key(cls: type, dotted: str) -> str:
     names, known = [field.name for field in dataclasses.fields(group)], list(dotted_keys(cls))
     alike = [prefix + match for match in difflib.get_close_matches(name, names, n=1, cutoff=0.75)]
     alike += [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
-    alike += [prefix + match for match in difflib.get_close_matches(name, names, n=1, cutoff=0.5)]
+    alike += [prefix + other for other in names if _share_a_word(name, other)]
     return f"no such key; did you mean {alike[0]}?" if alike else f"no such key; it takes {', '.join(names) or 'none'}"
+
+
+def _share_a_word(name: str, other: str) -> bool:
+    return any(difflib.get_close_matches(word, other.split("_"), cutoff=0.75) for word in name.split("_"))
 
 
 def dotted_keys(cls: type, prefix: str = "") -> Iterator[str]:

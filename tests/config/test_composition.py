@@ -132,7 +132,7 @@ def test_the_choice_of_a_loss_says_what_the_class_does_by_itself(name):
         ("loss=magic", r"Could not find 'loss/magic' Available options in 'loss': .*grpo"),
         ("loss.tau_positive=1", r"loss\.tau_positive: no such key; it takes .*, clip_low, clip_high, dual_clip"),
         ("loss=sapo loss.clip_low=0.2", r"loss\.clip_low: no such key; it takes .*, tau_positive, tau_negative"),
-        ("loss.clip_hihg=0.2", r"loss\.clip_hihg: no such key; did you mean clip_high\?"),
+        ("loss.clip_hihg=0.2", r"loss\.clip_hihg: no such key; did you mean loss\.clip_high\?"),
         ("loss.dual_clip=0.5", r"loss\.dual_clip: is 0\.5, must be at least 1"),
         ("+loss.args.speed=3", r"loss\.speed: no such key; it takes .*, clip_low, clip_high, dual_clip"),
         ("+loss.args.aggregation=token_mean", r"loss\.args\.aggregation: .* set loss\.aggregation"),

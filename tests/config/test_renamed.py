@@ -9,7 +9,7 @@ import yaml
 from grpo.checkpoint.resume import _with_defaults
 from grpo.config import composition
 from grpo.config.composition import compose, from_run, to_yaml
-from grpo.config.renamed import RENAMED, rename_overrides, upgrade
+from grpo.config.renamed import RENAMED, rewrite_overrides, upgrade
 from grpo.config.schema import RunConfig
 from grpo.config.validation import dotted_keys
 from grpo.errors import ConfigError
@@ -107,15 +107,30 @@ def test_without_a_callback_the_line_is_a_python_warning():
     ],
 )
 def test_a_word_of_the_command_line_is_renamed(word, new):
-    words, warnings = rename_overrides([word])
+    words, warnings = rewrite_overrides([word])
     assert words == [new]
     assert len(warnings) == 1
-    assert rename_overrides([new]) == ([new], [])
+    assert rewrite_overrides([new]) == ([new], [])
+
+
+@pytest.mark.parametrize(
+    ("word", "new"),
+    [
+        ("loss.clip_low=0.1", "++loss.clip_low=0.1"),
+        ("+loss.clip_low=0.1,0.2", "++loss.clip_low=0.1,0.2"),
+        ("~loss.clip_low", "~loss.clip_low"),
+        ("loss.beta=0.1", "loss.beta=0.1"),
+        ("+loss.args.clip_low=0.1", "+loss.args.clip_low=0.1"),
+        ("loss=dapo", "loss=dapo"),
+    ],
+)
+def test_a_parameter_of_the_loss_needs_no_plus_sign(word, new):
+    assert rewrite_overrides([word]) == ([new], [])
 
 
 @pytest.mark.parametrize("word", ["--multirun", "-m", "--cfg", "job", "hydra.run.dir=/tmp/buffer.window=3", "x", ""])
 def test_other_words_stay_as_they_are(word):
-    assert rename_overrides([word]) == ([word], [])
+    assert rewrite_overrides([word]) == ([word], [])
 
 
 def test_both_names_are_refused_in_one_line():
