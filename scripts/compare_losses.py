@@ -27,6 +27,7 @@ from comparison.runs import begin_worker, make_run
 from comparison.table import Record, Setting, cell, on_screen, page, rows
 from rich.console import Console
 
+from grpo.algorithms.losses import LOSSES
 from grpo.cli import preflight
 from grpo.config.composition import CONFIGS, compose
 from grpo.config.schema import RunConfig
@@ -142,7 +143,7 @@ def cores() -> int:
 
 def parse(command: Sequence[str]) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--losses", nargs="+", metavar="NAME", default=names("loss"), choices=names("loss"))
+    parser.add_argument("--losses", nargs="+", metavar="NAME", default=sorted(LOSSES), choices=sorted(LOSSES))
     parser.add_argument("--ages", nargs="+", metavar="S", type=int, default=[0, 1, 4, 8], help="buffer.max_policy_age")
     parser.add_argument("--seeds", nargs="+", metavar="SEED", type=int, default=[0, 1, 2])
     parser.add_argument(

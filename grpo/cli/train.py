@@ -20,6 +20,7 @@ from grpo.checkpoint.resume import ResumePoint, find_resume_point
 from grpo.cli import preflight
 from grpo.cli.lifecycle import Interrupts, call_beside_event_loop, outcome_of_run, ray_beside
 from grpo.cluster.launch import launch
+from grpo.config.composition import validate
 from grpo.config.schema import RunConfig
 from grpo.config.warnings import warnings
 from grpo.driver.context import make_pacer
@@ -70,7 +71,8 @@ def _train(config: RunConfig, folder: Path, interrupts: Interrupts) -> dict[str,
     startup.ended("imports")
     console = PipeSafeConsole(soft_wrap=True)
 
-    # Everything that can be wrong without Ray is found here, in a few seconds.
+    # Every mistake that shows without Ray is found here, in a few seconds. A program may have changed the config.
+    config = validate(config)
     _print_warnings(warnings(config), console)
     task = preflight.check(config, actor_specs(config), partial(console.print, markup=False, highlight=False))
     if config.dry_run:
