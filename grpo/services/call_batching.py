@@ -1,8 +1,8 @@
 """Send concurrent calls of one method of one process together: a call costs Ray a millisecond, whatever is in it.
 
 The first call is sent at once. The calls that are made while it is under way wait for it, and are sent as one batch. So
-the busier the caller, the larger the batches. A slow call delays nobody: after a moment the batch returns without its
-answer, and the caller asks for that answer separately.
+the busier the caller, the larger the batches. A slow call does not delay the others: after a moment the batch returns
+without its answer, and the caller asks for that answer separately.
 """
 
 from __future__ import annotations

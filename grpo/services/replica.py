@@ -166,8 +166,14 @@ class Replica:
         self._context = context
         self._death: asyncio.Future[ActorDied] = asyncio.get_running_loop().create_future()
 
+    @property
+    def healthy(self) -> bool:
+        return self.state is State.HEALTHY
+
     async def attempt(self, call: Call) -> list[Any]:
         """Return the answers by rank. Raises ActorDied when a process died: its replacement can be asked again."""
+        if not self.healthy:  # it died after the caller had chosen it
+            raise ActorDied(f"{self.name} is {self.state}")
         endpoint, death = self.endpoint, self._death
         assert endpoint is not None
         self.in_flight += 1

@@ -66,7 +66,7 @@ class Service:
         return tuple(self._supervisors)
 
     def healthy(self) -> list[Replica]:
-        return [replica for replica in self._supervisors if replica.state is State.HEALTHY]
+        return [replica for replica in self._supervisors if replica.healthy]
 
     def processes(self) -> list[Process]:
         """Return the processes of the healthy replicas, rank by rank."""
@@ -76,7 +76,7 @@ class Service:
     async def ready(self) -> None:
         """Wait until all required replicas are healthy. Raises the error that keeps one from it."""
         required = [replica for replica in self._supervisors if not replica.optional]
-        await self._wait_until(lambda: all(replica.state is State.HEALTHY for replica in required))
+        await self._wait_until(lambda: all(replica.healthy for replica in required))
 
     async def available(self, preferred: Replica | None = None) -> Replica:
         """Wait for the preferred replica if it is healthy, else the healthy one with the fewest calls under way."""
@@ -90,7 +90,7 @@ class Service:
         Raises ActorDied when the replica was removed.
         """
         while True:
-            await self._wait_until(lambda: replica.state in (State.HEALTHY, State.STOPPED))
+            await self._wait_until(lambda: replica.healthy or replica.state is State.STOPPED)
             if replica.state is State.STOPPED:
                 raise ActorDied(f"{replica.name} was removed")
             with suppress(ActorDied):
@@ -136,7 +136,7 @@ class Service:
         current = [replica for replica in self._supervisors if replica.state is not State.STOPPED]
         for _ in range(replicas - len(current)):
             self._add(optional=True)
-        for replica in sorted(current, key=lambda each: each.state is not State.HEALTHY)[max(1, replicas) :]:
+        for replica in sorted(current, key=lambda replica: not replica.healthy)[max(1, replicas) :]:
             replica.stop()
 
     def replica_stats(self) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from grpo.errors import ActorDied, ConfigError, PayloadLost
 from grpo.services.failures import Failures
 from grpo.services.handle import ActorHandle
 from grpo.services.local import LocalEndpoint
-from grpo.services.replica import LazyArg, PreemptionState, ServiceContext, State, Timeouts
+from grpo.services.replica import Call, LazyArg, PreemptionState, ServiceContext, State, Timeouts
 from grpo.services.service import Service
 
 
@@ -209,6 +209,19 @@ async def test_a_fanout_leaves_out_the_replica_that_dies_under_it():
         fleet.endpoints[0].kill()
         fleet.processes[1].gate.set()
         assert await answers == ["echo-1/1"]
+
+
+async def test_a_call_that_comes_a_moment_after_the_death_does_not_reach_a_process_that_is_starting():
+    async def setup(echo):
+        if len(fleet.processes) == 2:
+            await hang()
+
+    fleet = Fleet(setup=setup)
+    async with fleet:
+        fleet.endpoints[0].kill()
+        await until_processes(fleet, 2)
+        with pytest.raises(ActorDied, match="echo is starting"):
+            await fleet.service.replicas[0].attempt(Call("say", ("hi",)))
 
 
 async def test_a_fanout_waits_for_one_when_all_have_died():
