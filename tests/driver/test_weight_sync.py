@@ -324,7 +324,7 @@ async def test_weights_that_are_lost_on_their_way_through_the_store_are_publishe
     async with open_stage(losing=1, transport="object_store") as stage:
         assert set(await stage.publish()) == {2}
         assert stage.generators[1].loaded == [2]
-        assert stage.warnings == ["with its node; it is fetched anew"]
+        assert stage.warnings == ["with its node; fetching it again"]
 
 
 async def test_so_are_those_that_made_up_for_a_broadcast(open_stage):
@@ -332,7 +332,7 @@ async def test_so_are_those_that_made_up_for_a_broadcast(open_stage):
         stage.generators[0].fails = True
         assert await stage.publish() == [1, 1]
         assert stage.generators[1].loaded == [1]
-        assert stage.warnings == ["with its node; it is fetched anew"]
+        assert stage.warnings == ["with its node; fetching it again"]
 
 
 async def test_when_all_generators_die_with_the_weights_their_replacements_have_them_published_again(open_stage):
