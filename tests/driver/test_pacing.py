@@ -123,7 +123,7 @@ async def test_a_batch_that_is_faster_than_the_answer_of_the_buffer_keeps_its_ti
 
 @pytest.mark.parametrize(("age", "window", "bound"), [(0, 1, 0), (1, 1, 1), (1, 2, 2), (1, 5, 2), (1, 6, 3), (4, 4, 5)])
 def test_age_bound_is_s_plus_the_steps_that_a_window_adds(age, window, bound):
-    assert age_bound(groups_per_step=4, max_policy_age=age, window=window) == bound
+    assert age_bound(groups_per_step=4, max_policy_age=age, reorder_window=window) == bound
 
 
 def test_capacity_is_s_plus_one_batches():
