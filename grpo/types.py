@@ -33,7 +33,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 FinishReason = Literal["stop", "length"]
 Detail = Literal["rewards", "texts", "tokens"]
-"""How much of a group its scores carry; each level includes the levels before it."""
+"""Level of detail that scores carry; each level includes the levels before it."""
 
 
 @dataclass(frozen=True)

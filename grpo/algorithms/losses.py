@@ -77,7 +77,7 @@ class PolicyLoss(Settings):
     """
 
     aggregation: Aggregation = "token_mean"
-    """How the losses of single tokens become one number; see grpo/algorithms/aggregation.py."""
+    """Averaging of per-token losses; see grpo/algorithms/aggregation.py."""
     horizon: Annotated[int | None, Ge(1), Hint("the loss is divided by it")] = None
     """Tokens that `fixed_horizon` divides by; None: the length of the longest completion."""
     beta: Annotated[float, Ge(0), Hint("0 switches the KL term off")] = 0.0

@@ -46,7 +46,7 @@ class ResumePoint:
     folder: Path
     progress: Mapping[str, Any]
     in_place: bool
-    """Whether `folder` is the run's own folder, not a new one."""
+    """True if `folder` is the run's own folder, not a new one."""
 
     @property
     def step(self) -> int:

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Outcome:
-    """How a run ended. `error` is set where `status` is "failed"."""
+    """Status of a run that has ended. `error` is set where it is "failed"."""
 
     status: Status = "completed"
     error: Exception | None = None

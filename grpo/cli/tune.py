@@ -74,7 +74,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _tune(args: argparse.Namespace, console: Console) -> bool:
-    """Whether a setting was found that is enough."""
+    """Return True if a setting was found that keeps the trainer busy enough."""
     config, measure = _simulating(args, console) if args.simulate else _running(args, console)
 
     def measure_and_tell(setting: Setting) -> Outcome:
@@ -128,7 +128,7 @@ def _compare(args: argparse.Namespace, console: Console) -> bool:
 
 
 def _simulated(profile: Profile, config: RunConfig, steps: int) -> Outcome:
-    from grpo.tuning.simulation import simulate  # which imports torch, that nobody wants to wait for to read an error
+    from grpo.tuning.simulation import simulate  # imports torch: an error in the arguments should not wait for it
 
     return simulate(profile, config, steps)
 

@@ -116,7 +116,7 @@ class LossConfig(Settings):
     """Advantage estimator: a name in ADVANTAGES (grpo/algorithms/advantages.py), or `module:function`."""
 
     aggregation: Literal["token_mean", "sequence_mean", "fixed_horizon"] | None = None
-    """How per-token losses are averaged; null: the loss's default."""
+    """Averaging of per-token losses; null: the loss's default."""
 
     horizon: Annotated[int, Ge(1), Hint("the loss is divided by it")] | None = None
     """Tokens that fixed_horizon divides by; null: the longest completion of the batch."""

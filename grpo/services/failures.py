@@ -62,7 +62,7 @@ class Failures:
 
     @property
     def restarts(self) -> dict[str, int]:
-        """How often each actor was replaced."""
+        """Number of replacements of each actor."""
         return dict(Counter(death.actor for death in self.deaths))
 
     def end(self, error: BaseException) -> None:

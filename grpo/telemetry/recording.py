@@ -40,7 +40,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class TelemetryBatch:
-    """What was recorded since the last batch, the clock at that moment, and the number of spans that were dropped."""
+    """Everything recorded since the last batch, the clock at that moment, and the number of dropped spans."""
 
     spans: list[Span]
     metrics: MetricSet
