@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -84,7 +85,8 @@ def _connect(config: ClusterConfig) -> str | None:
 def _signals_held_back() -> Iterator[None]:
     """Delay Ctrl-C and SIGTERM until the block ends: `ray.init` leaves processes behind when it is interrupted."""
     held: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    in_main = threading.current_thread() is threading.main_thread()  # the only one that may set handlers
+    numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
     before = {number: signal.signal(number, lambda number, frame: held.append(number)) for number in numbers}
     try:
         yield

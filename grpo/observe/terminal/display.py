@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -63,7 +64,9 @@ class Display:
 
 
 def make_display(console: Console, max_steps: int, log_every: int) -> Display:
-    if console.is_terminal and not console.is_dumb_terminal:
+    """Return a live view where the main thread has a terminal, plain lines elsewhere: a live view handles signals."""
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main and console.is_terminal and not console.is_dumb_terminal:
         return LiveDisplay(console, max_steps, terminal_behind(console.file, sys.stdin))
     return PlainDisplay(console, max_steps, log_every)
 
