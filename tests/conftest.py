@@ -32,6 +32,13 @@ def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=6, help="processes that each chaos test kills")
 
 
+def pytest_collection_modifyitems(items):
+    """Mark the tests on clusters of several nodes as long: every node takes seconds to start."""
+    for item in items:
+        if {"nodes", "joined"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.long)
+
+
 @pytest.fixture
 def kills(request) -> int:
     return request.config.getoption("kills")
