@@ -15,6 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from grpo.cli.main import print_warning
 from grpo.config.composition import CONFIGS, explain, from_hydra, register
 from grpo.config.renamed import rewrite_overrides
 from grpo.config.schema import RunConfig
@@ -89,14 +90,10 @@ def run_jobs(work: Work, after_sweep: Callable[[Path], None] | None = None) -> N
 
 def _exit_code(composed: DictConfig, work: Work, folder: Path) -> int:
     try:
-        return work(from_hydra(composed, HydraConfig.get().overrides.task, warn=_warn), folder)
+        return work(from_hydra(composed, HydraConfig.get().overrides.task, warn=print_warning), folder)
     except (GRPOError, OSError) as error:  # found before the run began; later errors stand in what the run leaves
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CODES["failed"]
-
-
-def _warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr)
 
 
 def _call(job: Callable[[], None]) -> None:
@@ -104,7 +101,7 @@ def _call(job: Callable[[], None]) -> None:
     try:
         sys.argv[1:], renamed = rewrite_overrides(sys.argv[1:])
         for line in renamed:
-            _warn(line)
+            print_warning(line)
         job()
     except ConfigError as error:
         sys.exit(f"error: {error}")

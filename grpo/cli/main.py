@@ -54,3 +54,8 @@ def main() -> None:
     sys.argv[0] = f"grpo {name}"  # the program's name in its own help
     module, _, function = COMMANDS[name].partition(":")
     getattr(importlib.import_module(module), function)()
+
+
+def print_warning(line: str) -> None:
+    """Print a warning about the command line on stderr."""
+    print(f"warning: {line}", file=sys.stderr)

@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from grpo.cli.main import ArgumentParser
+from grpo.cli.main import ArgumentParser, print_warning
 from grpo.config.composition import compose, from_run
 from grpo.config.schema import RunConfig
 from grpo.errors import GRPOError
@@ -95,7 +95,7 @@ def _simulating(args: argparse.Namespace, console: Console) -> tuple[RunConfig, 
 
 
 def _running(args: argparse.Namespace, console: Console) -> tuple[RunConfig, Measure]:
-    config = compose(*args.overrides)
+    config = compose(*args.overrides, warn=print_warning)
     folder = args.out or Path("outputs") / "tune" / f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
     steps = _steps_of(config, args)
     console.print(f"a run of {steps} steps for each setting, in {folder}; target: {args.target:.0%} wait")
@@ -111,7 +111,7 @@ def _compare(args: argparse.Namespace, console: Console) -> bool:
     profile, _ = _profile(args)
     table = Table("age", "rollouts", "steps/s", "simulated", "ratio", "waits", "simulated", "run", box=None)
     for run in args.against:
-        config, lines = from_run(run), read_metrics(run)
+        config, lines = from_run(run, warn=print_warning), read_metrics(run)
         real, simulated = outcome_of(lines), _simulated(profile, config, len(lines))
         table.add_row(
             str(config.buffer.max_policy_age),
@@ -136,9 +136,9 @@ def _simulated(profile: Profile, config: RunConfig, steps: int) -> Outcome:
 def _profile(args: argparse.Namespace) -> tuple[Profile, RunConfig]:
     first = args.simulate[0]
     if first.is_file():
-        profile, config = load_profile(first), compose(*args.overrides)
+        profile, config = load_profile(first), compose(*args.overrides, warn=print_warning)
     else:
-        config = from_run(first, args.overrides)
+        config = from_run(first, args.overrides, warn=print_warning)
         profile = profile_of(args.simulate)
     if args.save_profile:
         profile.save(args.save_profile)

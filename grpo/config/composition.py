@@ -81,7 +81,8 @@ def from_hydra(
 def from_run(folder: Path, overrides: Sequence[str] = (), *, warn: Callable[[str], None] | None = None) -> RunConfig:
     """Return the settings of an earlier run with some values changed (`key=value`).
 
-    `warn` is that of `compose`. Raises ConfigError, also where the folder is not a run's.
+    `warn` is that of `compose`; it gets one line for all old names in the run's file. Raises ConfigError, also if the
+    folder is not a run's.
     """
     file = folder / "config.yaml"
     if not file.is_file():
@@ -93,7 +94,8 @@ def from_run(folder: Path, overrides: Sequence[str] = (), *, warn: Callable[[str
         composed = OmegaConf.merge(asdict(RunConfig()), before, OmegaConf.from_dotlist(words))
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from None
-    _warn_each([*renamed, *old], warn)
+    in_file = [f"{file}: has settings under old names, {len(old)} in all, which the next version does not read"]
+    _warn_each(renamed + (in_file if old else []), warn)
     return from_hydra(cast(DictConfig, composed), warn=warn)
 
 

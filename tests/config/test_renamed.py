@@ -1,6 +1,8 @@
 """Settings under their old names: they work in this version, each use gives one warning line."""
 
 import dataclasses
+import subprocess
+import sys
 from operator import attrgetter
 
 import pytest
@@ -133,6 +135,17 @@ def test_other_words_stay_as_they_are(word):
     assert rewrite_overrides([word]) == ([word], [])
 
 
+def test_an_old_name_works_on_the_command_line_also_in_a_sweep(tmp_path):
+    words = [f"hydra.sweep.dir={tmp_path}", "dry_run=true", "buffer.window=1,17", "loss.dual_clip=3"]
+    command = [sys.executable, "-m", "grpo.cli", "train", "-m", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, f"warning: {line('buffer.window')}\n")
+    assert [text for text in done.stdout.splitlines() if text.startswith("staleness")] == [
+        "staleness       at most 1 versions",
+        "staleness       at most 2 versions",
+    ]
+
+
 def test_both_names_are_refused_in_one_line():
     with pytest.raises(
         ConfigError,
@@ -163,9 +176,11 @@ def test_a_run_of_the_version_before_can_be_read(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(old_form(config)))
     lines = []
     assert from_run(tmp_path, warn=lines.append) == config
-    assert lines == [line(old) for old in RENAMED]
+    (warning,) = lines
+    assert warning.startswith(f"{tmp_path / 'config.yaml'}: has settings under old names, {len(RENAMED)} in all")
     changed = from_run(tmp_path, ["buffer.reorder_window=1", "weights.timeout_s=8"], warn=lines.append)
     assert (changed.buffer.reorder_window, changed.weight_sync.timeout_s) == (1, 8)
+    assert lines[1] == line("weights.timeout_s")
 
 
 def test_a_checkpoint_of_the_version_before_has_the_same_settings():

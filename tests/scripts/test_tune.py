@@ -33,7 +33,7 @@ def test_a_setting_is_measured_and_then_simulated(run_script, type_in, tmp_path)
     ("words", "error"),
     [
         (["rollout.concurency=3"], "error: rollout.concurency: no such key; did you mean rollout.concurrency?\n"),
-        (["--simulate", "missing"], "error: missing is no run's folder: it has no config.yaml\n"),
+        (["--simulate", "missing"], "error: missing is not the folder of a run: it has no config.yaml\n"),
         (["--steps", "5"], "error: argument --steps: 5 is too few: the first 5 don't count; --help tells more\n"),
         (["--target", "10"], "error: argument --target: 10 is not between 0 and 1; --help tells more\n"),
         (
