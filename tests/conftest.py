@@ -87,7 +87,7 @@ def tiny_config(tiny_model_path) -> RunConfig:
     config.reward.functions = {"tests.fake_rewards:vowel_share": 1.0}
     config.reward.workers = 1
     config.observe.rollouts_every = 1
-    config.watchdog.seconds = 60.0
+    config.watchdog.seconds = 600.0
     config.checkpoint.every = 0
     return config
 

@@ -45,7 +45,7 @@ class RayNodes:
             stderr=subprocess.DEVNULL,
         )
         self._sessions.append(starting.pid)
-        assert starting.wait(timeout=60) == 0
+        assert starting.wait(timeout=300) == 0
         return starting.pid
 
     def kill(self, node):
@@ -57,7 +57,7 @@ class RayNodes:
     def close(self):
         for session in self._sessions:
             self.kill(session)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while left := [process for session in self._sessions for process in members(session)]:
             assert time.monotonic() < deadline, left
             time.sleep(0.05)
@@ -78,7 +78,7 @@ class JoinedNode:
         return {process: command for process, command in members(self.session).items() if process not in self.own}
 
     def guests_after_a_while(self):
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while self.guests() and time.monotonic() < deadline:
             time.sleep(0.1)
         return self.guests()

@@ -82,7 +82,7 @@ def test_a_node_gets_code_model_and_problems_without_a_shared_file_system_and_is
         cwd=other_version,
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(node.guests_after_a_while() == {} and node.is_whole() for node in joined)

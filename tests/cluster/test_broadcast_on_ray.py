@@ -52,11 +52,11 @@ async def test_a_run_trains_and_a_replica_killed_in_the_middle_of_a_transfer_hol
         done, _ = await asyncio.wait([publishing], timeout=1.0)
         assert not done
         os.kill(victim.pid, signal.SIGKILL)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(300):
             assert await publishing >= 1
             await services.generator.service.ready()
         assert len(publisher.told) == 1
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(300):
             assert await publisher.publish() == 2  # a new group of both
         assert len(publisher.told) == 1
         assert recorder.failures.restarts == {"generator-1": 1}
@@ -65,14 +65,14 @@ async def test_a_run_trains_and_a_replica_killed_in_the_middle_of_a_transfer_hol
 
 
 async def test_a_replica_that_hangs_in_a_transfer_costs_one_time_out(config):
-    config.weight_sync.timeout_s, config.recovery.health_interval_s, config.recovery.health_timeout_s = 1.0, 0.5, 3.0
+    config.weight_sync.timeout_s, config.recovery.health_interval_s, config.recovery.health_timeout_s = 1.0, 0.5, 15.0
     specs = [spec for spec in actor_specs(config) if spec.name in ("generator", "trainer")]
     async with launch_actors(specs, config, Failures(config.recovery)) as handles:
         services = SimpleNamespace(**handles)
         publisher = Publisher(services, config)
         await publisher.publish()
         os.kill(services.generator.service.replicas[0].endpoint.pid, signal.SIGSTOP)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(300):
             assert await publisher.publish() >= 1
         assert len(publisher.told) == 1
         weights, _ = await services.trainer.push_weights.call_one()

@@ -34,7 +34,7 @@ def too_large_for_two():
 
 async def until_dead(process):
     with pytest.raises(ActorDied):
-        await asyncio.wait_for(process.wait_dead(), 20)
+        await asyncio.wait_for(process.wait_dead(), 120)
 
 
 async def test_ranks_meet_and_are_ended_together_with_their_place(states):
@@ -62,7 +62,7 @@ async def test_ranks_find_their_places_together_or_not_at_all(states):
     gang.kill(hung=True)
     for each in placed:
         with pytest.raises(ActorDied):
-            await asyncio.wait_for(each, 20)
+            await asyncio.wait_for(each, 120)
     assert states() == ["REMOVED"]
 
 
@@ -77,7 +77,7 @@ async def test_a_rank_that_is_killed_in_a_collective_is_the_death_of_all(states)
     os.kill(second.pid, signal.SIGKILL)
     for call in (meeting, hears_of_it):
         with pytest.raises(ActorDied):
-            await asyncio.wait_for(call, 20)
+            await asyncio.wait_for(call, 120)
     gang.kill(hung=True)
     await until_dead(first)
     assert states() == ["REMOVED"]

@@ -116,7 +116,7 @@ def test_ranks_share_a_node_where_one_has_room_for_all(nodes):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

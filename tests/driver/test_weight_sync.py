@@ -159,7 +159,7 @@ class Stage:
         """Returns when so many serve."""
         service = self.services.generator.service
         service.scale(replicas)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await service.context.changed.wait_for(lambda: len(service.healthy()) == replicas)
 
     @property

@@ -101,7 +101,7 @@ async def serving(model, **settings):
         max_completion_tokens=settings.pop("max_completion_tokens", 40),
         max_sequences=settings.pop("max_rows", 8),
     )
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         engine = TorchEngine(model, limits=limits, **{"stop_token_ids": (), "threads": 1, **settings})
         try:
             yield engine
@@ -163,7 +163,7 @@ def at_forward(model, number, action):
 
     def hook(_module, _args):
         if next(calls) == number:
-            asyncio.run_coroutine_threadsafe(action(), loop).result(timeout=30)
+            asyncio.run_coroutine_threadsafe(action(), loop).result(timeout=120)
 
     model.register_forward_pre_hook(hook)
 

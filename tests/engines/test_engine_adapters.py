@@ -82,7 +82,7 @@ async def opened(kind, model, folder):
             settings={"dtype": "float32"}, merge=merge,
         ).start()  # fmt: skip
     try:
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(600):
             yield engine
     finally:
         await engine.close()
@@ -141,7 +141,7 @@ async def test_the_torch_engine_generates_while_it_merges():
         passed.set()
 
     updates, used = [], copy.deepcopy(model)
-    async with asyncio.timeout(90):
+    async with asyncio.timeout(600):
         engine = TorchEngine(
             used, stop_token_ids=(), limits=LIMITS, threads=1, merge=Waiting(base_of(copy.deepcopy(model)), SCALE)
         )

@@ -101,7 +101,7 @@ async def served(request, tmp_path_factory):
 @pytest_asyncio.fixture(loop_scope="module")
 async def bench(served):
     """The engine with the weights of seed 1; shared by the tests of this file, for vLLM takes ten seconds to start."""
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(600):
         await served.load(seed=1)
         yield served
 
@@ -364,12 +364,12 @@ async def test_tokens_and_busy_time_are_counted(bench):
 
 async def test_it_answers_a_ping_while_it_generates(bench):
     call = asyncio.create_task(bench.engine.generate(prompt_of(6), SamplingParams(n=4, max_tokens=16)))
-    await asyncio.wait_for(bench.engine.ping(), 20)
+    await asyncio.wait_for(bench.engine.ping(), 120)
     assert len(await call) == 4
 
 
 async def test_closing_raises_at_every_pending_call(request, tmp_path):
-    async with asyncio.timeout(120), opened(request.config.getoption("--engine"), tied_llama, "drain", tmp_path) as own:
+    async with asyncio.timeout(600), opened(request.config.getoption("--engine"), tied_llama, "drain", tmp_path) as own:
         calls = [
             asyncio.create_task(own.engine.generate(prompt_of(4), SamplingParams(n=16, max_tokens=200)))
             for _ in range(2)

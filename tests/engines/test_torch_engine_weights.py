@@ -229,7 +229,7 @@ async def test_closing_while_weights_load_raises_at_the_update(monkeypatch):
         gate.set()
         await closing
         with pytest.raises(RuntimeError, match="closed"):
-            await asyncio.wait_for(update, 10)
+            await asyncio.wait_for(update, 60)
 
 
 async def test_generation_goes_on_while_weights_are_checked(monkeypatch):

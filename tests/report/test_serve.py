@@ -37,7 +37,7 @@ def going_on(folder, *, steps, groups, timeline):
 
 
 def ask(url):
-    with urllib.request.urlopen(url, timeout=20) as answer:
+    with urllib.request.urlopen(url, timeout=120) as answer:
         return answer.status, answer.read()
 
 

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 
-def finish(process, timeout=120):
+def finish(process, timeout=600):
     stdout, stderr = process.communicate(timeout=timeout)
     return process.returncode, stdout, stderr
 
@@ -17,7 +17,7 @@ def only_run(tmp_path):
 
 def processes_of(session):
     """Command lines of living processes of a session that a test started; Ray gets a moment to end its helpers."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while True:
         found = []
         for entry in os.scandir("/proc"):

@@ -40,7 +40,7 @@ def test_ctrl_c_ends_it_in_order_and_leaves_no_process(evaluate, tmp_path):
         if line.startswith("prompts"):
             break
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to everybody at once
-    code, stdout, stderr = finish(process, timeout=20)
+    code, stdout, stderr = finish(process)
     assert (code, stderr) == (130, "")
     assert "stopping; press Ctrl-C again" in stdout
     assert "interrupted; run folder" in stdout

@@ -60,7 +60,7 @@ def type_command(tmp_path):
             env=os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
 
     return run

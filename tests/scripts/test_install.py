@@ -33,7 +33,7 @@ def test_it_trains_from_an_empty_folder(installed, tiny_model_path, tmp_path):
         env=os.environ | {"PYTHONPATH": str(installed)},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "completed after 2 steps" in done.stdout

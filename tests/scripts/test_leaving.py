@@ -80,7 +80,7 @@ def test_a_killed_driver_leaves_nothing_of_its_cluster_and_ctrl_c_ends_another_r
     victim.communicate()
     assert processes_of(victim.pid) == []
     os.killpg(survivor.pid, signal.SIGINT)  # as a terminal does: to everybody at once
-    code, stdout, stderr = finish(survivor, timeout=15)
+    code, stdout, stderr = finish(survivor)
     assert (code, stderr) == (130, "")
     assert "stopping after this step" in stdout
     summary = json.loads((tmp_path / "survivor/summary.json").read_text())

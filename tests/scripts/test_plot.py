@@ -19,7 +19,7 @@ def test_runs_are_drawn_side_by_side(tmp_path):
     second = run_folder(tmp_path / "second", [])
     picture = tmp_path / "curve.svg"
     command = [sys.executable, "scripts/plot.py", first, second, "--out", str(picture)]
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
     text = picture.read_text()
     for label in ("first: training batches", "first: held-out", "second: training batches"):
         assert f"<!-- {label} -->" in text

@@ -104,5 +104,5 @@ def test_serving_ends_with_ctrl_c(tmp_path):
         said = process.stdout.readline()
         assert re.fullmatch(rf"{folder} is shown at http://127\.0\.0\.1:\d+/; Ctrl-C ends it\n", said)
         process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=30) == ("", "")
+        assert process.communicate(timeout=300) == ("", "")
     assert process.returncode == 130

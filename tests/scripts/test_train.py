@@ -106,7 +106,7 @@ def test_a_second_ctrl_c_ends_it_at_once(train, tmp_path):
         if line.startswith("warning: stopping"):
             process.send_signal(signal.SIGTERM)
             break
-    code, *_ = finish(process, timeout=15)
+    code, *_ = finish(process)
     assert code == 130
     assert json.loads((only_run(tmp_path) / "summary.json").read_text())["status"] == "interrupted"
     assert processes_of(process.pid) == []

@@ -473,7 +473,7 @@ async def test_an_error_that_nobody_can_mend_ends_the_run_though_nobody_calls():
     async with Fleet(max_restarts=0) as fleet:
         fleet.endpoints[0].kill()
         with pytest.raises(ActorDied, match=r"recovery\.max_restarts=0"):
-            await asyncio.wait_for(fleet.failures.wait_fatal(), 5)
+            await asyncio.wait_for(fleet.failures.wait_fatal(), 60)
 
 
 async def test_a_session_keeps_to_one_replica_until_that_dies():

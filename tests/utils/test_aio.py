@@ -132,11 +132,11 @@ async def test_a_signal_wakes_everybody_whose_condition_has_become_true():
     await asyncio.sleep(0)
     there.append("a")
     signal.notify()
-    await asyncio.wait_for(asyncio.gather(*waiting[:2]), 1)
+    await asyncio.wait_for(asyncio.gather(*waiting[:2]), 60)
     assert not waiting[2].done()
     there.append("b")
     signal.notify()
-    assert await asyncio.wait_for(waiting[2], 1) == ["a", "b"]
+    assert await asyncio.wait_for(waiting[2], 60) == ["a", "b"]
     assert await signal.wait_for(lambda: "at once") == "at once"
 
 

@@ -62,4 +62,4 @@ def test_to_check_imports_nothing_heavy():
         "check_sinks({'tensorboard': {}, 'wandb': {'mode': 'offline'}})\n"
         "assert not {'torch', 'ray', 'tensorboard', 'wandb'} & sys.modules.keys()"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

@@ -41,7 +41,7 @@ def test_what_is_written_on_this_machine_is_read_back_under_the_name_of_the_fold
     folder.mkdir(parents=True)
     environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio")}
     script = [sys.executable, "-c", WRITES, str(folder)]
-    done = subprocess.run(script, env=environment, timeout=120, capture_output=True, text=True)
+    done = subprocess.run(script, env=environment, timeout=600, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     read = json.loads((folder / "read.json").read_text())
     assert (read["run"], read["config"]["a"]) == ("day/run", {"b": 1})

@@ -50,7 +50,7 @@ def records(file):
 def test_what_is_written_offline_is_read_back_under_the_id_of_the_folder(tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"WANDB_DIR": str(tmp_path)}
     script = [sys.executable, "-c", WRITES, str(tmp_path / "run")]
-    done = subprocess.run(script, env=environment, timeout=120, capture_output=True, text=True)
+    done = subprocess.run(script, env=environment, timeout=600, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     (file,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
     found = list(records(file))

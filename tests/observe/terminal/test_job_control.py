@@ -36,7 +36,7 @@ class Viewer:
         self._changed.notify()
 
     async def until_told(self, *told):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await self._changed.wait_for(lambda: self.told == [*told])
 
 

@@ -44,7 +44,7 @@ def test_a_reader_that_goes_away_does_not_end_the_work(tmp_path: Path):
     )
     process.stdout.readline()
     process.stdout.close()
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=300)
     assert (process.returncode, stderr) == (0, "")
     assert "the work went on" in (tmp_path / "log").read_text()
 
@@ -77,7 +77,7 @@ def test_the_live_view_in_a_terminal_leaves_the_chatter_in_the_log(tmp_path: Pat
         if not part:
             break
         shown += part
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=300) == 0
     os.close(ours)
     assert b"look here" in shown
     assert b"chatter" not in shown
