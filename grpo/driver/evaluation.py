@@ -181,6 +181,7 @@ async def evaluate(
         on_answer(prompt, scores)
         return scores, report
 
+    # All prompts are under way at once: the engine batches them, and the slowest answer sets the time.
     with span("evaluation", "stage", prompts=len(prompts)):
         answers = await gather_or_cancel(*map(answer, prompts))
     return summarize(answers, config, version, time.perf_counter() - started)

@@ -216,7 +216,8 @@ class Pacer:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state`. All its tickets are in stage "rollout": mark or requeue each of them next."""
         self.admitted, self.trained = state["admitted"], state["trained"]
-        self.dropped, self.requeued = Counter(state["dropped"]), Counter(state["requeued"])
+        # Checkpoints of the version before this one call it "reissued".
+        self.dropped, self.requeued = Counter(state["dropped"]), Counter(state.get("requeued", state.get("reissued")))
         self._out = {Ticket(serial): _GroupState(prompt) for serial, prompt in state["outstanding"]}
         self._available = asyncio.Semaphore(self.capacity - len(self._out))
 

@@ -169,6 +169,7 @@ def figures(run: RunRecord) -> Record:
     evaluations = [each["reward_mean"] for each in run.evaluations if each.get("reward_mean") is not None]
     last = run.steps[-1] if run.steps else {"step": 0}
     started = run.steps or run.config_text
+    # A run that was killed has no summary; its steps say nearly as much.
     found: Record = {
         "status": "no summary: still running, or killed" if started else "failed",
         "steps": last["step"],

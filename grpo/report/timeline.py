@@ -46,6 +46,7 @@ def read_timeline(file: Path, most: int = MOST_SPANS, from_s: float = 0.0) -> di
     spans = sorted(_spans(events, tracks), key=lambda span: (span.begin, -span.end))
     if not spans:
         return None
+    # The page holds so many spans: the first ones after `from_s`, or the last ones of all if none are that late.
     late = [span for span in spans if span.end >= from_s * 1e6]
     kept = (late or spans[-most:])[:most]
     _nest(kept)

@@ -35,6 +35,7 @@ def profile_of(runs: Sequence[Path]) -> Profile:
         raise TuningError(
             f"{len(steps)} train steps are too few: set trainer.max_steps={_MIN_STEPS + _WARM_UP_STEPS} or more"
         )
+    # What slows decoding and training down is fitted too: both work on the same cores.
     call, call_driver = _calls(np.array([add for trace in traces for add in _adds(trace)]))
     decode, decode_slowed = _fit(decodes, contended=True)
     train, train_slowed = _fit(steps, contended=True)
