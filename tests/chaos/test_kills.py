@@ -8,7 +8,7 @@ from grpo.cluster.launch import launch
 from grpo.driver.loop import train_loop
 from tests.chaos.monkey import Monkey
 
-pytestmark = pytest.mark.usefixtures("ray_session")
+pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.long]
 
 KINDS = ("generator", "trainer", "dataloader", "replay_buffer", "reward", "reference")
 

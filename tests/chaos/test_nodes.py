@@ -8,7 +8,11 @@ import sys
 import time
 from statistics import fmean
 
+import pytest
+
 from tests.ray_nodes import ENVIRONMENT, ROOT, JoinedNode, members
+
+pytestmark = pytest.mark.long
 
 
 class JoinedRun:

@@ -10,6 +10,8 @@ import pytest
 from tests.scripts.conftest import run_script, train, type_in
 from tests.scripts.processes import finish, processes_of
 
+pytestmark = pytest.mark.long
+
 __all__ = ["run_script", "train", "type_in"]
 
 SMALL = (

@@ -11,6 +11,8 @@ import pytest
 
 from tests.ray_nodes import ENVIRONMENT, ROOT, JoinedNode
 
+pytestmark = pytest.mark.long
+
 OWN_TASK = '''
 """A task of somebody's own, which reads a file, with a reward of its own."""
 

@@ -14,7 +14,7 @@ from grpo.driver.loop import train_loop
 from grpo.driver.weight_sync import Collective
 from grpo.services.failures import Failures
 
-pytestmark = pytest.mark.usefixtures("ray_session")
+pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.long]
 
 
 @pytest.fixture

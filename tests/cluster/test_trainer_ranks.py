@@ -16,7 +16,7 @@ from grpo.driver.loop import train_loop
 from grpo.observe.collector import collecting
 from grpo.services.local import launch_local
 
-pytestmark = pytest.mark.usefixtures("ray_session")
+pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.long]
 
 
 @pytest.fixture

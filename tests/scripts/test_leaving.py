@@ -11,6 +11,8 @@ import pytest
 from tests.ray_nodes import ENVIRONMENT, JoinedNode, RayNodes, members
 from tests.scripts.processes import finish, processes_of
 
+pytestmark = pytest.mark.long
+
 ENDLESS = "trainer.max_steps=100000"
 
 
