@@ -94,6 +94,7 @@ def _runs(pid):
     return stat.rpartition(") ")[2][0] != "Z"  # nobody may wait for orphans
 
 
+@pytest.mark.long
 async def test_a_replica_that_is_added_holds_the_present_weights_and_one_that_hangs_is_replaced(tiny_config):
     tiny_config.generator.num_cpus = 0.25
     tiny_config.recovery.health_interval_s, tiny_config.recovery.health_timeout_s = 1.0, 15.0

@@ -228,6 +228,7 @@ async def test_a_run_that_filters_corrects_and_samples_by_difficulty_goes_on_exa
 @pytest.mark.parametrize(
     ("moment", "every"), [("train_step", 1), ("push_weights", 2), ("snapshot", 1), ("snapshot", 2)]
 )
+@pytest.mark.long
 async def test_a_run_that_is_killed_goes_on_exactly(start, tmp_path, moment, every):
     """Twice, the second time in its first step."""
     settings = {"checkpoint": {"every": every}, "loss": {"beta": 0.05}}

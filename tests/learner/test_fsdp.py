@@ -151,6 +151,7 @@ def compiled_gradients_of_a_step(ranks, batch, settings):
             AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 
 
+@pytest.mark.long
 def test_ranks_whose_layers_are_compiled_have_the_gradients_of_one(rank_processes):
     settings = {"gradient_checkpointing": True}
     answers = rank_processes.run(2, compiled_gradients_of_a_step, ragged(), settings)

@@ -31,6 +31,7 @@ def test_a_model_has_layers(model):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch looks for it itself
 @pytest.mark.usefixtures("attention_as_before")
 @pytest.mark.parametrize(("packing", "checkpointed"), [("auto", True), ("never", False)])
+@pytest.mark.long
 def test_compiled_layers_have_the_gradients_of_others(model, make_group, packing, checkpointed):
     torch.compiler.reset()
     groups = [make_group(4, lengths, [1.0] * len(lengths)) for lengths in ((3, 1), (2, 9, 5), (7,))]

@@ -36,6 +36,7 @@ def runs(tmp_path):
     return json.loads((tmp_path / "docs/losses.json").read_text())["runs"]
 
 
+@pytest.mark.long
 def test_runs_are_made_once_and_end_at_the_target_or_the_last_step(compare, again, tmp_path):
     code, stdout, stderr = finish(compare("--ages", "0", "1", "--target", "2", REWARD))
     assert (code, stderr) == (0, "")
@@ -96,6 +97,7 @@ def test_a_run_that_failed_is_made_again(monkeypatch, tmp_path):
     assert results(tmp_path / "losses.json").is_made("bad")
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_it_in_order_and_leaves_nothing_behind(compare, tmp_path, monkeypatch):
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))

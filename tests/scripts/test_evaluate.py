@@ -11,6 +11,7 @@ from tests.scripts.processes import finish, only_run, processes_of
 REWARD = "+reward.functions={tests.fake_rewards.vowel_share: 1.0}"
 
 
+@pytest.mark.long
 def test_a_table_and_two_files(evaluate, tmp_path):
     code, stdout, stderr = finish(evaluate("eval.prompts=8", "eval.samples=2", "eval.success_threshold=0.2", REWARD))
     assert (code, stderr) == (0, "")
@@ -32,6 +33,7 @@ def test_a_table_and_two_files(evaluate, tmp_path):
     assert not (folder / "metrics.jsonl").exists()
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_it_in_order_and_leaves_no_process(evaluate, tmp_path):
     """Half of the answers take less than a second, others hours."""
     slow = ["generator.engine=simulated", "+generator.args={latency_s: 1, latency_sigma: 8}"]
@@ -50,6 +52,7 @@ def test_ctrl_c_ends_it_in_order_and_leaves_no_process(evaluate, tmp_path):
     assert processes_of(process.pid) == []
 
 
+@pytest.mark.long
 def test_a_reward_that_fails_is_shown_once(evaluate, tmp_path):
     code, stdout, stderr = finish(evaluate("eval.prompts=8", "+reward.functions={tests.fake_rewards.raising: 1.0}"))
     assert code == 1
@@ -62,7 +65,7 @@ def test_a_reward_that_fails_is_shown_once(evaluate, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["eval.prompts=0"], "error: eval.prompts: is 0, there is nothing to evaluate"),
+        (["eval.prompts=0"], "error: eval.prompts: must be > 0 (number of held-out prompts)"),
         (["eval.sample=2"], "error: eval.sample: no such key; did you mean eval.samples?"),
         (["generator.replicas=500"], "error: generator.num_cpus: the actors ask for 500 CPUs"),
         (["task.args.held_out_size=0"], "error: eval.prompts: the task has no held-out prompt"),

@@ -98,6 +98,7 @@ def check_timeline(events, lines, groups_trained):
     assert all(begun[ticket] < at for ticket, at in taken.items())
 
 
+@pytest.mark.long
 def test_a_second_ctrl_c_ends_it_at_once(train, tmp_path):
     process = train("trainer.max_steps=100000")
     for line in process.stdout:
@@ -137,6 +138,7 @@ def test_a_model_that_does_not_exist_is_named(type_in):
     assert (code, stderr) == (1, "error: model.path: no model folder at '/nowhere' (it would hold a config.json)\n")
 
 
+@pytest.mark.long
 def test_a_model_that_can_not_be_run_is_one_line_and_leaves_no_process(train, tmp_path):
     """Found while Ray starts."""
     folder = tmp_path / "mamba"
@@ -192,6 +194,7 @@ def test_hydra_users_find_what_they_know(type_in):
     assert "concurrency: 7" in stdout
 
 
+@pytest.mark.long
 def test_a_sweep_goes_on_after_a_run_whose_rollout_failed_with_its_own_error_shown_once(train, tmp_path):
     """Of three runs the first fails, the second trains, and the third is refused before it starts."""
     process = train(

@@ -7,6 +7,7 @@ import pytest
 from tests.scripts.processes import finish
 
 
+@pytest.mark.long
 def test_a_setting_is_measured_and_then_simulated(run_script, type_in, tmp_path):
     small = ("--steps", "8", "--ages", "0", "--target", "0.01", "trainer.groups_per_step=4")
     code, stdout, stderr = finish(run_script("tune.py", *small, "--out", "runs"))
