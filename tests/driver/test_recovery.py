@@ -119,6 +119,7 @@ DEATHS = [
 
 
 @pytest.mark.parametrize("death", DEATHS, ids=lambda death: " ".join(map(str, death)))
+@pytest.mark.long
 async def test_a_death_changes_nothing_in_what_is_learned(config, make_recorder, undisturbed, death):
     recorder, losses, weights = await train(config, make_recorder, death)
     assert (losses, weights.checksum) == (undisturbed[0], undisturbed[1].checksum)
@@ -139,6 +140,7 @@ TRANSFER_DEATHS = [
 
 
 @pytest.mark.parametrize("death", TRANSFER_DEATHS, ids=lambda death: " ".join(map(str, death)))
+@pytest.mark.long
 async def test_a_death_around_a_broadcast_of_weights_changes_nothing(config, make_recorder, undisturbed, death):
     """The first three broadcasts make calls 1 and 2, 3 and 4, ... of two generators."""
     config.weight_sync.transport, config.weight_sync.timeout_s, config.generator.replicas = "collective", 5.0, 2
