@@ -37,16 +37,19 @@ class RayNodes:
             mounts = "".join(f"mount -t tmpfs none '{place}' && " for place in places)
             apart = ["unshare", "--mount", "sh", "-c", f'{mounts} cd / && exec "$@"', "sh"]
             environment |= {"PYTHONPATH": "", "HOME": f"{self._folder}/home", "XDG_CACHE_HOME": ""}
-        starting = subprocess.Popen(
-            [*apart, *command, "--disable-usage-stats"],
-            env=environment,
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        self._sessions.append(starting.pid)
-        assert starting.wait(timeout=300) == 0
-        return starting.pid
+        for _ in range(10):  # Ray gives a node 30 s to start, which a busy machine may not manage
+            starting = subprocess.Popen(
+                [*apart, *command, "--disable-usage-stats"],
+                env=environment,
+                start_new_session=True,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            self._sessions.append(starting.pid)
+            if starting.wait(timeout=300) == 0:
+                return starting.pid
+            self.kill(starting.pid)
+        raise AssertionError("no node starts")
 
     def kill(self, node):
         """End all of its processes at once, as when the machine loses its power."""
