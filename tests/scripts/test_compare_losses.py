@@ -16,7 +16,13 @@ from tests.scripts.conftest import ROOT
 from tests.scripts.processes import finish, processes_of
 
 REWARD = "+reward.functions={tests.fake_rewards.vowel_share: 1.0}"
-TINY = ["trainer.max_steps=2", "trainer.groups_per_step=2", "rollout.group_size=4", "eval.prompts=8"]
+TINY = [
+    "driver.slow_callback_ms=1e5",
+    "trainer.max_steps=2",
+    "trainer.groups_per_step=2",
+    "rollout.group_size=4",
+    "eval.prompts=8",
+]
 ONE = ["--losses", "grpo", "--seeds", "0", "--correction", "--jobs", "1", "--out", "docs/losses.md"]
 
 
