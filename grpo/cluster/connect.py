@@ -50,6 +50,9 @@ def ray_cluster(config: ClusterConfig) -> Iterator[str | None]:
     # Free the memory of objects at once, not once a second: the next weights find its pages mapped. Copying into fresh
     # pages takes six times as long.
     os.environ.setdefault("RAY_free_objects_batch_size", "1")
+    # Ray runs actors at niceness 15. Beside three busy programs on two cores they would get 2% of a core, and importing
+    # torch would take minutes.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     with session_reaper():
         try:
             with _signals_held_back():

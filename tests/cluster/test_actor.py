@@ -33,6 +33,11 @@ async def worker(long_lived):
     return ActorHandle(service_of(long_lived, name="worker"))
 
 
+async def test_other_programs_on_the_machine_have_no_priority_over_an_actor(long_lived):
+    await long_lived.wait_scheduled()
+    assert os.getpriority(os.PRIO_PROCESS, long_lived.pid) == os.getpriority(os.PRIO_PROCESS, 0)
+
+
 async def test_a_payload_stays_behind_and_is_resolved_where_it_is_used(worker):
     payload, report = await worker.make.call_one(1000)
     assert isinstance(payload, ray.ObjectRef)
