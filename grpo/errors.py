@@ -37,13 +37,19 @@ class ZeroVarianceGroup(DataError):
         self.rollout = rollout
 
 
-class RewardError(DataError):
-    """A reward function that raised. Subclasses are its other failures.
+class GroupError(DataError):
+    """A failure of the user's code that costs one group. The settings decide whether it also ends the run.
 
-    Groups dropped for this error (`reward.on_error=drop`) are counted under `reason`.
+    Groups dropped for it are counted under `reason`.
     """
 
-    reason: ClassVar[str] = "reward_error"
+    reason: ClassVar[str]
+
+
+class RewardError(GroupError):
+    """A reward function that raised; see `reward.on_error`. Subclasses are its other failures."""
+
+    reason = "reward_error"
 
 
 class RewardTimeout(RewardError):
@@ -70,6 +76,28 @@ class RewardInvalid(RewardError):
     reason = "reward_invalid"
 
 
+class EnvironmentFailed(GroupError):
+    """An environment that raised; see `environment.on_error`. Subclasses are its other failures."""
+
+    reason = "environment_error"
+
+
+class EnvironmentTimeout(EnvironmentFailed):
+    """An environment that did not return in time. `hung`: its thread can't be ended, only its process."""
+
+    reason = "environment_timeout"
+
+    def __init__(self, message: str, *, hung: bool = False) -> None:
+        super().__init__(message)
+        self.hung = hung
+
+
+class EnvironmentInvalid(EnvironmentFailed):
+    """An environment that returned something else than the protocol says, or whose prompt is too long."""
+
+    reason = "environment_invalid"
+
+
 class InfrastructureError(GRPOError):
     """A process or a node that failed or did not become available."""
 
@@ -84,6 +112,10 @@ class ActorDied(InfrastructureError):
 
 class PayloadLost(InfrastructureError):
     """Tokens or weights that were lost with the node that stored them or the process that owned them."""
+
+
+class LeaseLost(InfrastructureError):
+    """The generator that an episode was played with is gone; the group is played again with another one."""
 
 
 class TransferError(InfrastructureError):

@@ -17,6 +17,13 @@ A worked example: one group with G = 2.
                   advantages=(0.707, -0.707), oldest_version=3)
 
 A trainer at version 4 trains on this group with age 4 - 3 = 1.
+
+In an episode of several turns a completion holds all of them, and the environment's replies in between:
+
+    guesses = Completion(token_ids=np.array([8, 1, 20, 9, 1]),        # "8<eos>", the reply "<", then "9<eos>"
+                         logprobs=np.array([-1.2, 0.0, -0.7, 0.0]),   # of the 4 sampled tokens
+                         versions=((3, 4),), finish_reason="stop",
+                         turns=(Turn(sampled=2, given=1), Turn(sampled=2, reward=1.0)))
 """
 
 from __future__ import annotations
@@ -24,7 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +39,8 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 FinishReason = Literal["stop", "length"]
+EpisodeLimit = Literal["tokens", "timeout", "turns"]
+EPISODE_LIMITS: tuple[EpisodeLimit, ...] = get_args(EpisodeLimit)
 Detail = Literal["rewards", "texts", "tokens"]
 """Level of detail that scores carry; each level includes the levels before it."""
 
@@ -75,7 +84,9 @@ class PromptBatch:
 class SamplingParams:
     """Settings of the sampler. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 switch those filters off.
 
-    `stop_token_ids` end a completion in addition to the model's own end-of-sequence tokens.
+    `stop_token_ids` end a completion in addition to the model's own end-of-sequence tokens. Random numbers depend on
+    `seed`, on the number of the completion within its group, counted from `first_sample`, and on the place of the
+    token, counted from `first_token`: the turns of an episode continue one stream of numbers.
     """
 
     n: int = 1
@@ -85,30 +96,75 @@ class SamplingParams:
     max_tokens: int = 512
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
+    first_sample: int = 0
+    first_token: int = 0
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of an episode: what the policy said, and what it was given in return.
+
+    `sampled` and `given` count tokens. The given ones follow the sampled ones: the environment's reply, and what the
+    template writes around it. `reward` is the environment's for this turn.
+    """
+
+    sampled: int
+    given: int = 0
+    reward: float = 0.0
+    finish_reason: FinishReason = "stop"
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled answer.
+    """One sampled answer, or one episode of several turns. N of its T tokens were sampled, the others were given.
 
-    `token_ids` and `logprobs` have shape [T] and include the stop token, if any. `logprobs` are natural logarithms
-    under the distribution that was sampled from (temperature and filters applied). `versions` is the run-length
-    encoding of the policy version of each token: ((version, count), ...), counts summing to T.
+    `token_ids` has shape [T] and includes the stop tokens. `logprobs` has shape [N]: natural logarithms under the
+    distribution that was sampled from (temperature and filters applied). `versions` is the run-length encoding of the
+    policy version of each sampled token: ((version, count), ...), counts summing to N. Without `turns` all tokens were
+    sampled. An episode ends with a sampled token: a last reply, which nothing answers, is not among its tokens.
     """
 
     token_ids: Ints
     logprobs: Floats
     versions: tuple[tuple[int, int], ...]
     finish_reason: FinishReason
+    turns: tuple[Turn, ...] = ()
+
+    @property
+    def sampled_count(self) -> int:
+        return len(self.logprobs)
+
+    def sampled_places(self) -> Ints:
+        """Return the indices [N] of the sampled tokens in `token_ids`."""
+        if not self.turns:
+            return np.arange(len(self.token_ids))
+        runs = [(turn.sampled, turn.given) for turn in self.turns]
+        return np.flatnonzero(np.repeat([True, False] * len(runs), np.ravel(runs)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle arrays as bytes: three times as fast, which matters for many short answers."""
         token_ids, logprobs = np.asarray(self.token_ids, np.int64), np.asarray(self.logprobs, np.float32)
-        return _completion, (token_ids.tobytes(), logprobs.tobytes(), self.versions, self.finish_reason)
+        rest = (self.versions, self.finish_reason, self.turns)
+        return _completion, (token_ids.tobytes(), logprobs.tobytes(), *rest)
 
 
 def _completion(token_ids: bytes, logprobs: bytes, *rest: Any) -> Completion:
     return Completion(np.frombuffer(token_ids, np.int64), np.frombuffer(logprobs, np.float32), *rest)
+
+
+@dataclass(frozen=True)
+class EpisodeReport:
+    """The numbers of one episode: turns, given tokens, what ended it, and seconds spent waiting for each side.
+
+    `metrics` are sums over its turns: of tool calls and their errors, and whatever its environment reports.
+    """
+
+    turns: int
+    given: int
+    ended_by: EpisodeLimit | Literal["done"]
+    environment_s: float
+    generator_s: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -118,9 +174,11 @@ class GenerationReport:
     oldest_version: int
     newest_version: int
     lengths: tuple[int, ...]
-    """Tokens of each completion."""
+    """Sampled tokens of each completion."""
     truncated: tuple[bool, ...]
     """For each completion, whether it ended for its length."""
+    episodes: tuple[EpisodeReport, ...] = ()
+    """One for each completion, if they are episodes."""
 
     @property
     def completion_count(self) -> int:
@@ -135,12 +193,24 @@ class GenerationReport:
         return sum(self.truncated)
 
 
+def generation_report(completions: Sequence[Completion]) -> GenerationReport:
+    """Return the report of a group."""
+    versions = [version for completion in completions for version, _ in completion.versions]
+    return GenerationReport(
+        oldest_version=min(versions),
+        newest_version=max(versions),
+        lengths=tuple(completion.sampled_count for completion in completions),
+        truncated=tuple(completion.finish_reason == "length" for completion in completions),
+    )
+
+
 @dataclass(frozen=True)
 class Scores:
     """Rewards of one group: the weighted sum per completion, and its parts by reward function.
 
     `texts` holds the decoded completions if they were requested. `tokens`, if requested, is JSON: for each completion
-    a list of its tokens as [text, log-probability, policy version]. A single string is cheap to send.
+    a list of its tokens as [text, log-probability, policy version]; given tokens have neither of the two. A single
+    string is cheap to send.
     """
 
     rewards: tuple[float, ...]

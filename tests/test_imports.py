@@ -11,8 +11,9 @@ ROOT = Path(__file__).parents[1]
 
 # The rooms of grpo/, from the lowest to the highest: a room imports from itself and from those before it.
 LAYERS = (
-    "errors", "types", "utils", "telemetry", "config", "weights", "rewards", "tasks", "models", "algorithms",
-    "checkpoint", "learner", "engines", "actors", "services", "cluster", "observe", "driver", "report", "tuning", "cli",
+    "errors", "types", "utils", "telemetry", "config", "weights", "rewards", "environments", "tasks", "models",
+    "algorithms", "checkpoint", "learner", "engines", "actors", "services", "cluster", "observe", "driver", "report",
+    "tuning", "cli",
 )  # fmt: skip
 FILES_AT_THE_ROOT = {"__init__.py", "types.py", "errors.py"}
 
@@ -23,7 +24,7 @@ ONLY_IN = {
     "omegaconf": {"config", "cli", "report"},
     "pydantic": {"config"},
     "plotly": {"report"},
-    "transformers": {"engines", "learner", "models", "tasks", "cli"},
+    "transformers": {"engines", "environments", "learner", "models", "tasks", "cli"},
     "rich": {"observe", "cli", "models", "report"},
     "reasoning_gym": {"tasks"},
     "vllm": {"engines/vllm"},

@@ -17,7 +17,7 @@ from grpo.engines.vllm.engine import VLLMEngine
 from grpo.models.loading import load_model, load_skeleton, stop_token_ids
 from grpo.models.tokenizer import load_tokenizer
 from grpo.telemetry.recording import span
-from grpo.types import Completion, GenerationReport, GeneratorStats, Prompt, SamplingParams
+from grpo.types import Completion, GenerationReport, GeneratorStats, Ints, Prompt, SamplingParams, generation_report
 from grpo.utils.imports import check_arguments
 from grpo.utils.torch_utils import run_in_temp_thread
 from grpo.weights.adapters import Merge, base_of
@@ -40,13 +40,11 @@ class Generator:
     async def generate(self, prompt: Prompt, params: SamplingParams) -> tuple[list[Completion], GenerationReport]:
         """Sample the group of `params.n` completions of one prompt."""
         completions = await self._engine.generate(prompt.token_ids, params)
-        versions = [version for completion in completions for version, _ in completion.versions]
-        return completions, GenerationReport(
-            oldest_version=min(versions),
-            newest_version=max(versions),
-            lengths=tuple(len(completion.token_ids) for completion in completions),
-            truncated=tuple(completion.finish_reason == "length" for completion in completions),
-        )
+        return completions, generation_report(completions)
+
+    async def sample(self, prompt_ids: Ints, params: SamplingParams) -> list[Completion]:
+        """Sample the next turn of episodes: `params.n` completions of one prompt [prompt length]."""
+        return await self._engine.generate(prompt_ids, params)
 
     @replayed_on_join
     async def update_weights(self, weights: Weights) -> GeneratorStats:
@@ -80,7 +78,12 @@ async def make_engine(config: RunConfig, device: str, threads: int) -> Engine:
     if settings.engine == "simulated":
         check_arguments(SimulatedEngine, settings.args, key="generator.args")
         return SimulatedEngine(**settings.args)
-    limits = Limits(config.rollout.max_prompt_tokens, config.rollout.max_completion_tokens, settings.max_sequences)
+    limits = Limits(
+        config.rollout.max_prompt_tokens,
+        config.rollout.max_completion_tokens,
+        settings.max_sequences,
+        several_turns=config.uses_environment,
+    )
     tokenizer = load_tokenizer(config.model)
 
     # vLLM loads the model itself; with adapters the base is also needed here, to merge them into it.

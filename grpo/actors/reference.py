@@ -22,7 +22,7 @@ class Reference:
     Example:
         reference = Reference(config)
         await reference.setup()
-        logprobs, _ = await reference.logprobs(prompt, completions)  # float32 [T] for each completion
+        logprobs, _ = await reference.logprobs(prompt, completions)  # float32 [N] for each completion
     """
 
     def __init__(self, config: RunConfig, *, device: str = "cpu", threads: int = 0) -> None:
@@ -40,7 +40,7 @@ class Reference:
 
     @returns_payload
     async def logprobs(self, prompt: Prompt, completions: Sequence[Completion]) -> tuple[list[Floats], None]:
-        """Return float32 [T] for each completion of a group."""
+        """Return float32 [N] for each completion of a group, for its N sampled tokens."""
         samples = [make_sample(prompt.token_ids, completion) for completion in completions]
         return await self._thread.run(self._forward, samples), None
 

@@ -55,7 +55,7 @@ class ReplayBuffer:
         return Batch(groups), BatchReport(
             tickets=tuple(tickets),
             rewards=tuple(group.rewards for group in groups),
-            lengths=tuple(tuple(len(completion.token_ids) for completion in g.completions) for g in groups),
+            lengths=tuple(tuple(completion.sampled_count for completion in g.completions) for g in groups),
             oldest_versions=tuple(group.oldest_version for group in groups),
             groups_waiting=len(self._groups),
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from grpo.actors.checkpointer import Checkpointer
 from grpo.actors.dataloader import Dataloader
+from grpo.actors.environment import EnvironmentHost
 from grpo.actors.generator import Generator
 from grpo.actors.reference import Reference
 from grpo.actors.replay_buffer import ReplayBuffer
@@ -83,8 +84,17 @@ def evaluation_specs(config: RunConfig) -> list[ActorSpec]:
     return [
         ActorSpec("dataloader", Dataloader, common, on_driver_node=True),
         replace(generator, optional_replicas=most - config.generator.replicas),
-        ActorSpec("reward", Reward, common, config.reward.replicas, config.reward.num_cpus),
+        _scoring(config),
     ]
+
+
+def _scoring(config: RunConfig) -> ActorSpec:
+    """Specify the actor that scores: the environment that episodes are played in, else the reward."""
+    if config.uses_environment:
+        environment = config.environment
+        kwargs = {"config": config}
+        return ActorSpec("environment", EnvironmentHost, kwargs, environment.replicas, environment.num_cpus)
+    return ActorSpec("reward", Reward, {"config": config}, config.reward.replicas, config.reward.num_cpus)
 
 
 def _compute(

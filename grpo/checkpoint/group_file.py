@@ -7,6 +7,7 @@ The tensors are the tokens of all groups, concatenated; the JSON file has the le
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from grpo.types import Completion, Group, Problem, Prompt
+from grpo.types import Completion, Group, Problem, Prompt, Turn
 
 TENSORS, RECORDS = "groups.safetensors", "groups.json"
 _DTYPES = {
@@ -84,6 +85,7 @@ def _record(serial: int, group: Group) -> dict[str, Any]:
                 "tokens": len(completion.token_ids),
                 "versions": [[int(version), int(count)] for version, count in completion.versions],
                 "finish_reason": completion.finish_reason,
+                "turns": [dataclasses.asdict(turn) for turn in completion.turns],
             }
             for completion in group.completions
         ],
@@ -96,7 +98,8 @@ def _record(serial: int, group: Group) -> dict[str, Any]:
 
 
 def _group(record: Mapping[str, Any], streams: Mapping[str, _Stream]) -> Group:
-    prompt, lengths = record["prompt"], [completion["tokens"] for completion in record["completions"]]
+    prompt = record["prompt"]
+    sampled = [sum(count for _, count in completion["versions"]) for completion in record["completions"]]
     return Group(
         prompt=Prompt(
             serial=prompt["serial"],
@@ -106,13 +109,14 @@ def _group(record: Mapping[str, Any], streams: Mapping[str, _Stream]) -> Group:
         completions=[
             Completion(
                 token_ids=streams["completion_tokens"].read(completion["tokens"]),
-                logprobs=streams["logprobs"].read(completion["tokens"]),
-                versions=tuple((version, count) for version, count in completion["versions"]),
+                logprobs=streams["logprobs"].read(count),
+                versions=tuple((version, run) for version, run in completion["versions"]),
                 finish_reason=completion["finish_reason"],
+                turns=tuple(Turn(**turn) for turn in completion.get("turns", ())),  # absent in older checkpoints
             )
-            for completion in record["completions"]
+            for completion, count in zip(record["completions"], sampled, strict=True)
         ],
-        reference_logprobs=[streams["reference_logprobs"].read(n) for n in lengths] if record["reference"] else None,
+        reference_logprobs=[streams["reference_logprobs"].read(n) for n in sampled] if record["reference"] else None,
         rewards=tuple(record["rewards"]),
         advantages=tuple(record["advantages"]),
         oldest_version=record["oldest_version"],

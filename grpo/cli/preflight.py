@@ -22,14 +22,15 @@ from grpo.config.schema import RunConfig
 from grpo.driver.rollout import advantage_function
 from grpo.engines.simulated import SimulatedEngine
 from grpo.engines.vllm.params import check_installed
+from grpo.environments.calls import UserCalls
 from grpo.errors import ConfigError
 from grpo.learner.objective import Objective
 from grpo.models.loading import check_architecture, check_weights, context_length, load_settings, load_skeleton
 from grpo.models.lora import ADAPTER_CONFIG, adapted_base, check_peft, check_targets
-from grpo.models.tokenizer import load_tokenizer
+from grpo.models.tokenizer import load_tokenizer, stop_token_ids_of
 from grpo.observe.run_dir import RunDirectory
 from grpo.observe.sinks.fanout import check_sinks
-from grpo.tasks.base import PromptEncoder, Task, make_task
+from grpo.tasks.base import PromptEncoder, Task, environment_maker, make_renderer, make_task
 from grpo.tasks.scoring import reward_function
 from grpo.utils.imports import check_arguments, import_target
 from grpo.utils.torch_utils import gpus_here
@@ -112,8 +113,11 @@ def check_names(config: RunConfig) -> Task:
     if config.model.builder is not None:
         check_arguments(import_target(config.model.builder, key="model.builder"), config.model.args, key="model.args")
     task = make_task(config.task)
-    for name in config.reward.functions:
-        reward_function(name, task)
+    if config.uses_environment:
+        environment_maker(task, config.task, config.environment.tools, UserCalls(threads=1))
+    else:
+        for name in config.reward.functions:
+            reward_function(name, task)
     if len(task.problems("train")) == 0:
         raise ConfigError(f"{config.task.target} has no training problems; check task.args", key="task.target")
     return task
@@ -156,7 +160,10 @@ def check_model(config: RunConfig, task: Task) -> None:
     """Raise ConfigError or TaskError unless the model exists and prompts of both splits fit into its context."""
     config = prepare_model(config, task)
     check_weights(config.model)
-    encoder = PromptEncoder(_found(load_tokenizer, config.model), config.task, config.rollout.max_prompt_tokens)
+    tokenizer = _found(load_tokenizer, config.model)
+    if config.uses_environment:
+        make_renderer(tokenizer, config.task, stop_token_ids_of(config.model, tokenizer)).check_continues()
+    encoder = PromptEncoder(tokenizer, config.task, config.rollout.max_prompt_tokens)
     encoder.check_usable(task)
     if config.eval.prompts and all(encoder.encode(problem) is None for problem in task.problems("held_out")):
         raise ConfigError(

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class RayEndpoint(Process):
-    """The driver's side of a Ray actor that hosts an instance of `cls`."""
+    """The caller's side of a Ray actor that hosts an instance of `cls`. It can be sent to another actor."""
 
     def __init__(self, name: str, cls: type, actor: Any) -> None:
         self.name, self.actor = name, actor
@@ -36,6 +36,10 @@ class RayEndpoint(Process):
         self._cls = cls
         self._copies: dict[str, LatestCopy] = {}  # of payloads, by the method that returned them
         self._batchers: dict[str, CallBatcher] = {}  # by method
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what it takes to call the process from another one."""
+        return RayEndpoint, (self.name, self._cls, self.actor)
 
     async def invoke(self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         implementation = getattr(self._cls, method, None)

@@ -78,6 +78,44 @@ class RolloutConfig(Settings):
 
 
 @dataclass
+class EnvironmentConfig(Settings):
+    """Episodes of several turns, for tasks with an environment or with tools; see docs/environments.md.
+
+    `rollout.max_completion_tokens` bounds a whole episode after its prompt.
+    """
+
+    tools: list[str] = field(default_factory=list)
+    """Functions as `module:function` that the policy may call while it answers the task's questions."""
+
+    max_turns: Annotated[int, Ge(1), Hint("1 gives the policy a single turn")] = 16
+    """Turns of the policy in an episode."""
+
+    max_turn_tokens: Annotated[int, Ge(1), Hint("null bounds only the episode")] | None = None
+    """Longest turn in tokens; null: what is left of rollout.max_completion_tokens."""
+
+    max_reply_tokens: Annotated[int, Ge(32), Hint("a note about the cut has to fit")] = 1024
+    """Longest message of an environment in tokens; longer ones are cut in the middle, and say so."""
+
+    timeout_s: PositiveFloat = 60.0
+    """Seconds of an episode that the environment may take. Waiting for the generator does not count."""
+
+    on_limit: Literal["score", "zero"] = "score"
+    """When a limit ends an episode. score: ask the environment for its reward; zero: the reward is 0."""
+
+    on_error: Literal["fail", "drop"] = "fail"
+    """When an environment raises, hangs or dies. fail: end the run; drop: drop the group and count it."""
+
+    threads: Annotated[int, Ge(1), Hint("methods that are not async run in threads")] = 32
+    """Threads per replica for methods that are not async."""
+
+    replicas: Annotated[int, Ge(1), Hint("at least one replica is needed")] = 1
+    """Environment actors."""
+
+    num_cpus: Annotated[float, Ge(0), Hint("0 reserves nothing")] = 0.0
+    """CPU cores that Ray reserves for each replica."""
+
+
+@dataclass
 class RewardConfig(Settings):
     """Reward of a completion: the weighted sum of reward functions."""
 

@@ -23,6 +23,7 @@ from grpo.config.algorithm import (
     BufferConfig,
     CorrectionConfig,
     DataloaderConfig,
+    EnvironmentConfig,
     FilterConfig,
     LossConfig,
     RewardConfig,
@@ -39,6 +40,7 @@ from grpo.config.operation import (
     RecoveryConfig,
     WatchdogConfig,
 )
+from grpo.utils.imports import import_target
 
 
 @dataclass
@@ -54,6 +56,7 @@ class RunConfig(Settings):
     task: TaskConfig = field(default_factory=TaskConfig)
     dataloader: DataloaderConfig = field(default_factory=DataloaderConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
@@ -99,6 +102,13 @@ class RunConfig(Settings):
     @property
     def uses_difficulty(self) -> bool:
         return self.dataloader.sampling == "difficulty"
+
+    @property
+    def uses_environment(self) -> bool:
+        """True if episodes have several turns: with tools, or when the task has a method `environment`."""
+        return bool(self.environment.tools) or hasattr(
+            import_target(self.task.target, key="task.target"), "environment"
+        )
 
     @property
     def uses_adapters(self) -> bool:

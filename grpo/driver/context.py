@@ -10,8 +10,9 @@ from grpo.config.schema import RunConfig
 from grpo.driver.pacing import AutoConcurrency, Concurrency, Pacer
 from grpo.driver.prompts import PromptQueue
 from grpo.driver.recorder import Recorder
+from grpo.driver.rollout import ends_run
 from grpo.driver.weight_sync import WeightSync
-from grpo.errors import PayloadLost, RewardError, ZeroVarianceGroup
+from grpo.errors import GroupError, PayloadLost, ZeroVarianceGroup
 from grpo.services.handle import Services
 from grpo.types import Rollout, Ticket
 
@@ -36,7 +37,7 @@ class RunContext:
         ticket = await run.pacer.admit()
         try:
             await make_group(ticket, run)
-        except RewardError as error:
+        except GroupError as error:
             await run.drop(ticket, error)       # the group is counted as dropped, its ticket returns
         except PayloadLost as error:
             run.requeue_lost(ticket, error)     # the ticket stays out, the group is generated again
@@ -57,12 +58,13 @@ class RunContext:
         if self.config.filter.zero_variance:
             self.recorder.failures.group_kept(self.config.trainer.groups_per_step)
 
-    async def drop(self, ticket: Ticket, error: RewardError | ZeroVarianceGroup) -> None:
+    async def drop(self, ticket: Ticket, error: GroupError | ZeroVarianceGroup) -> None:
         """Drop the ticket's group, count it by reason and return the ticket.
 
-        Raises `error` when `reward.on_error` is "fail", and DataError when too many groups were dropped.
+        Raises `error` when `reward.on_error` or `environment.on_error` is "fail", and DataError when too many groups
+        were dropped.
         """
-        if isinstance(error, RewardError) and self.config.reward.on_error == "fail":
+        if isinstance(error, GroupError) and ends_run(self.config, error):
             raise error
         self.recorder.group_dropped(ticket, error)
         self.pacer.drop(ticket, error.reason)
@@ -71,7 +73,7 @@ class RunContext:
             limit = self.config.filter.max_dropped_batches * self.config.trainer.groups_per_step
             self.recorder.failures.group_filtered(error, limit)
         else:
-            self.recorder.failures.reward_failed(error)
+            self.recorder.failures.group_failed(error)
         await self.services.replay_buffer.skip.call_one(ticket)
 
     def requeue_lost(self, ticket: Ticket, error: PayloadLost) -> None:

@@ -12,13 +12,13 @@ from statistics import fmean, stdev
 
 from grpo.config.schema import RunConfig
 from grpo.driver.context import RunContext
-from grpo.driver.rollout import sampling_params
+from grpo.driver.rollout import ends_run, sample_group, sampling_params, scores_of
 from grpo.driver.watchdog import Watchdog
-from grpo.errors import MixedVersionsError, PayloadLost, RewardError
+from grpo.errors import GroupError, MixedVersionsError, PayloadLost
 from grpo.services.handle import EvaluationServices
 from grpo.telemetry.activity import begin_activity
 from grpo.telemetry.recording import span, stop_recording
-from grpo.types import Detail, EvaluationReport, GenerationReport, Prompt, Scores
+from grpo.types import Detail, EvaluationReport, GenerationReport, Prompt, SamplingParams, Scores
 from grpo.utils.aio import Signal, gather_or_cancel, race, run_until_set
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Evaluation:
     def __init__(self, run: RunContext, tasks: asyncio.TaskGroup) -> None:
         services = run.services
         generator = services.evaluator or services.generator
-        self._services = EvaluationServices(services.dataloader, generator, services.reward)
+        self._services = EvaluationServices(services.dataloader, generator, services.reward, services.environment)
         self._evaluator, self._weights, self._tasks = services.evaluator, run.weights, tasks
         self._config, self._recorder, self._shutdown = run.config, run.recorder, run.shutdown
         self._prompts: Sequence[Prompt] = ()
@@ -142,8 +142,9 @@ async def evaluate(
     """Generate and score `eval.samples` completions of every prompt, all prompts concurrently.
 
     Seeds are the same at every call: two evaluations differ by the weights alone. `on_answer` is called for every
-    prompt when it is done: with its scores in the given `detail`, or with None if its reward failed and the prompt is
-    left out (`reward.on_error=drop`). Raises MixedVersionsError for a token of another policy version than `version`.
+    prompt when it is done: with its scores in the given `detail`, or with None if its reward or environment failed and
+    the prompt is left out (`on_error=drop`). Raises MixedVersionsError for a token of another policy version than
+    `version`.
     """
     started = time.perf_counter()
     temperature = config.rollout.temperature if config.eval.temperature is None else config.eval.temperature
@@ -153,31 +154,18 @@ async def evaluate(
     async def answer(prompt: Prompt) -> Answer | None:
         begin_activity("answers")
         stop_recording()  # hundreds of tracks would bury training in the timeline
+        params = sampling_params(rollout, _SEED, prompt, n=config.eval.samples)
         async with slots:
             async with entry:  # one per turn of the event loop: starting hundreds of calls at once would block it
                 await asyncio.sleep(0)
-            while True:
-                try:
-                    return await generate_and_score(prompt)
-                except PayloadLost as error:
-                    log.warning("%s; generating the answer again", error)
-
-    async def generate_and_score(prompt: Prompt) -> Answer | None:
-        params = sampling_params(rollout, _SEED, prompt, n=config.eval.samples)
-        completions, report = await services.generator.generate.route(prompt, params)
-        if not report.oldest_version == report.newest_version == version:
-            raise MixedVersionsError(
-                f"the evaluation of version {version} was answered by versions {report.oldest_version} to "
-                f"{report.newest_version}"
-            )
-        try:
-            scores = await services.reward.score.route(prompt, completions, detail)
-        except RewardError as error:
-            if config.reward.on_error == "fail":
-                raise
-            log.warning("left a prompt out of the evaluation: %s", error)
-            on_answer(prompt, None)
-            return None
+            try:
+                scores, report = await _answer(prompt, params, services, detail, version)
+            except GroupError as error:
+                if ends_run(config, error):
+                    raise
+                log.warning("left a prompt out of the evaluation: %s", error)
+                on_answer(prompt, None)
+                return None
         on_answer(prompt, scores)
         return scores, report
 
@@ -185,6 +173,24 @@ async def evaluate(
     with span("evaluation", "stage", prompts=len(prompts)):
         answers = await gather_or_cancel(*map(answer, prompts))
     return summarize(answers, config, version, time.perf_counter() - started)
+
+
+async def _answer(
+    prompt: Prompt, params: SamplingParams, services: EvaluationServices, detail: Detail, version: int
+) -> Answer:
+    """Sample and score the completions of one prompt. Raises MixedVersionsError, and GroupError."""
+    while True:
+        try:
+            sampled = await sample_group(prompt, params, services, detail)
+            report = sampled.report
+            if not report.oldest_version == report.newest_version == version:
+                raise MixedVersionsError(
+                    f"the evaluation of version {version} was answered by versions {report.oldest_version} to "
+                    f"{report.newest_version}"
+                )
+            return await scores_of(sampled, services, detail), report
+        except PayloadLost as error:
+            log.warning("%s; generating the answer again", error)
 
 
 def summarize(answers: Sequence[Answer | None], config: RunConfig, version: int, seconds: float) -> EvaluationReport:

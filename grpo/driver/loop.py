@@ -25,7 +25,7 @@ from grpo.driver.recovery import Recovery
 from grpo.driver.rollout import rollout, sampling_params
 from grpo.driver.watchdog import Watchdog
 from grpo.driver.weight_sync import WeightSync
-from grpo.errors import PayloadLost, RewardError, ZeroVarianceGroup
+from grpo.errors import GroupError, PayloadLost, ZeroVarianceGroup
 from grpo.services.handle import Services
 from grpo.telemetry.activity import begin_activity
 from grpo.telemetry.recording import span
@@ -97,7 +97,7 @@ async def continuous_rollouts(run: RunContext, number: int) -> None:
         try:
             with span("group", "group", ticket=ticket.serial):
                 await make_group(ticket, run)
-        except (RewardError, ZeroVarianceGroup) as error:
+        except (GroupError, ZeroVarianceGroup) as error:
             await run.drop(ticket, error)
         except PayloadLost as error:
             run.requeue_lost(ticket, error)

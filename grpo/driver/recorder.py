@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from grpo.driver.pacing import Pacer
-from grpo.errors import RewardError, ZeroVarianceGroup
+from grpo.errors import GroupError, ZeroVarianceGroup
 from grpo.observe.loop_lag import LoopLag
 from grpo.observe.metrics import FinishedGroups, GeneratorRates, History, Startup, Stopwatch, recovery_of
 from grpo.observe.renamed_metrics import RENAMED_NOTICE, with_old_names
@@ -145,7 +145,7 @@ class Recorder:
             tokens = {"tokens": scores.tokens} if scores.tokens else {}
             self.run_dir.append("rollouts.jsonl", rollout_record(self.step, rollout, dropped), **tokens)
 
-    def group_dropped(self, ticket: Ticket, error: RewardError | ZeroVarianceGroup) -> None:
+    def group_dropped(self, ticket: Ticket, error: GroupError | ZeroVarianceGroup) -> None:
         """Record a dropped group, before its ticket returns to the pacer."""
         self.run_dir.append("ledger.jsonl", {"dropped": self.pacer.ledger_entry(ticket), "reason": error.reason})
         if isinstance(error, ZeroVarianceGroup):

@@ -58,17 +58,35 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """Largest request that an engine accepts, and the number of completions that it decodes together."""
+    """Largest request that an engine accepts, and the number of completions that it decodes together.
+
+    With `several_turns` the tokens of earlier turns come back as part of a prompt. The whole sequence still has at most
+    `context` tokens.
+    """
 
     max_prompt_tokens: int
     max_completion_tokens: int
     max_sequences: int
+    several_turns: bool = False
+
+    @property
+    def context(self) -> int:
+        return self.max_prompt_tokens + self.max_completion_tokens
+
+    @property
+    def longest_prompt(self) -> int:
+        return self.context - 1 if self.several_turns else self.max_prompt_tokens
 
     def check(self, prompt_ids: Ints, params: SamplingParams) -> None:
         """Raise ValueError for a request that can't fit."""
         for name, value, most, key in (
-            ("prompt_tokens", len(prompt_ids), self.max_prompt_tokens, "rollout.max_prompt_tokens"),
-            ("max_tokens", params.max_tokens, self.max_completion_tokens, "rollout.max_completion_tokens"),
+            ("prompt_tokens", len(prompt_ids), self.longest_prompt, "rollout.max_prompt_tokens"),
+            (
+                "max_tokens",
+                params.max_tokens,
+                min(self.max_completion_tokens, self.context - len(prompt_ids)),
+                "rollout.max_completion_tokens",
+            ),
             ("n", params.n, self.max_sequences, "generator.max_sequences"),
         ):
             if not 0 < value <= most:

@@ -1,6 +1,9 @@
 """Training data: groups become samples, a batch is split over ranks, and samples are collated into micro-batches.
 
-Shapes: B completions, the longest of which has K tokens; N tokens in all; T tokens of one completion.
+The model reads all tokens of a completion. Everything after that, the loss and all metrics included, sees only those
+that were sampled: log-probabilities at given tokens are not even computed.
+
+Shapes: B completions; K sampled tokens of the longest of them; N sampled tokens in all, or of one completion with T.
 """
 
 from __future__ import annotations
@@ -32,10 +35,13 @@ class Sample:
 
     prompt_ids: Ints
     token_ids: Ints
-    """[T], as all arrays below."""
+    """[T]: sampled and given tokens."""
     behavior_logprobs: Floats
+    """[N], as all arrays below: one value for each sampled token."""
     versions: Ints
     """Version of the weights that sampled each token."""
+    sampled_places: Ints | None = None
+    """Indices of the sampled tokens in `token_ids`; None: all were sampled."""
     advantage: float = 0.0
     reference_logprobs: Floats | None = None
     proximal_logprobs: Floats | None = None
@@ -44,7 +50,16 @@ class Sample:
     @property
     def trained_length(self) -> int:
         """Number of tokens that are trained on."""
-        return len(self.token_ids) if self.trained else 0
+        return self.sampled_count if self.trained else 0
+
+    @property
+    def sampled_count(self) -> int:
+        return len(self.behavior_logprobs)
+
+    @property
+    def places(self) -> Ints:
+        """Indices [N] of the sampled tokens in `token_ids`."""
+        return np.arange(len(self.token_ids)) if self.sampled_places is None else self.sampled_places
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.token_ids)
@@ -74,6 +89,7 @@ def make_sample(
         token_ids=completion.token_ids,
         behavior_logprobs=completion.logprobs,
         versions=np.repeat(versions, counts),
+        sampled_places=completion.sampled_places() if completion.turns else None,
         advantage=advantage,
         reference_logprobs=reference_logprobs,
         trained=trained,
@@ -142,7 +158,7 @@ def balance(costs: Sequence[int], parts: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The tokens of B completions, padded to K; the mask is True where there is a token."""
+    """The sampled tokens of B completions, padded to K; the mask is True where there is a token."""
 
     mask_BK: Tensor
     behavior_logprobs_BK: Tensor
@@ -152,13 +168,13 @@ class MicroBatch:
     proximal_logprobs_BK: Tensor | None
 
     def unflatten(self, values_N: Tensor) -> Tensor:
-        """[B, K] from values of all tokens, completion after completion; zero in the padding. Differentiable."""
+        """[B, K] from values of all sampled tokens, one completion after another; zero in padding. Differentiable."""
         return values_N.new_zeros(self.mask_BK.shape).masked_scatter(self.mask_BK, values_N)
 
 
 def collate(samples: Sequence[Sample], device: torch.device) -> MicroBatch:
     """Pad the per-token arrays of samples into one micro-batch."""
-    lengths_B1 = torch.tensor([[len(sample.token_ids)] for sample in samples])
+    lengths_B1 = torch.tensor([[sample.sampled_count] for sample in samples])
     mask_BK = torch.arange(int(lengths_B1.max())) < lengths_B1
 
     def pad(arrays: Iterable[np.ndarray], dtype: torch.dtype) -> Tensor:

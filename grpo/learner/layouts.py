@@ -23,7 +23,7 @@ from grpo.types import Ints
 
 @dataclass(frozen=True)
 class Inputs:
-    """Model inputs, and where the model predicts the N completion tokens of the samples, sample after sample.
+    """Model inputs, and where the model predicts the N sampled tokens of the samples, sample after sample.
 
     `arguments` are those of the forward pass, with `input_ids` of shape [R, T]. Only the columns `columns_K` of the
     rows predict anything; token n is predicted at `places_N`[n] of the flattened [R, K].
@@ -90,9 +90,10 @@ class PackedLayout:
         for sequence in sequences:
             positions[sequence] = np.arange(len(sequence))
 
-        # The last token of the prompt predicts the first one of the completion.
+        # A token is predicted at the one before it; the first one of the completion at the last one of the prompt.
         predicting = [
-            sequence[len(sample.prompt_ids) - 1 :] for sample, sequence in zip(samples, sequences, strict=True)
+            sequence[len(sample.prompt_ids) - 1 + sample.places]
+            for sample, sequence in zip(samples, sequences, strict=True)
         ]
 
         def on_device(arrays: Sequence[Ints]) -> torch.Tensor:
@@ -108,7 +109,7 @@ class PackedLayout:
             },
             columns_K=columns_N,
             places_N=torch.arange(len(columns_N), device=device),
-            targets_N=on_device([sample.token_ids for sample in samples]),
+            targets_N=on_device([sample.token_ids[sample.places] for sample in samples]),
         )
 
 
@@ -130,10 +131,12 @@ class PaddedLayout:
         rows = [torch.from_numpy(np.concatenate([sample.prompt_ids, sample.token_ids])) for sample in samples]
         tokens_BT = pad_sequence(rows, batch_first=True)
         lengths_B1 = torch.tensor([[len(sample)] for sample in samples])
-        prompt_lengths_B1 = torch.tensor([[len(sample.prompt_ids)] for sample in samples])
         positions_T = torch.arange(tokens_BT.shape[1])
-        columns_K = positions_T[int(prompt_lengths_B1.min()) - 1 : -1]
-        predicts_BK = (columns_K >= prompt_lengths_B1 - 1) & (columns_K < lengths_B1 - 1)
+        columns_K = positions_T[min(len(sample.prompt_ids) for sample in samples) - 1 : -1]
+        predicts_BT = torch.zeros(tokens_BT.shape, dtype=torch.bool)
+        for predicts_T, sample in zip(predicts_BT, samples, strict=True):
+            predicts_T[len(sample.prompt_ids) - 1 + sample.places] = True
+        predicts_BK = predicts_BT[:, columns_K]
         return Inputs(
             arguments={
                 "input_ids": tokens_BT.to(device),

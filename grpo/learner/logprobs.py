@@ -47,7 +47,7 @@ class TokenLogprobs:
         return self._layout.plan(samples, max_tokens)
 
     def __call__(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-        """float32 [N]: log-probabilities of all completion tokens, sample after sample, and entropies in nats.
+        """float32 [N]: log-probabilities of all sampled tokens, sample after sample, and entropies in nats.
 
         The entropy is of the whole distribution that a token was drawn from, and has no gradient.
         """
@@ -62,13 +62,13 @@ class TokenLogprobs:
 
     @torch.no_grad()
     def of_samples(self, samples: Sequence[Sample], max_tokens: int) -> list[Floats]:
-        """float32 [T] for each completion, computed in micro-batches of at most `max_tokens`."""
+        """float32 [N] for each completion, computed in micro-batches of at most `max_tokens`."""
         results: list[Floats] = [np.empty(0, np.float32)] * len(samples)
         for part in self.plan(samples, max_tokens):
             logprobs_N, _ = self([samples[i] for i in part])
-            ends = np.cumsum([len(samples[i].token_ids) for i in part])
-            for i, logprobs_T in zip(part, np.split(logprobs_N.cpu().numpy(), ends[:-1]), strict=True):
-                results[i] = logprobs_T
+            ends = np.cumsum([samples[i].sampled_count for i in part])
+            for i, logprobs in zip(part, np.split(logprobs_N.cpu().numpy(), ends[:-1]), strict=True):
+                results[i] = logprobs
         return results
 
 

@@ -31,7 +31,7 @@ class Objective:
 
     Example:
         objective = Objective(LossConfig("dapo", args={"clip_high": 0.3}), CorrectionConfig())
-        denominator = objective.denominator([len(sample.token_ids) for sample in samples])
+        denominator = objective.denominator([sample.trained_length for sample in samples])
         for part in micro_batches:
             objective(logprobs_BK, collate(part, device), denominator).loss.backward()
     """

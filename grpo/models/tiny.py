@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -34,8 +34,11 @@ _SPECIAL = ("<pad>", "<eos>", "<unk>")
 class DemonstratedTask(Task, Protocol):
     """A task that can write example answers."""
 
-    def demonstration(self, problem: Problem, rng: np.random.Generator) -> str:
-        """Return an answer in the right format; it need not be correct."""
+    def demonstration(self, problem: Problem, rng: np.random.Generator) -> str | Sequence[str]:
+        """Return an answer in the right format; it need not be correct.
+
+        For an episode, return its turns and the replies between them: an odd number of texts.
+        """
 
 
 def prepare(task: DemonstratedTask, *, steps: int = 300, batch_size: int = 64, lr: float = 2e-3) -> Path:
@@ -138,9 +141,15 @@ def _examples(
     """Return tokens [B, T] padded on the right, and labels [B, T] that are -100 on prompts and padding."""
     rows = []
     for problem in problems:
-        prompt = tokenizer.encode(problem.question)
-        answer = [*tokenizer.encode(task.demonstration(problem, rng)), tokenizer.eos_token_id]
-        rows.append((torch.tensor(prompt + answer), torch.tensor([-100] * len(prompt) + answer)))
+        shown = task.demonstration(problem, rng)
+        tokens = tokenizer.encode(problem.question)
+        labels = [-100] * len(tokens)
+        for i, text in enumerate([shown] if isinstance(shown, str) else shown):
+            said = i % 2 == 0  # else it is a reply, which the model does not have to learn
+            part = [*tokenizer.encode(text), *([tokenizer.eos_token_id] if said else [])]
+            tokens += part
+            labels += part if said else [-100] * len(part)
+        rows.append((torch.tensor(tokens), torch.tensor(labels)))
     tokens_BT = torch.nn.utils.rnn.pad_sequence([tokens for tokens, _ in rows], batch_first=True)
     labels_BT = torch.nn.utils.rnn.pad_sequence([labels for _, labels in rows], True, padding_value=-100)
     return tokens_BT, labels_BT

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import chain, repeat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers.decoders import DecodeStream
 
@@ -35,6 +35,19 @@ def load_tokenizer(config: ModelConfig, *, text_only: bool = False) -> PreTraine
         from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+
+
+def stop_token_ids_of(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return what `stop_token_ids` in loading.py does, without the model: that of the tokenizer first."""
+    with _hidden_torch():
+        from transformers import GenerationConfig
+
+    try:
+        eos = GenerationConfig.from_pretrained(config.path).eos_token_id
+    except OSError:  # a model without one
+        eos = None
+    listed = eos if isinstance(eos, list) else [eos]
+    return tuple(dict.fromkeys(token for token in [tokenizer.eos_token_id, *listed] if token is not None))
 
 
 @contextmanager
@@ -79,13 +92,17 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]) ->
 
 
 def tokens_as_json(tokenizer: PreTrainedTokenizerBase, completions: Sequence[Completion]) -> str:
-    """Return JSON with a list per completion: its tokens as [text, log-probability, policy version]."""
+    """Return JSON with a list per completion: its tokens as [text, log-probability, policy version], null if given."""
     lists = [list(_triples(tokenizer, completion)) for completion in completions]
     return json.dumps(lists, ensure_ascii=False, separators=(",", ":"))
 
 
-def _triples(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> Iterator[tuple[str, float | None, int]]:
-    versions = chain.from_iterable(repeat(version, count) for version, count in completion.versions)
+def _triples(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> Iterator[tuple[str, Any, Any]]:
     texts = token_texts(tokenizer, completion.token_ids.tolist())
-    for text, logprob, version in zip(texts, completion.logprobs.tolist(), versions, strict=True):
-        yield text, round(logprob, 4) if math.isfinite(logprob) else None, version  # JSON has no infinity
+    values: list[tuple[float | None, int | None]] = [(None, None)] * len(texts)
+    versions = chain.from_iterable(repeat(version, count) for version, count in completion.versions)
+    sampled = zip(completion.sampled_places().tolist(), completion.logprobs.tolist(), versions, strict=True)
+    for place, logprob, version in sampled:
+        values[place] = round(logprob, 4) if math.isfinite(logprob) else None, version  # JSON has no infinity
+    for text, (logprob_or_none, version_or_none) in zip(texts, values, strict=True):
+        yield text, logprob_or_none, version_or_none

@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 
 from grpo.services.failures import Death
 from grpo.telemetry.recording import span
-from grpo.types import EvaluationReport, GenerationReport, GeneratorStats, Rollout, evaluation_report
+from grpo.types import (
+    EPISODE_LIMITS,
+    EpisodeReport,
+    EvaluationReport,
+    GenerationReport,
+    GeneratorStats,
+    Rollout,
+    evaluation_report,
+)
 
 _IMPORTED_S = time.perf_counter()
 _KEPT_OF_A_STEP = (
@@ -97,7 +105,27 @@ class FinishedGroups:
             metrics["rollout/shaped_reward_mean"] = fmean(r for group in groups for r in group.shaped_rewards)
             metrics["generator/completion_tokens_mean"] = tokens / completions
             metrics["generator/truncated_fraction"] = truncated / completions
+            metrics |= episode_metrics([episode for group in groups for episode in group.report.episodes])
         return metrics
+
+
+def episode_metrics(episodes: Sequence[EpisodeReport]) -> dict[str, float]:
+    """Return means over episodes as `episode/<name>`; empty if there are none.
+
+    `ended_by_<limit>` are the fractions that a limit ended.
+    """
+    if not episodes:
+        return {}
+    values: dict[str, list[float]] = {
+        "turns": [episode.turns for episode in episodes],
+        "given_tokens": [episode.given for episode in episodes],
+        "environment_s": [episode.environment_s for episode in episodes],
+        "generator_s": [episode.generator_s for episode in episodes],
+        **{f"ended_by_{limit}": [episode.ended_by == limit for episode in episodes] for limit in EPISODE_LIMITS},
+    }
+    for name in dict.fromkeys(name for episode in episodes for name in episode.metrics):
+        values[name] = [episode.metrics.get(name, 0.0) for episode in episodes]
+    return {f"episode/{name}": fmean(each) for name, each in values.items()}
 
 
 class _GroupNumbers(NamedTuple):

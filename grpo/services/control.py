@@ -20,7 +20,7 @@ from grpo.errors import ControlError
 from grpo.services.handle import Services
 
 log = logging.getLogger(__name__)
-SCALABLE = ("generator", "evaluator", "reward", "reference")  # the services of interchangeable replicas
+SCALABLE = ("generator", "evaluator", "reward", "environment", "reference")  # the services of interchangeable replicas
 _NAME = "control.sock"
 
 

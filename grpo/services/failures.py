@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from grpo.config.operation import RecoveryConfig
-from grpo.errors import DataError, InfrastructureError, PayloadLost, RewardError, ZeroVarianceGroup
+from grpo.errors import DataError, GroupError, InfrastructureError, PayloadLost, ZeroVarianceGroup
 from grpo.utils.aio import Signal
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class Failures:
         """Warn of a lost group. It costs no budget: the death of the process or node that held it did."""
         self.warn(f"{error}; regenerating the group")
 
-    def reward_failed(self, error: RewardError) -> None:
+    def group_failed(self, error: GroupError) -> None:
         """Record a group that is dropped. Raises DataError when the budget was used up before."""
         if self._dropped_groups_left == 0:
             limit = self._config.max_dropped_groups
@@ -130,7 +130,7 @@ class Failures:
             ) from None
 
     def step_trained(self) -> None:
-        """Refill the budgets of deaths and of failed rewards."""
+        """Refill the budgets of deaths and of failed groups."""
         now = time.perf_counter()
         for death in self.deaths:
             if death.next_step_s is None:

@@ -12,8 +12,8 @@ restore accounts for it. So no call is lost, and none takes effect twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, fields
 from itertools import chain
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from grpo.errors import ActorDied
 from grpo.services.endpoint import Endpoint, Process
-from grpo.services.replica import Call, Replica, Restore
+from grpo.services.replica import Call, Restore
 from grpo.services.service import Service
 from grpo.telemetry.activity import waiting_for
 from grpo.utils.aio import gather_or_cancel
@@ -38,10 +38,8 @@ class ActorHandle:
         print(generator.replica_stats()["generator-0"]["state"])
     """
 
-    def __init__(self, service: Service, *, sticky: bool = False) -> None:
+    def __init__(self, service: Service) -> None:
         self.service = service
-        self._sticky = sticky
-        self._session_replica: Replica | None = None
 
     @property
     def name(self) -> str:
@@ -54,9 +52,16 @@ class ActorHandle:
         """
         self.service.context.restore = lambda endpoint: restore(NewReplica(endpoint))
 
-    def session(self) -> ActorHandle:
-        """Return a handle whose `route` keeps to one replica, as long as it is healthy."""
-        return ActorHandle(self.service, sticky=True)
+    @asynccontextmanager
+    async def lease(self) -> AsyncIterator[Process]:
+        """Give the process of the healthy replica with the fewest calls under way, to be passed on to another actor.
+
+        The block counts as one call. A LeaseLost that it raises counts as the death of the process.
+        """
+        with waiting_for(f"{self.name}.lease"):
+            replica = await self.service.available()
+        with replica.in_use() as endpoint:
+            yield endpoint.processes()[0]
 
     def scale(self, replicas: int) -> None:
         self.service.scale(replicas)
@@ -97,13 +102,11 @@ class BoundMethod:
         return await self.route(*args, **kwargs)
 
     async def route(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the healthy replica with the fewest calls under way, or the replica of the session."""
-        handle, call = self._handle, Call(self._method, args, kwargs)
-        with waiting_for(f"{handle.name}.{self._method}"):
+        """Call the healthy replica with the fewest calls under way."""
+        service, call = self._handle.service, Call(self._method, args, kwargs)
+        with waiting_for(f"{service.name}.{self._method}"):
             while True:
-                replica = await handle.service.available(handle._session_replica)
-                if handle._sticky:
-                    handle._session_replica = replica
+                replica = await service.available()
                 with suppress(ActorDied):
                     answer, *_ = await replica.attempt(call)
                     return answer
@@ -143,7 +146,8 @@ class NewReplica:
 class Services:
     """Handles to all actors of a training run.
 
-    The reference exists when the loss has a KL term, the checkpointer when checkpoints are written or resumed from. The
+    Completions are scored by the reward, or by the environment that they are played in: one of the two exists. The
+    reference exists when the loss has a KL term, the checkpointer when checkpoints are written or resumed from. The
     evaluator is a generator for evaluations only; a run without one evaluates with the generator.
 
     Example:
@@ -154,9 +158,10 @@ class Services:
 
     dataloader: ActorHandle
     generator: ActorHandle
-    reward: ActorHandle
     replay_buffer: ActorHandle
     trainer: ActorHandle
+    reward: ActorHandle | None = None
+    environment: ActorHandle | None = None
     reference: ActorHandle | None = None
     evaluator: ActorHandle | None = None
     checkpointer: ActorHandle | None = None
@@ -176,8 +181,9 @@ class Services:
 
 @dataclass(frozen=True)
 class EvaluationServices:
-    """Handles to the actors of an evaluation: held-out prompts, completions, rewards."""
+    """Handles to the actors of an evaluation: held-out prompts, completions, rewards or environments."""
 
     dataloader: ActorHandle
     generator: ActorHandle
-    reward: ActorHandle
+    reward: ActorHandle | None = None
+    environment: ActorHandle | None = None

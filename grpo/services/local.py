@@ -97,6 +97,8 @@ class LocalEndpoint(Process):
 
     async def ping(self) -> None:
         self._raise_if_dead()
+        if hasattr(self.actor, "ping"):
+            await self.actor.ping()
 
     async def drain(self, *, keep_recording: bool) -> TelemetryBatch:
         self._raise_if_dead()

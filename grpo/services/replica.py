@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, NoReturn
 
-from grpo.errors import ActorDied, LaunchError, PayloadLost
+from grpo.errors import ActorDied, LaunchError, LeaseLost, PayloadLost
 from grpo.services.endpoint import Endpoint, Spawn
 from grpo.services.failures import Death, Failures
 from grpo.utils.aio import Signal, cancel_and_wait, timeout_as
@@ -172,6 +172,15 @@ class Replica:
 
     async def attempt(self, call: Call) -> list[Any]:
         """Return the answers by rank. Raises ActorDied when a process died: its replacement can be asked again."""
+        with self.in_use() as endpoint:
+            return await endpoint.call(call.method, call.args, call.kwargs)
+
+    @contextmanager
+    def in_use(self) -> Iterator[Endpoint]:
+        """Count the block as a call of the process. ActorDied or LeaseLost in the block means that it is dead.
+
+        Raises ActorDied if it is not healthy.
+        """
         if not self.healthy:  # it died after the caller had chosen it
             raise ActorDied(f"{self.name} is {self.state}")
         endpoint, death = self.endpoint, self._death
@@ -180,13 +189,13 @@ class Replica:
         self.requests += 1
         started = time.perf_counter()
         try:
-            return await endpoint.call(call.method, call.args, call.kwargs)
-        except ActorDied as error:
+            yield endpoint
+        except (ActorDied, LeaseLost) as error:
             self.failures += 1
             if self.endpoint is endpoint:  # else its replacement is up already
                 self._set_state(State.UNHEALTHY)
                 if not death.done():
-                    death.set_result(error)
+                    death.set_result(error if isinstance(error, ActorDied) else ActorDied(str(error)))
             raise
         finally:
             self.in_flight -= 1

@@ -78,11 +78,10 @@ class Service:
         required = [replica for replica in self._supervisors if not replica.optional]
         await self._wait_until(lambda: all(replica.healthy for replica in required))
 
-    async def available(self, preferred: Replica | None = None) -> Replica:
-        """Wait for the preferred replica if it is healthy, else the healthy one with the fewest calls under way."""
+    async def available(self) -> Replica:
+        """Wait for a healthy replica; return the one with the fewest calls under way."""
         await self._wait_until(self.healthy)
-        healthy = self.healthy()
-        return preferred if preferred in healthy else min(healthy, key=lambda replica: replica.in_flight)
+        return min(self.healthy(), key=lambda replica: replica.in_flight)
 
     async def call_replica(self, replica: Replica, call: Call) -> list[Any]:
         """Return the answers of this replica by rank, repeating the call when its process is replaced.

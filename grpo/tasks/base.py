@@ -1,15 +1,17 @@
-"""The Task protocol, construction of the task that a config names, and encoding of its problems as prompts."""
+"""The Task protocol; the task, environments and prompts that a config names."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
-import numpy as np
-from jinja2 import TemplateError
-
 from grpo.config.algorithm import TaskConfig
+from grpo.environments.base import Environment, Message
+from grpo.environments.calls import UserCalls
+from grpo.environments.renderers import ChatRenderer, PlainRenderer, Renderer
+from grpo.environments.tools import MethodsEnvironment, ToolEnvironment, Tools
 from grpo.errors import ConfigError, TaskError
 from grpo.types import Ints, Problem
 from grpo.utils.imports import check_arguments, import_target
@@ -43,7 +45,11 @@ class Task(Protocol):
         ...
 
     def score(self, problem: Problem, completion: str) -> float:
-        """Return the finite reward of one answer, by convention in [0, 1]. `completion` has no special tokens."""
+        """Return the finite reward of one answer, by convention in [0, 1]. `completion` has no special tokens.
+
+        A task whose answers take several turns has a method `environment(problem, seed)` instead, which makes the
+        Environment of one episode: see grpo/environments/base.py.
+        """
         ...
 
 
@@ -63,24 +69,57 @@ def make_task(config: TaskConfig) -> Task:
     return task
 
 
+def environment_maker(
+    task: Task, config: TaskConfig, tools: Sequence[str], calls: UserCalls
+) -> Callable[[Problem, int], Environment]:
+    """Return the function that makes the environment of an episode, from a problem and a seed.
+
+    It is the task's own method `environment`, which may also return an object whose methods are tools (see
+    ObjectWithTools); or the task's question with the functions `tools`, scored by the task. Raises ConfigError when a
+    task has its own environment and is given tools, and for functions that can't be imported or described.
+    """
+    make = getattr(task, "environment", None)
+    if tools and make is not None:
+        raise ConfigError(f"{config.target} has an environment of its own; leave them out", key="environment.tools")
+    if make is None:
+        key = "environment.tools"
+        known = Tools([import_target(name, key=key) for name in tools], calls, key=key)
+        return lambda problem, seed: ToolEnvironment(
+            opening_messages(problem, config), known, partial(task.score, problem)
+        )
+
+    def own(problem: Problem, seed: int) -> Environment:
+        made = make(problem, seed)
+        return made if hasattr(made, "begin") else MethodsEnvironment(made, problem, calls)
+
+    return own
+
+
+def opening_messages(problem: Problem, config: TaskConfig) -> list[Message]:
+    """Return the question as a conversation, after the system prompt, if there is one."""
+    system = [Message("system", config.system_prompt)] if config.system_prompt is not None else []
+    return [*system, Message("user", problem.question)]
+
+
+def make_renderer(tokenizer: PreTrainedTokenizerBase, config: TaskConfig, stop_token_ids: Sequence[int]) -> Renderer:
+    """Make the renderer that `task.template` names. Raises ConfigError if the tokenizer has no chat template."""
+    cls = ChatRenderer if config.template == "chat" else PlainRenderer
+    return cls(tokenizer, stop_token_ids)
+
+
 class PromptEncoder:
-    """Encode problems as prompt tokens, plain or with the tokenizer's chat template."""
+    """Encode problems as prompt tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: TaskConfig, max_tokens: int) -> None:
-        if config.template == "chat" and tokenizer.chat_template is None:
-            raise ConfigError("the model has no chat template; set task.template=plain", key="task.template")
-        self._tokenizer, self._config, self._max_tokens = tokenizer, config, max_tokens
+        self._renderer = make_renderer(tokenizer, config, stop_token_ids=())
+        self._config, self._max_tokens = config, max_tokens
 
     def encode(self, problem: Problem) -> Ints | None:
         """Return token ids [prompt length], or None for a prompt that is empty or longer than `max_tokens`.
 
         Raises ConfigError if the chat template rejects the messages.
         """
-        if self._config.template == "plain":
-            token_ids = self._tokenizer.encode(problem.question)
-        else:  # the template has written the special tokens already
-            token_ids = self._tokenizer.encode(self._chat(problem.question), add_special_tokens=False)
-        ids = np.array(token_ids, dtype=np.int64)
+        ids = self._renderer.opening(opening_messages(problem, self._config))
         return ids if 0 < len(ids) <= self._max_tokens else None
 
     def check_usable(self, task: Task) -> None:
@@ -94,18 +133,3 @@ class PromptEncoder:
                 f"fits into {self._max_tokens} tokens; raise it, or lower rollout.max_completion_tokens if the "
                 "model's context length is the limit"
             )
-
-    def _chat(self, question: str) -> str:
-        system = self._config.system_prompt
-        messages = [{"role": "system", "content": system}] if system is not None else []
-        messages.append({"role": "user", "content": question})
-        try:
-            text: str = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except TemplateError as error:  # Gemma's, for example, rejects system messages
-            setting = "task.template=plain" if system is None else "task.system_prompt=null"
-            reason = " ".join(str(error).split())
-            raise ConfigError(
-                f"the model's chat template rejects the messages ({reason}); set {setting}",
-                key=setting.partition("=")[0],
-            ) from error
-        return text

@@ -28,17 +28,17 @@ def test_a_trained_step_fills_the_budgets_up(failures):
     for _ in range(5):
         failures.actor_died("trainer", ActorDied("died"))
         failures.actor_died("reward", ActorDied("died"))
-        failures.reward_failed(RewardTimeout("slow"))
+        failures.group_failed(RewardTimeout("slow"))
         failures.step_trained()
     assert failures.restarts == {"trainer": 5, "reward": 5}
 
 
 def test_the_budgets_of_actors_and_of_data_are_apart(failures):
-    failures.reward_failed(RewardTimeout("slow"))
+    failures.group_failed(RewardTimeout("slow"))
     with pytest.raises(
         DataError, match=r"slow; too many dropped groups \(recovery\.max_dropped_groups=1 between two train steps\)"
     ):
-        failures.reward_failed(RewardTimeout("slow"))
+        failures.group_failed(RewardTimeout("slow"))
     failures.actor_died("reward", ActorDied("died"))
 
 
@@ -102,4 +102,4 @@ def test_the_end_for_want_of_something_to_learn_is_said_once(failures):
 def test_groups_with_nothing_to_learn_from_cost_no_other_budget(failures):
     for _ in range(50):
         failures.group_filtered(group_filtered(1.0, 1.0), limit=50)
-    failures.reward_failed(RewardTimeout("slow"))
+    failures.group_failed(RewardTimeout("slow"))

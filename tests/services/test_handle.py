@@ -4,7 +4,7 @@ import pytest
 
 from grpo.actors.marks import replayed_on_join
 from grpo.config.operation import RecoveryConfig
-from grpo.errors import ActorDied, ConfigError, PayloadLost
+from grpo.errors import ActorDied, ConfigError, LeaseLost, PayloadLost
 from grpo.services.failures import Failures
 from grpo.services.handle import ActorHandle
 from grpo.services.local import LocalEndpoint
@@ -476,20 +476,33 @@ async def test_an_error_that_nobody_can_mend_ends_the_run_though_nobody_calls():
             await asyncio.wait_for(fleet.failures.wait_fatal(), 60)
 
 
-async def test_a_session_keeps_to_one_replica_until_that_dies():
-    async with Fleet(3) as fleet:
-        session = fleet.handle.session()
-        (first,) = {await session.say.route("a") for _ in range(3)}
-        others = {await fleet.handle.session().say.route("a") for _ in range(3)}
-        assert first in others
-        busy = asyncio.ensure_future(session.wait.route())
-        await fleet.processes[0].asked.wait()
-        assert await session.say.route("b") == "echo-0/0: b"  # though others have less to do
-        fleet.endpoints[0].kill()
-        second = await session.say.route("c")
-        assert second in ("echo-1/1: c", "echo-2/2: c")
-        assert await session.say.route("c") == second
-        busy.cancel()
+async def test_a_lease_counts_as_a_call_and_gives_a_process_that_others_can_call():
+    async with Fleet(2) as fleet:
+        async with fleet.handle.lease() as first, fleet.handle.lease() as second:
+            assert {first.name, second.name} == {"echo-0", "echo-1"}
+            assert await first.invoke("say", ("a",)) == f"{fleet.processes[0].name}: a"
+            assert [replica.in_flight for replica in fleet.service.replicas] == [1, 1]
+        assert [replica.in_flight for replica in fleet.service.replicas] == [0, 0]
+
+
+async def test_a_lease_that_is_lost_is_the_death_of_the_process():
+    async with Fleet(1) as fleet:
+        with pytest.raises(LeaseLost):
+            async with fleet.handle.lease():
+                raise LeaseLost("its caller could not reach it")
+        async with fleet.handle.lease() as lease:  # waits for the replacement
+            assert await lease.invoke("say", ("a",)) == "echo/1: a"
+        assert fleet.failures.restarts == {"echo": 1}
+
+
+async def test_a_replica_that_is_removed_serves_its_leases_to_the_end():
+    async with Fleet(2) as fleet:
+        async with fleet.handle.lease(), fleet.handle.lease() as second:
+            fleet.handle.scale(1)
+            await settle()
+            assert await second.invoke("say", ("a",)) == "echo-1/1: a"
+        await settle()
+        assert fleet.processes[1].closed
 
 
 async def test_replicas_are_added_during_a_run_and_hold_the_present_weights_when_they_serve():

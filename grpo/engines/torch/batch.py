@@ -79,7 +79,7 @@ class DecodeBatch:
         self._limits = limits
         self._device = next(model.parameters()).device
         self._stops_S = torch.tensor(list(stop_token_ids), dtype=torch.long, device=self._device)
-        max_columns = limits.max_prompt_tokens + limits.max_completion_tokens + _SLACK_COLUMNS
+        max_columns = limits.longest_prompt + limits.max_completion_tokens + _SLACK_COLUMNS
         self._kv = KVGrid(limits.max_sequences, max_columns)
         self._decoding = choose_decoding(model, self._kv, cuda_graphs=cuda_graphs)
         self._tokens = TokenGrid(limits, max_columns, self._device)
@@ -138,7 +138,7 @@ class DecodeBatch:
         if self._kv.end + 1 < self._kv.max_columns:
             return
         # A prompt of full length must still fit before `end`.
-        columns = min(self._kv.first, self._kv.end - self._limits.max_prompt_tokens)
+        columns = min(self._kv.first, self._kv.end - self._limits.longest_prompt)
         self._kv.shift_left(columns)
         self._tokens.shift_left(columns)
         for row in self._rows:
@@ -149,7 +149,7 @@ class DecodeBatch:
     def _join(self, requests: Sequence[Request]) -> list[Tensor]:
         """Add rows whose prompts end before column `end`; return the logits [rows, V] of each group's first tokens."""
         if not self._rows:
-            self._kv.end = self._limits.max_prompt_tokens
+            self._kv.end = self._limits.longest_prompt
         logits = []
         for request, prefix in zip(requests, self._prefixes(requests), strict=True):
             # All rows of a group share its prefix.
@@ -269,7 +269,10 @@ class TokenGrid:
         params = row.request.params
         prompt_T = torch.tensor(row.request.prompt_ids)  # a copy: the array may be read-only
         self._tokens_RC[rows, row.prompt_start : row.completion_start] = prompt_T
-        numbers = [uniforms(params.seed, each.sample, params.max_tokens) for each in added]
+        numbers = [
+            uniforms(params.seed, params.first_sample + each.sample, params.max_tokens, params.first_token)
+            for each in added
+        ]
         self._uniforms_RT[rows, : params.max_tokens] = torch.stack(numbers)
 
     def write(self, column: int, tokens_B: Tensor, logprobs_B: Tensor, version: int) -> None:

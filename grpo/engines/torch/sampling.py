@@ -16,13 +16,14 @@ from grpo.utils.torch_utils import fused
 _CHUNK = 128  # tokens of the vocabulary
 
 
-def uniforms(seed: int, sample: int, count: int) -> Tensor:
+def uniforms(seed: int, sample: int, count: int, first: int = 0) -> Tensor:
     """Return the random numbers in [0, 1) that decide the tokens of one completion, float32 [count].
 
     They depend only on the seed of the group and the number of the sample within it, never on the rest of the batch.
+    The turns of an episode share one stream of numbers: `first` were used before.
     """
     generator = np.random.default_rng([seed, sample])
-    return torch.from_numpy(generator.random(count, dtype=np.float32))
+    return torch.from_numpy(generator.random(first + count, dtype=np.float32)[first:])
 
 
 class RowSampler:

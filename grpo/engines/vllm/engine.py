@@ -167,7 +167,7 @@ class VLLMEngine:
                 f"vLLM is built for {built_for}, the generator runs on {self._device}", key="generator.num_gpus"
             )
         # vLLM reports rejected arguments as TypeError or ValueError, and a process that failed as RuntimeError.
-        context = self._limits.max_prompt_tokens + self._limits.max_completion_tokens
+        context = self._limits.context
         try:
             args = AsyncEngineArgs(
                 model=self._model,

@@ -50,8 +50,9 @@ def sampling_params(params: SamplingParams, sample: int, stop_token_ids: tuple[i
     from vllm import SamplingParams as VLLMParams
     from vllm.sampling_params import RequestOutputKind
 
-    # One seed for the completion, of 48 bits: the generator of every device accepts these.
-    seed = hashlib.blake2b(f"{params.seed}/{sample}".encode(), digest_size=6).digest()
+    # One seed for each turn of a completion, of 48 bits: the generator of every device accepts these.
+    source = f"{params.seed}/{params.first_sample + sample}" + (f"/{params.first_token}" if params.first_token else "")
+    seed = hashlib.blake2b(source.encode(), digest_size=6).digest()
     return VLLMParams(
         temperature=params.temperature,
         top_p=params.top_p,

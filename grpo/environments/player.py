@@ -1,0 +1,265 @@
+"""Play the episodes of one group: turns of the policy and replies of its environments, until each is over.
+
+    opening --> turn --> reply --> turn --> reply --> ... --> turn --> score
+                sampled  given     sampled                    sampled
+
+An episode ends when its environment says so, or at the first limit. They are checked in this order after every turn:
+
+    max_completion_tokens    there is no room for another token, also in the middle of a turn
+    timeout_s                the environment's own time is used up
+    max_turns                the policy has had its turns
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from grpo.config.algorithm import EnvironmentConfig
+from grpo.environments.base import Environment, Message, Opening, Reply
+from grpo.environments.calls import UserCalls
+from grpo.environments.renderers import Renderer
+from grpo.errors import EnvironmentFailed, EnvironmentInvalid, EnvironmentTimeout, GRPOError
+from grpo.types import Completion, EpisodeLimit, EpisodeReport, Floats, Ints, Prompt, SamplingParams, Turn
+from grpo.utils.aio import gather_or_cancel, timeout_as
+
+Sampler = Callable[[Ints, SamplingParams], Awaitable[list[Completion]]]
+"""Samples the next turn: `params.n` completions of one prompt."""
+Ending = EpisodeLimit | Literal["done"]
+
+_CLOSE_S = 10.0
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A finished episode: its tokens, its reward and its numbers."""
+
+    completion: Completion
+    reward: float
+    report: EpisodeReport
+
+
+class Player:
+    """Plays groups, any number of them side by side on one event loop.
+
+    Example:
+        player = Player(task.environment, PlainRenderer(tokenizer, stops), EnvironmentConfig(), UserCalls(threads=8))
+        opening, episodes = await player.play(prompt, SamplingParams(n=8, max_tokens=64), engine.generate)
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Any, int], Environment],
+        renderer: Renderer,
+        config: EnvironmentConfig,
+        calls: UserCalls,
+    ) -> None:
+        self._make, self.renderer, self.config, self.calls = make, renderer, config, calls
+
+    async def play(self, prompt: Prompt, params: SamplingParams, sample: Sampler) -> tuple[Ints, list[Episode]]:
+        """Return the opening's tokens and the `params.n` episodes of a group.
+
+        `params.max_tokens` bounds an episode's tokens after the opening. Raises what `sample` raises, and an
+        EnvironmentFailed when an environment raises, hangs, or returns something else than the protocol says. All
+        environments are closed in any case.
+        """
+        playing = [_Playing(self, i, params, sample) for i in range(params.n)]
+        try:
+            openings = await gather_or_cancel(*(each.begin(self._make, prompt) for each in playing))
+            if any(opening != openings[0] for opening in openings):
+                raise EnvironmentInvalid("the episodes of a group must begin with the same messages and tools")
+            opening_ids = self.renderer.opening(openings[0].messages, openings[0].tools)
+            first = await sample(opening_ids, playing[0].next_turn(n=params.n))
+            turns = zip(playing, first, strict=True)
+            return opening_ids, await gather_or_cancel(*(each.play(opening_ids, turn) for each, turn in turns))
+        finally:
+            await asyncio.gather(*(each.close() for each in playing))
+
+
+class _Playing:
+    """One episode while it is played."""
+
+    def __init__(self, player: Player, number: int, params: SamplingParams, sample: Sampler) -> None:
+        self._renderer, self._config, self._calls = player.renderer, player.config, player.calls
+        self._number, self._params, self._sample = number, params, sample
+        self._environment: Environment | None = None
+        self._tokens: list[Ints] = []
+        self._logprobs: list[Floats] = []
+        self._versions: list[tuple[int, int]] = []
+        self._turns: list[Turn] = []
+        self._environment_s = self._generator_s = 0.0
+        self._metrics = Counter[str]()
+
+    @property
+    def _sampled_count(self) -> int:
+        return sum(turn.sampled for turn in self._turns)
+
+    @property
+    def _room(self) -> int:
+        """Tokens that the episode may still take."""
+        return self._params.max_tokens - sum(turn.sampled + turn.given for turn in self._turns)
+
+    def next_turn(self, n: int = 1) -> SamplingParams:
+        """Return the parameters of the next turn; the first turns of a group are sampled together."""
+        return replace(
+            self._params,
+            n=n,
+            max_tokens=min(self._room, self._config.max_turn_tokens or self._room),
+            first_sample=self._number,
+            first_token=self._sampled_count,
+        )
+
+    async def begin(self, make: Callable[[Any, int], Environment], prompt: Prompt) -> Opening:
+        # All episodes of a group get the same seed, and so the same hidden state.
+        self._environment = await self._in_time("environment", make, prompt.problem, prompt.serial)
+        opening = await self._in_time("begin", self._environment.begin)
+        if not isinstance(opening, Opening) or not opening.messages:
+            raise EnvironmentInvalid(f"begin returned {_shown(opening)}; return an Opening with messages")
+        return opening
+
+    async def play(self, opening: Ints, turn: Completion) -> Episode:
+        """Play on from the first turn until the episode is over, and score it."""
+        while True:
+            self._add(turn)
+            ended_by, messages = await self._answer(turn)
+            if ended_by is not None:
+                break
+            given = self._renderer.continuation(turn.token_ids, [self._shorten(message) for message in messages])
+            if len(given) >= self._room:
+                ended_by = "tokens"
+                break
+            self._tokens.append(given)
+            self._turns[-1] = replace(self._turns[-1], given=len(given))
+            started = time.perf_counter()
+            [turn] = await self._sample(np.concatenate([opening, *self._tokens]), self.next_turn())
+            self._generator_s += time.perf_counter() - started
+        return Episode(self._completion(ended_by), await self._score(ended_by), self._report(ended_by))
+
+    async def _answer(self, turn: Completion) -> tuple[Ending | None, Sequence[Message]]:
+        """Ask the environment to reply to a turn. Returns what ends the episode, or None and the messages."""
+        if self._room == 0 and turn.finish_reason == "length":
+            return "tokens", ()  # in the middle of a turn, to which there is no reply
+        assert self._environment is not None
+        try:
+            reply = await self._in_time("reply", self._environment.reply, self._renderer.parse(turn.token_ids))
+        except EnvironmentTimeout as error:
+            if error.hung:
+                raise
+            return "timeout", ()
+        self._check(reply)
+        self._turns[-1] = replace(self._turns[-1], reward=float(reply.reward))
+        self._metrics.update(reply.metrics)
+        if reply.done:
+            return "done", ()
+        if self._room == 0:
+            return "tokens", ()
+        if self._environment_s >= self._config.timeout_s:
+            return "timeout", ()
+        return ("turns" if len(self._turns) >= self._config.max_turns else None), reply.messages
+
+    async def _score(self, ended_by: Ending) -> float:
+        if ended_by != "done" and self._config.on_limit == "zero":
+            return 0.0
+        score = getattr(self._environment, "score", None)
+        if score is None:
+            return sum(turn.reward for turn in self._turns)
+        reward = await self._in_time("score", score, grace_s=self._config.timeout_s)  # also after a time-out
+        if not isinstance(reward, (int, float)) or not math.isfinite(reward):
+            raise EnvironmentInvalid(f"score returned {_shown(reward)}; return a finite number")
+        return float(reward)
+
+    async def _in_time(self, name: str, function: Callable[..., Any], *args: Any, grace_s: float = 0.0) -> Any:
+        """Call the user's code, within what is left of `timeout_s` and `grace_s`.
+
+        A thread can't be cancelled, so it has `timeout_s` more to return; after that it hangs. Raises
+        EnvironmentTimeout, and EnvironmentFailed for whatever the code raises.
+        """
+        in_thread, timeout_s = not inspect.iscoroutinefunction(function), self._config.timeout_s
+        left_s = max(0.0, timeout_s - self._environment_s) + (max(grace_s, timeout_s) if in_thread else grace_s)
+        late = EnvironmentTimeout(f"{name} did not return within environment.timeout_s={timeout_s:g}", hung=in_thread)
+        started = time.perf_counter()
+        try:
+            async with timeout_as(left_s, lambda: late):
+                return await self._calls.run(function, *args)
+        except GRPOError:
+            raise
+        except Exception as error:
+            raise EnvironmentFailed(f"{name} raised {type(error).__name__}: {error}") from error
+        finally:
+            self._environment_s += time.perf_counter() - started
+
+    def _add(self, turn: Completion) -> None:
+        self._tokens.append(turn.token_ids)
+        self._logprobs.append(turn.logprobs)
+        self._versions += turn.versions
+        self._turns.append(Turn(turn.sampled_count, finish_reason=turn.finish_reason))
+
+    def _completion(self, ended_by: Ending) -> Completion:
+        return Completion(
+            token_ids=np.concatenate(self._tokens),
+            logprobs=np.concatenate(self._logprobs),
+            versions=merge_runs(self._versions),
+            finish_reason="length" if ended_by == "tokens" else "stop",
+            turns=tuple(self._turns),
+        )
+
+    def _report(self, ended_by: Ending) -> EpisodeReport:
+        return EpisodeReport(
+            turns=len(self._turns),
+            given=sum(turn.given for turn in self._turns),
+            ended_by=ended_by,
+            environment_s=self._environment_s,
+            generator_s=self._generator_s,
+            metrics=dict(self._metrics),
+        )
+
+    def _check(self, reply: Any) -> None:
+        if not isinstance(reply, Reply):
+            raise EnvironmentInvalid(f"reply returned {_shown(reply)}; return a Reply")
+        if any(message.role == "assistant" for message in reply.messages):
+            raise EnvironmentInvalid("reply returned a message of role assistant; only the policy speaks as assistant")
+        if not math.isfinite(reply.reward):
+            raise EnvironmentInvalid(f"reply returned the reward {reply.reward}; return a finite number")
+
+    def _shorten(self, message: Message) -> Message:
+        return replace(message, content=self._renderer.shorten(message.content, self._config.max_reply_tokens))
+
+    async def close(self) -> None:
+        close = getattr(self._environment, "close", None)
+        if close is None:
+            return
+        try:
+            async with asyncio.timeout(_CLOSE_S):
+                await self._calls.run(close)
+        except Exception as error:
+            log.warning("an environment did not close: %s: %s", type(error).__name__, error)
+
+
+def merge_runs(runs: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Join neighbouring runs of the same version.
+
+    >>> merge_runs([(3, 2), (3, 1), (4, 5)])
+    ((3, 3), (4, 5))
+    """
+    merged: list[tuple[int, int]] = []
+    for version, count in runs:
+        if merged and merged[-1][0] == version:
+            merged[-1] = (version, merged[-1][1] + count)
+        else:
+            merged.append((version, count))
+    return tuple(merged)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

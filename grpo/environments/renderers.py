@@ -1,0 +1,205 @@
+"""Renderers: messages become tokens, and sampled tokens become a message.
+
+What was sampled is never tokenized again. The prompt of the next turn is the prompt of this turn, the sampled tokens as
+they are, then `continuation`: only the tokens that are new.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from jinja2 import TemplateError
+
+from grpo.environments.base import Message, Role, ToolCall
+from grpo.errors import ConfigError
+from grpo.types import Ints
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ANSWER = "THE-ANSWER"  # stands for what was sampled, to find in a rendered text what follows it
+_BASE = (Message("user", "A question"), Message("assistant", _ANSWER))
+_NOTE, _NOTE_TOKENS = "\n[... {} characters left out ...]\n", 16  # the tokens of the note in most vocabularies
+_CHARACTERS_PER_TOKEN = 16  # more than any text has on average
+_REASONING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+_TOOL_CALL = re.compile(r"\s*<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
+
+
+class Renderer(Protocol):
+    """Translation between messages and tokens, for one tokenizer and template.
+
+    Example: how the player continues an episode.
+
+        prompt = renderer.opening(opening.messages, opening.tools)
+        sampled = ...                                              # the policy's turn, its stop token included
+        said = renderer.parse(sampled)
+        prompt = [*prompt, *sampled, *renderer.continuation(sampled, reply.messages)]
+    """
+
+    def opening(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Ints:
+        """Return the tokens of the first prompt. Raises ConfigError if the template rejects the messages."""
+        ...
+
+    def parse(self, sampled: Ints) -> Message:
+        """Return what the policy said. Never raises: a call that can't be parsed has arguments None."""
+        ...
+
+    def continuation(self, sampled: Ints, messages: Sequence[Message]) -> Ints:
+        """Return the tokens between the sampled ones and the policy's next turn.
+
+        They begin with the end of the turn if the policy was cut off before it.
+        """
+        ...
+
+    def shorten(self, text: str, max_tokens: int) -> str:
+        """Return the text, cut in the middle if it is longer; it then says so."""
+        ...
+
+    def check_continues(self) -> None:
+        """Raise ConfigError if the template can't continue a conversation after tokens that were sampled."""
+        ...
+
+
+class _TokenizerRenderer:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]) -> None:
+        self._tokenizer, self._stops = tokenizer, tuple(stop_token_ids)
+
+    def shorten(self, text: str, max_tokens: int) -> str:
+        if len(text) <= max_tokens:  # a token has at least a character, but for some of rare scripts
+            return text
+        # Only so many characters are tokenized: of a megabyte it would take a second.
+        length, most = len(text), _CHARACTERS_PER_TOKEN * max_tokens
+        head, tail = (text, text) if length <= most else (text[:most], text[-most:])
+        head_ids = self._tokenizer.encode(head, add_special_tokens=False)
+        if length <= most and len(head_ids) <= max_tokens:
+            return text
+        tail_ids = self._tokenizer.encode(tail, add_special_tokens=False)
+        half = (max_tokens - _NOTE_TOKENS) // 2
+        kept = [self._tokenizer.decode(ids) for ids in (head_ids[:half], tail_ids[len(tail_ids) - half :])]
+        return f"{kept[0]}{_NOTE.format(length - len(kept[0]) - len(kept[1]))}{kept[1]}"
+
+
+class PlainRenderer(_TokenizerRenderer):
+    """Contents as they are, one after another. An end-of-sequence token ends a turn. For models without a template."""
+
+    def opening(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Ints:
+        if tools:
+            raise ConfigError("plain text has no room for tools; set task.template=chat", key="task.template")
+        # A system prompt belongs to a template.
+        texts = [message.content for message in messages if message.role != "system"]
+        return _ints(self._tokenizer.encode("".join(texts)))
+
+    def parse(self, sampled: Ints) -> Message:
+        return Message("assistant", self._tokenizer.decode(sampled, skip_special_tokens=True))
+
+    def continuation(self, sampled: Ints, messages: Sequence[Message]) -> Ints:
+        text = "".join(message.content for message in messages)
+        tokens = self._tokenizer.encode(text, add_special_tokens=False)
+        return _ints(tokens if int(sampled[-1]) in self._stops else [*self._stops[:1], *tokens])
+
+    def check_continues(self) -> None:
+        """Plain text continues after anything."""
+
+
+class ChatRenderer(_TokenizerRenderer):
+    """The tokenizer's chat template.
+
+    A continuation is what the template writes after an answer when more messages follow it, taken from a short
+    conversation. That works for templates which write an answer's end alike whatever follows, see `check_continues`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]) -> None:
+        if tokenizer.chat_template is None:
+            raise ConfigError("the model has no chat template; set task.template=plain", key="task.template")
+        super().__init__(tokenizer, stop_token_ids)
+
+    def opening(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Ints:
+        return self._encode(self._render(messages, tools, generates=True))
+
+    def parse(self, sampled: Ints) -> Message:
+        return parse_answer(self._tokenizer.decode(sampled, skip_special_tokens=True))
+
+    def continuation(self, sampled: Ints, messages: Sequence[Message]) -> Ints:
+        tokens = self._encode(self._after_answer(*messages))
+        return tokens[1:] if int(sampled[-1]) in self._stops else tokens
+
+    def check_continues(self) -> None:
+        end, fix = self._after_answer(generates=False), "use another model, or a task of one turn"
+        if not (tokens := self._encode(end)).size or int(tokens[0]) not in self._stops:
+            raise ConfigError(
+                f"the chat template writes {end[:20]!r} after an answer, which is no stop token of the model; {fix}",
+                key="task.template",
+            )
+        roles: tuple[Role, ...] = ("user", "tool")
+        for role in roles:
+            more = Message(role, "More", tool_call_id="call_0", name="tool")
+            if not self._after_answer(more).startswith(end):
+                raise ConfigError(
+                    f"the chat template rewrites an answer before a {role} message; {fix}", key="task.template"
+                )
+
+    def _after_answer(self, *messages: Message, generates: bool = True) -> str:
+        """Return what the template writes after an answer that these messages follow."""
+        return self._render([*_BASE, *messages], (), generates=generates).rpartition(_ANSWER)[2]
+
+    def _render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, generates: bool) -> str:
+        plain = [as_dict(message) for message in messages]
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                plain, tools=list(tools) or None, add_generation_prompt=generates, tokenize=False
+            )
+        except TemplateError as error:  # Gemma's, for example, rejects system messages
+            has_system = messages[0].role == "system"
+            setting = "task.system_prompt=null" if has_system else "task.template=plain"
+            raise ConfigError(
+                f"the model's chat template rejects the messages ({' '.join(str(error).split())}); set {setting}",
+                key=setting.partition("=")[0],
+            ) from error
+        return text
+
+    def _encode(self, text: str) -> Ints:
+        return _ints(self._tokenizer.encode(text, add_special_tokens=False))  # the template has written these already
+
+
+def parse_answer(text: str) -> Message:
+    """Split an answer into its reasoning in think tags, its tool calls in tool_call tags, and the rest, its content.
+
+    A tool call is a JSON object with `name` and `arguments`, as many chat models write it (Hermes, Qwen).
+    """
+    reasoning = _REASONING.match(text)
+    answer = text[reasoning.end() :] if reasoning else text
+    calls = tuple(_tool_call(i, match[1]) for i, match in enumerate(_TOOL_CALL.finditer(answer)))
+    content = _TOOL_CALL.sub("", answer) if calls else answer
+    return Message("assistant", content, reasoning[1].strip() if reasoning else None, calls)
+
+
+def _tool_call(number: int, raw: str) -> ToolCall:
+    try:
+        call = json.loads(raw)
+        name, arguments = call["name"], call.get("arguments", {})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        name, arguments = "", None
+    return ToolCall(f"call_{number}", str(name), arguments if isinstance(arguments, dict) else None, raw)
+
+
+def as_dict(message: Message) -> dict[str, Any]:
+    """Return a message in the form that chat templates expect, that of the OpenAI API."""
+    plain: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.reasoning is not None:
+        plain["reasoning_content"] = message.reasoning
+    if message.tool_calls:
+        plain["tool_calls"] = [
+            {"type": "function", "id": call.id, "function": {"name": call.name, "arguments": call.arguments or {}}}
+            for call in message.tool_calls
+        ]
+    if message.role == "tool":
+        plain |= {"tool_call_id": message.tool_call_id, "name": message.name}
+    return plain
+
+
+def _ints(token_ids: Sequence[int]) -> Ints:
+    return np.array(token_ids, dtype=np.int64)

@@ -1,0 +1,83 @@
+"""Guess the number, a game of several turns: to the question `23:` the policy guesses until it has found a secret."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from grpo.environments import Message, Opening, Reply
+from grpo.errors import ConfigError
+from grpo.tasks.base import Split
+from grpo.types import Problem
+
+HIGHER, LOWER, UNREADABLE = ">", "<", "?"
+_NUMBER = re.compile(r"\d+")
+
+
+class Guess:
+    """Secrets from 1 to `n`, with `n` from `min_numbers` to `max_numbers`; a problem is a pair of both.
+
+    The reward is 1 if the secret is found within the guesses that bisection needs for `n` numbers, else 0. So a policy
+    that bisects always earns 1. The fraction `held_out_share` of the problems is held out.
+
+    Example: the secret is 5.
+
+        10:   6<eos>   <   3<eos>   >   5<eos>
+    """
+
+    def __init__(
+        self, min_numbers: int = 16, max_numbers: int = 31, held_out_share: float = 0.25, seed: int = 0
+    ) -> None:
+        if not 1 <= min_numbers <= max_numbers:
+            raise ConfigError(
+                f"is {min_numbers}, must be from 1 to max_numbers={max_numbers}", key="task.args.min_numbers"
+            )
+        problems = [
+            Problem(f"{n}:", str(secret)) for n in range(min_numbers, max_numbers + 1) for secret in range(1, n + 1)
+        ]
+        order = np.random.default_rng(seed).permutation(len(problems))
+        held_out = round(held_out_share * len(problems))
+        shuffled = [problems[i] for i in order]
+        self._splits = {"held_out": shuffled[:held_out], "train": shuffled[held_out:]}
+
+    def problems(self, split: Split) -> Sequence[Problem]:
+        return self._splits[split]
+
+    def environment(self, problem: Problem, seed: int) -> GuessingGame:
+        return GuessingGame(problem)
+
+    def demonstration(self, problem: Problem, rng: np.random.Generator) -> list[str]:
+        """Return a game of a player who draws each guess from all numbers that are still possible.
+
+        A model trained on these knows what the replies mean, but needs more guesses than bisection.
+        """
+        low, high, secret = 1, int(problem.question[:-1]), int(problem.answer)
+        game = []
+        while True:
+            guess = int(rng.integers(low, high + 1))
+            game.append(str(guess))
+            if guess == secret:
+                return game
+            game.append(HIGHER if secret > guess else LOWER)
+            low, high = (guess + 1, high) if secret > guess else (low, guess - 1)
+
+
+class GuessingGame:
+    """One game. The reply to a guess says whether the secret is higher or lower."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._question, self._secret = problem.question, int(problem.answer)
+        self._left = int(problem.question[:-1]).bit_length()  # guesses that bisection needs: log2(n + 1), rounded up
+
+    async def begin(self) -> Opening:
+        return Opening((Message("user", self._question),))
+
+    async def reply(self, said: Message) -> Reply:
+        self._left -= 1
+        guess = int(said.content) if _NUMBER.fullmatch(said.content) else None
+        if guess == self._secret:
+            return Reply(done=True, reward=1.0)
+        answer = UNREADABLE if guess is None else HIGHER if self._secret > guess else LOWER
+        return Reply((Message("user", answer),), done=self._left == 0)
