@@ -176,8 +176,8 @@ class Replica:
             return await endpoint.call(call.method, call.args, call.kwargs)
 
     @contextmanager
-    def in_use(self) -> Iterator[Endpoint]:
-        """Count the block as a call of the process. ActorDied or LeaseLost in the block means that it is dead.
+    def in_use(self, dead_after: type[ActorDied | LeaseLost] = ActorDied) -> Iterator[Endpoint]:
+        """Count the block as a call of the process. An error `dead_after` in the block means that it is dead.
 
         Raises ActorDied if it is not healthy.
         """
@@ -190,7 +190,7 @@ class Replica:
         started = time.perf_counter()
         try:
             yield endpoint
-        except (ActorDied, LeaseLost) as error:
+        except dead_after as error:
             self.failures += 1
             if self.endpoint is endpoint:  # else its replacement is up already
                 self._set_state(State.UNHEALTHY)

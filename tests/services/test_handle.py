@@ -33,6 +33,9 @@ class Echo:
     async def fail(self):
         raise KeyError(self.name)
 
+    async def lose_lease(self):
+        raise LeaseLost("the generator died")
+
     @replayed_on_join
     async def load(self, weights):
         self.loaded = weights
@@ -493,6 +496,13 @@ async def test_a_lease_that_is_lost_is_the_death_of_the_process():
         async with fleet.handle.lease() as lease:  # waits for the replacement
             assert await lease.invoke("say", ("a",)) == "echo/1: a"
         assert fleet.failures.restarts == {"echo": 1}
+
+
+async def test_the_loss_of_a_lease_says_nothing_about_whoever_reports_it():
+    async with Fleet(1) as fleet:
+        with pytest.raises(LeaseLost):
+            await fleet.handle.lose_lease.route()
+        assert fleet.failures.restarts == {}
 
 
 async def test_a_replica_that_is_removed_serves_its_leases_to_the_end():
