@@ -12,7 +12,7 @@ async def test_a_bandit_of_two_turns_is_solved(tiny_config, make_recorder):
     config.task.target, config.task.args = "tests.fake_environments:Bandit", {}
     config.environment.max_turn_tokens = 1
     config.rollout.group_size, config.trainer.groups_per_step = 8, 4
-    config.trainer.max_steps, config.trainer.lr = 40, 5e-3
+    config.trainer.max_steps, config.trainer.lr = 60, 5e-3
     recorder = make_recorder(config)
     async with launch_local(config, recorder.failures) as services:
         await train_loop(services, config, recorder, asyncio.Event())
