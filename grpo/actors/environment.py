@@ -11,7 +11,7 @@ from grpo.config.schema import RunConfig
 from grpo.environments.calls import UserCalls
 from grpo.environments.player import Episode, Player
 from grpo.errors import ActorDied, LeaseLost
-from grpo.models.tokenizer import load_tokenizer, stop_token_ids_of, tokens_as_json
+from grpo.models.tokenizer import load_tokenizer, stop_token_ids_of, tokens_as_json, transcript
 from grpo.tasks.base import environment_maker, make_renderer, make_task
 from grpo.telemetry.recording import span
 from grpo.types import Completion, Detail, GenerationReport, Ints, Prompt, SamplingParams, Scores, generation_report
@@ -91,8 +91,11 @@ class EnvironmentHost:
         self._calls.close()
 
     def _scores(self, episodes: Sequence[Episode], detail: Detail) -> Scores:
-        completions = [episode.completion for episode in episodes]
         rewards = tuple(episode.reward for episode in episodes)
-        texts = self._tokenizer.batch_decode([c.token_ids for c in completions]) if detail != "rewards" else ()
+        parts = {"environment": rewards}
+        if detail == "rewards":
+            return Scores(rewards, parts, ())
+        transcripts = tuple(transcript(self._tokenizer, each.completion, each.report.ended_by) for each in episodes)
+        completions = [episode.completion for episode in episodes]
         tokens = tokens_as_json(self._tokenizer, completions) if detail == "tokens" else ""
-        return Scores(rewards, {"environment": rewards}, tuple(texts), tokens)
+        return Scores(rewards, parts, tuple(map(str, transcripts)), tokens, transcripts)
