@@ -29,6 +29,7 @@ from grpo.environments.base import Environment, Message, Opening, Reply
 from grpo.environments.calls import UserCalls
 from grpo.environments.renderers import Renderer
 from grpo.errors import EnvironmentFailed, EnvironmentInvalid, EnvironmentTimeout, GRPOError
+from grpo.telemetry.recording import note, span
 from grpo.types import Completion, EpisodeEnd, EpisodeReport, Floats, Ints, Prompt, SamplingParams, Turn
 from grpo.utils.aio import gather_or_cancel, timeout_as
 
@@ -78,9 +79,12 @@ class Player:
             if any(opening != openings[0] for opening in openings):
                 raise EnvironmentInvalid("the episodes of a group must begin with the same messages and tools")
             opening_ids = self.renderer.opening(openings[0].messages, openings[0].tools)
+            started = time.perf_counter()
             first = await sample(opening_ids, playing[0].next_turn(n=params.n))
+            waited_s = time.perf_counter() - started
             turns = zip(playing, first, strict=True)
-            return opening_ids, await gather_or_cancel(*(each.play(opening_ids, turn) for each, turn in turns))
+            episodes = await gather_or_cancel(*(each.play(opening_ids, turn, waited_s) for each, turn in turns))
+            return opening_ids, episodes
         finally:
             await asyncio.gather(*(each.close() for each in playing))
 
@@ -126,8 +130,15 @@ class _Playing:
             raise EnvironmentInvalid(f"begin returned {_shown(opening)}; return an Opening with messages")
         return opening
 
-    async def play(self, opening: Ints, turn: Completion) -> Episode:
-        """Play on from the first turn until the episode is over, and score it."""
+    async def play(self, opening: Ints, turn: Completion, waited_s: float) -> Episode:
+        """Play on from the first turn, for which the group has waited, until the episode is over, and score it."""
+        self._generator_s += waited_s
+        with span("episode", "stage", number=self._number):
+            episode = await self._play_on(opening, turn)
+            note(turns=episode.report.turns, ended_by=episode.report.ended_by, reward=episode.reward)
+            return episode
+
+    async def _play_on(self, opening: Ints, turn: Completion) -> Episode:
         while True:
             self._add(turn)
             ended_by, messages = await self._answer(turn)
@@ -188,8 +199,9 @@ class _Playing:
         late = EnvironmentTimeout(f"{name} did not return within environment.timeout_s={timeout_s:g}", hung=in_thread)
         started = time.perf_counter()
         try:
-            async with timeout_as(left_s, lambda: late):
-                return await self._calls.run(function, *args)
+            with span(name):
+                async with timeout_as(left_s, lambda: late):
+                    return await self._calls.run(function, *args)
         except GRPOError:
             raise
         except Exception as error:
