@@ -147,8 +147,9 @@ def context_for(recording: Recording) -> Context:
 def span(name: str, kind: str = "busy", **args: Any) -> AbstractContextManager[object]:
     """Record the time that the block takes. `args` are numbers and words that the timeline shows with the span."""
     recording = _recording.get()
-    off = recording is None or not recording.on or _without_spans.get()
-    return _OFF if off else _OpenSpan(recording, name, kind, args)
+    if recording is None or not recording.on or _without_spans.get():
+        return _OFF
+    return _OpenSpan(recording, name, kind, args)
 
 
 def note(**args: Any) -> None:
