@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -30,11 +30,12 @@ from grpo.environments.calls import UserCalls
 from grpo.environments.renderers import Renderer
 from grpo.errors import EnvironmentFailed, EnvironmentInvalid, EnvironmentTimeout, GRPOError
 from grpo.telemetry.recording import note, span
-from grpo.types import Completion, EpisodeEnd, EpisodeReport, Floats, Ints, Prompt, SamplingParams, Turn
+from grpo.types import Completion, EpisodeLimit, EpisodeReport, Floats, Ints, Prompt, SamplingParams, Turn
 from grpo.utils.aio import gather_or_cancel, timeout_as
 
 Sampler = Callable[[Ints, SamplingParams], Awaitable[list[Completion]]]
 """Samples the next turn: `params.n` completions of one prompt."""
+Ending = EpisodeLimit | Literal["done"]
 
 _CLOSE_S = 10.0
 log = logging.getLogger(__name__)
@@ -83,8 +84,8 @@ class Player:
             first = await sample(opening_ids, playing[0].next_turn(n=params.n))
             waited_s = time.perf_counter() - started
             turns = zip(playing, first, strict=True)
-            episodes = await gather_or_cancel(*(each.play(opening_ids, turn, waited_s) for each, turn in turns))
-            return opening_ids, episodes
+            work = [each.play(opening_ids, turn, waited_s) for each, turn in turns]
+            return opening_ids, await gather_or_cancel(*work)
         finally:
             await asyncio.gather(*(each.close() for each in playing))
 
@@ -131,8 +132,8 @@ class _Playing:
         return opening
 
     async def play(self, opening: Ints, turn: Completion, waited_s: float) -> Episode:
-        """Play on from the first turn, for which the group has waited, until the episode is over, and score it."""
-        self._generator_s += waited_s
+        """Play on from the first turn, which took `waited_s`, until the episode is over, and score it."""
+        self._generator_s = waited_s
         with span("episode", "stage", number=self._number):
             episode = await self._play_on(opening, turn)
             note(turns=episode.report.turns, ended_by=episode.report.ended_by, reward=episode.reward)
@@ -155,13 +156,14 @@ class _Playing:
             self._generator_s += time.perf_counter() - started
         return Episode(self._completion(ended_by), await self._score(ended_by), self._report(ended_by))
 
-    async def _answer(self, turn: Completion) -> tuple[EpisodeEnd | None, Sequence[Message]]:
+    async def _answer(self, turn: Completion) -> tuple[Ending | None, Sequence[Message]]:
         """Ask the environment to reply to a turn. Returns what ends the episode, or None and the messages."""
         if self._room == 0 and turn.finish_reason == "length":
             return "tokens", ()  # in the middle of a turn, to which there is no reply
         assert self._environment is not None
         try:
-            reply = await self._in_time("reply", self._environment.reply, self._renderer.parse(turn.token_ids))
+            with span("reply"):
+                reply = await self._in_time("reply", self._environment.reply, self._renderer.parse(turn.token_ids))
         except EnvironmentTimeout as error:
             if error.hung:
                 raise
@@ -177,7 +179,7 @@ class _Playing:
             return "timeout", ()
         return ("turns" if len(self._turns) >= self._config.max_turns else None), reply.messages
 
-    async def _score(self, ended_by: EpisodeEnd) -> float:
+    async def _score(self, ended_by: Ending) -> float:
         if ended_by != "done" and self._config.on_limit == "zero":
             return 0.0
         score = getattr(self._environment, "score", None)
@@ -199,9 +201,8 @@ class _Playing:
         late = EnvironmentTimeout(f"{name} did not return within environment.timeout_s={timeout_s:g}", hung=in_thread)
         started = time.perf_counter()
         try:
-            with span(name):
-                async with timeout_as(left_s, lambda: late):
-                    return await self._calls.run(function, *args)
+            async with timeout_as(left_s, lambda: late):
+                return await self._calls.run(function, *args)
         except GRPOError:
             raise
         except Exception as error:
@@ -215,7 +216,7 @@ class _Playing:
         self._versions += turn.versions
         self._turns.append(Turn(turn.sampled_count, finish_reason=turn.finish_reason))
 
-    def _completion(self, ended_by: EpisodeEnd) -> Completion:
+    def _completion(self, ended_by: Ending) -> Completion:
         return Completion(
             token_ids=np.concatenate(self._tokens),
             logprobs=np.concatenate(self._logprobs),
@@ -224,7 +225,7 @@ class _Playing:
             turns=tuple(self._turns),
         )
 
-    def _report(self, ended_by: EpisodeEnd) -> EpisodeReport:
+    def _report(self, ended_by: Ending) -> EpisodeReport:
         return EpisodeReport(
             turns=len(self._turns),
             given=sum(turn.given for turn in self._turns),

@@ -4,15 +4,12 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from grpo.config.actors import ModelConfig
-from grpo.models.tiny import character_tokenizer
-from grpo.models.tokenizer import load_tokenizer, token_texts, transcript
-from grpo.types import Completion, Transcript, Turn, TurnText
+from grpo.models.tokenizer import load_tokenizer, token_texts
 
 PROGRAM = """
 import os, sys
@@ -68,21 +65,3 @@ def test_a_tokenizer_without_a_stream_goes_one_by_one():
             return [f"<{token_id}>" for (token_id,) in sequences]
 
     assert token_texts(Slow(), [3, 5]) == ["<3>", "<5>"]
-
-
-def test_a_transcript_has_the_texts_of_each_turn_without_special_tokens():
-    tokenizer = character_tokenizer()
-    given = tokenizer.encode(" < ")
-    token_ids = np.array([*tokenizer.encode("16<eos>"), *given, *tokenizer.encode("8"), *tokenizer.encode("4<eos>")])
-    turns = (Turn(3, len(given)), Turn(1, finish_reason="length"), Turn(2, reward=1.0))
-    completion = Completion(token_ids, np.zeros(6, np.float32), ((0, 6),), "stop", turns)
-    found = transcript(tokenizer, completion, "done")
-    assert found == Transcript(
-        (
-            TurnText("16", "<", 0.0, "stop", 3, 3),
-            TurnText("8", "", 0.0, "length", 1, 0),
-            TurnText("4", "", 1.0, "stop", 2, 0),
-        ),
-        "done",
-    )
-    assert str(found) == "16\n| <\n8\n4"
