@@ -29,6 +29,7 @@ from grpo.environments.base import Environment, Message, Opening, Reply
 from grpo.environments.calls import UserCalls
 from grpo.environments.renderers import Renderer
 from grpo.errors import EnvironmentFailed, EnvironmentInvalid, EnvironmentTimeout, GRPOError
+from grpo.telemetry.recording import note, span
 from grpo.types import Completion, EpisodeLimit, EpisodeReport, Floats, Ints, Prompt, SamplingParams, Turn
 from grpo.utils.aio import gather_or_cancel, timeout_as
 
@@ -79,9 +80,12 @@ class Player:
             if any(opening != openings[0] for opening in openings):
                 raise EnvironmentInvalid("the episodes of a group must begin with the same messages and tools")
             opening_ids = self.renderer.opening(openings[0].messages, openings[0].tools)
+            started = time.perf_counter()
             first = await sample(opening_ids, playing[0].next_turn(n=params.n))
+            waited_s = time.perf_counter() - started
             turns = zip(playing, first, strict=True)
-            return opening_ids, await gather_or_cancel(*(each.play(opening_ids, turn) for each, turn in turns))
+            work = [each.play(opening_ids, turn, waited_s) for each, turn in turns]
+            return opening_ids, await gather_or_cancel(*work)
         finally:
             await asyncio.gather(*(each.close() for each in playing))
 
@@ -127,8 +131,15 @@ class _Playing:
             raise EnvironmentInvalid(f"begin returned {_shown(opening)}; return an Opening with messages")
         return opening
 
-    async def play(self, opening: Ints, turn: Completion) -> Episode:
-        """Play on from the first turn until the episode is over, and score it."""
+    async def play(self, opening: Ints, turn: Completion, waited_s: float) -> Episode:
+        """Play on from the first turn, which took `waited_s`, until the episode is over, and score it."""
+        self._generator_s = waited_s
+        with span("episode", "stage", number=self._number):
+            episode = await self._play_on(opening, turn)
+            note(turns=episode.report.turns, ended_by=episode.report.ended_by, reward=episode.reward)
+            return episode
+
+    async def _play_on(self, opening: Ints, turn: Completion) -> Episode:
         while True:
             self._add(turn)
             ended_by, messages = await self._answer(turn)
@@ -151,7 +162,8 @@ class _Playing:
             return "tokens", ()  # in the middle of a turn, to which there is no reply
         assert self._environment is not None
         try:
-            reply = await self._in_time("reply", self._environment.reply, self._renderer.parse(turn.token_ids))
+            with span("reply"):
+                reply = await self._in_time("reply", self._environment.reply, self._renderer.parse(turn.token_ids))
         except EnvironmentTimeout as error:
             if error.hung:
                 raise
