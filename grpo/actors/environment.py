@@ -58,7 +58,8 @@ class EnvironmentHost:
         self._tokenizer = load_tokenizer(config.model, text_only=True)
         renderer = make_renderer(self._tokenizer, config.task, stop_token_ids_of(config.model, self._tokenizer))
         make = environment_maker(task, config.task, config.environment.tools, self._calls)
-        self._player = Player(make, renderer, config.environment, self._calls)
+        most = config.rollout.max_prompt_tokens
+        self._player = Player(make, renderer, config.environment, self._calls, max_prompt_tokens=most)
 
     @returns_payload
     async def play(
