@@ -81,8 +81,10 @@ class _TokenizerRenderer:
             return text
         tail_ids = self._encode(tail)
         half = max(0, max_tokens - len(self._encode(_NOTE.format(length)))) // 2
-        kept = [self._tokenizer.decode(ids) for ids in (head_ids[:half], tail_ids[len(tail_ids) - half :])]
-        return f"{kept[0]}{_NOTE.format(length - len(kept[0]) - len(kept[1]))}{kept[1]}"
+        # A character that is cut through is left out.
+        head = self._tokenizer.decode(head_ids[:half]).rstrip("\ufffd")
+        tail = self._tokenizer.decode(tail_ids[len(tail_ids) - half :]).lstrip("\ufffd")
+        return f"{head}{_NOTE.format(length - len(head) - len(tail))}{tail}"
 
     def _encode(self, text: str, *, add_special_tokens: bool = False) -> Ints:
         text = text.encode("utf-8", "replace").decode()  # tokenizers refuse lone surrogates, which JSON may hold
