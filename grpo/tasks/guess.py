@@ -13,7 +13,7 @@ from grpo.tasks.base import Split
 from grpo.types import Problem
 
 HIGHER, LOWER, UNREADABLE = ">", "<", "?"
-_NUMBER = re.compile(r"\d+")
+_NUMBER = re.compile(r"[0-9]{1,9}")
 
 
 class Guess:
@@ -33,6 +33,10 @@ class Guess:
         if not 1 <= min_numbers <= max_numbers:
             raise ConfigError(
                 f"is {min_numbers}, must be from 1 to max_numbers={max_numbers}", key="task.args.min_numbers"
+            )
+        if not 0 <= held_out_share < 1:
+            raise ConfigError(
+                f"is {held_out_share}, must be at least 0 and less than 1", key="task.args.held_out_share"
             )
         problems = [
             Problem(f"{n}:", str(secret)) for n in range(min_numbers, max_numbers + 1) for secret in range(1, n + 1)
