@@ -86,7 +86,7 @@ class EnvironmentHost:
     async def ping(self) -> None:
         """Raise ActorDied when a thread of user code hangs."""
         if self._calls.hanging(self._config.environment.timeout_s):
-            raise ActorDied("user code hangs in a thread")
+            raise ActorDied("environment: user code hangs in a thread")
 
     async def close(self) -> None:
         self._calls.close()

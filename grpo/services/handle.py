@@ -19,7 +19,7 @@ from itertools import chain
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-from grpo.errors import ActorDied
+from grpo.errors import ActorDied, LeaseLost
 from grpo.services.endpoint import Endpoint, Process
 from grpo.services.replica import Call, Restore
 from grpo.services.service import Service
@@ -60,7 +60,7 @@ class ActorHandle:
         """
         with waiting_for(f"{self.name}.lease"):
             replica = await self.service.available()
-        with replica.in_use() as endpoint:
+        with replica.in_use(died=LeaseLost) as endpoint:
             yield endpoint.processes()[0]
 
     def scale(self, replicas: int) -> None:
