@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from grpo.config.algorithm import EnvironmentConfig
 from grpo.config.schema import RunConfig
 
 
 def warnings(config: RunConfig) -> list[str]:
     """Return one line per warning, starting with the key."""
-    parts = (_about_rollouts, _about_rewards, _about_the_loss, _about_resources, _about_evaluation)
+    parts = (_about_rollouts, _about_rewards, _about_the_loss, _about_resources, _about_evaluation, _about_episodes)
     return [line for part in parts for line in part(config)]
 
 
@@ -87,4 +88,12 @@ def _about_evaluation(config: RunConfig) -> Iterator[str]:
         yield (
             f"eval.every={config.eval.every}: there are {config.trainer.max_steps} steps (trainer.max_steps), so only "
             "the start and the end are evaluated"
+        )
+
+
+def _about_episodes(config: RunConfig) -> Iterator[str]:
+    if config.environment != EnvironmentConfig() and not config.uses_environment:
+        yield (
+            f"environment: its settings have no effect, since {config.task.target} has no environment and "
+            "environment.tools is empty"
         )

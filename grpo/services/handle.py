@@ -60,7 +60,7 @@ class ActorHandle:
         """
         with waiting_for(f"{self.name}.lease"):
             replica = await self.service.available()
-        with replica.in_use(died=LeaseLost) as endpoint:
+        with replica.in_use(dead_after=LeaseLost) as endpoint:
             yield endpoint.processes()[0]
 
     def scale(self, replicas: int) -> None:

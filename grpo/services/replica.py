@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, NoReturn
 
-from grpo.errors import ActorDied, InfrastructureError, LaunchError, PayloadLost
+from grpo.errors import ActorDied, LaunchError, LeaseLost, PayloadLost
 from grpo.services.endpoint import Endpoint, Spawn
 from grpo.services.failures import Death, Failures
 from grpo.utils.aio import Signal, cancel_and_wait, timeout_as
@@ -176,8 +176,8 @@ class Replica:
             return await endpoint.call(call.method, call.args, call.kwargs)
 
     @contextmanager
-    def in_use(self, died: type[InfrastructureError] = ActorDied) -> Iterator[Endpoint]:
-        """Count the block as a call of the process. An error of type `died` in the block means that it is dead.
+    def in_use(self, dead_after: type[ActorDied | LeaseLost] = ActorDied) -> Iterator[Endpoint]:
+        """Count the block as a call of the process. An error `dead_after` in the block means that it is dead.
 
         Raises ActorDied if it is not healthy.
         """
@@ -190,7 +190,7 @@ class Replica:
         started = time.perf_counter()
         try:
             yield endpoint
-        except died as error:
+        except dead_after as error:
             self.failures += 1
             if self.endpoint is endpoint:  # else its replacement is up already
                 self._set_state(State.UNHEALTHY)

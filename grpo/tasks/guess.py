@@ -20,31 +20,28 @@ class Guess:
     """Secrets from 1 to `n`, with `n` from `min_numbers` to `max_numbers`; a problem is a pair of both.
 
     The reward is 1 if the secret is found within the guesses that bisection needs for `n` numbers, else 0. So a policy
-    that bisects always earns 1. The fraction `held_out_share` of the problems is held out.
+    that bisects always earns 1. Every fourth `n` is held out, with all of its secrets: if only some of its secrets
+    were, a policy would learn from the others which numbers never are one.
 
     Example: the secret is 5.
 
         10:   6<eos>   <   3<eos>   >   5<eos>
     """
 
-    def __init__(
-        self, min_numbers: int = 16, max_numbers: int = 31, held_out_share: float = 0.25, seed: int = 0
-    ) -> None:
-        if not 1 <= min_numbers <= max_numbers:
+    def __init__(self, min_numbers: int = 8, max_numbers: int = 15, seed: int = 0) -> None:
+        numbers = range(min_numbers, max_numbers + 1)
+        if min_numbers < 1 or len(numbers) < 4:
             raise ConfigError(
-                f"is {min_numbers}, must be from 1 to max_numbers={max_numbers}", key="task.args.min_numbers"
+                f"is {min_numbers}; from min_numbers, at least 1, to max_numbers there must be 4 or more",
+                key="task.args.min_numbers",
             )
-        if not 0 <= held_out_share < 1:
-            raise ConfigError(
-                f"is {held_out_share}, must be at least 0 and less than 1", key="task.args.held_out_share"
-            )
-        problems = [
-            Problem(f"{n}:", str(secret)) for n in range(min_numbers, max_numbers + 1) for secret in range(1, n + 1)
-        ]
-        order = np.random.default_rng(seed).permutation(len(problems))
-        held_out = round(held_out_share * len(problems))
-        shuffled = [problems[i] for i in order]
-        self._splits = {"held_out": shuffled[:held_out], "train": shuffled[held_out:]}
+        rng = np.random.default_rng(seed)
+        self._splits: dict[Split, list[Problem]] = {"train": [], "held_out": []}
+        for i, n in enumerate(numbers):
+            split: Split = "held_out" if i % 4 == 2 else "train"
+            self._splits[split] += [Problem(f"{n}:", str(secret)) for secret in range(1, n + 1)]
+        for problems in self._splits.values():
+            rng.shuffle(problems)
 
     def problems(self, split: Split) -> Sequence[Problem]:
         return self._splits[split]

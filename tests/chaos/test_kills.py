@@ -10,7 +10,7 @@ from tests.chaos.monkey import Monkey
 
 pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.long]
 
-KINDS = ("generator", "trainer", "dataloader", "replay_buffer", "reward", "reference")
+KINDS = ("generator", "trainer", "dataloader", "replay_buffer", "reference")
 
 
 @pytest.fixture
@@ -27,10 +27,16 @@ def config(tiny_config):
     return tiny_config
 
 
-async def test_whatever_is_killed_the_run_goes_on_and_its_ledger_adds_up(config, make_recorder, kills, capsys):
+@pytest.mark.parametrize("scored_by", ["reward", "environment"])
+async def test_whatever_is_killed_the_run_goes_on_and_its_ledger_adds_up(
+    config, make_recorder, kills, capsys, scored_by
+):
+    if scored_by == "environment":  # episodes of several turns
+        config.task.target, config.task.args = "tests.fake_environments:Words", {}
+        config.rollout.max_completion_tokens, config.environment.replicas = 24, 2
     recorder, shutdown = make_recorder(config), asyncio.Event()
     async with launch(config, recorder.failures) as services:
-        monkey = Monkey(services, recorder.failures, kinds=KINDS, kills=kills, seed=7)
+        monkey = Monkey(services, recorder.failures, kinds=(*KINDS, scored_by), kills=kills, seed=7)
 
         async def trained_again():
             """The death was noticed, and a step trained since."""

@@ -61,3 +61,9 @@ def test_what_is_left_to_cpus_while_the_trainer_has_gpus_is_warned_about():
 def test_dropout_of_adapters_is_warned_of():
     assert "lora.dropout=0.1: the trainer computes" in " ".join(warnings(checked("lora=r16", "lora.dropout=0.1")))
     assert not any("lora" in warning for warning in warnings(checked("lora=r16", "lora.target_modules=[q_proj]")))
+
+
+def test_settings_of_episodes_without_an_environment_are_warned_of():
+    (warning,) = warnings(composed("environment.max_turns=3"))
+    assert warning.startswith("environment: its settings have no effect, since grpo.tasks.sorting:Sorting")
+    assert warnings(composed("task=guess", "environment.max_turns=3")) == []

@@ -142,7 +142,7 @@ async def test_prompts_whose_environment_fails_are_left_out_of_an_evaluation(con
 @pytest.fixture
 def trained(config):
     """A real model, engine and trainer."""
-    config.task.target = "tests.environments.games:DigitsGuess"
+    config.task = TaskConfig("tests.fake_environments:Words")
     config.environment.max_turn_tokens = 2  # a random model rarely ends its turns
     config.rollout.group_size = 8  # whose rewards are never all equal
     config.trainer.groups_per_step, config.trainer.max_steps = 2, 3

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,6 +51,16 @@ async def sequential(config):
         if hasattr(actor, "setup"):
             await actor.setup()
     dataloader, generator, trainer = actors["dataloader"], actors["generator"], actors["trainer"]
+
+    async def completions_of(prompt, params):
+        """Returns the prompt, its completions, their rewards and their oldest version."""
+        if "environment" in actors:
+            completions, played = await actors["environment"].play(prompt, params, LocalEndpoint(generator))
+            prompt = replace(prompt, token_ids=played.opening)
+            return prompt, completions, played.scores.rewards, played.generation.oldest_version
+        completions, report = await generator.generate(prompt, params)
+        return prompt, completions, (await actors["reward"].score(prompt, completions)).rewards, report.oldest_version
+
     losses, next_serial = [], 0
     weights, _ = await trainer.push_weights()
     for _ in range(config.trainer.max_steps):
@@ -59,10 +70,9 @@ async def sequential(config):
         next_serial = batch.next_serial
         for prompt in batch.prompts:
             params = sampling_params(config.rollout, config.seed, prompt)
-            completions, report = await generator.generate(prompt, params)
-            rewards = (await actors["reward"].score(prompt, completions)).rewards
+            prompt, completions, rewards, oldest = await completions_of(prompt, params)
             advantages = tuple(ADVANTAGES[config.loss.advantages](torch.tensor(rewards, dtype=torch.float64)).tolist())
-            groups.append(Group(prompt, completions, None, rewards, advantages, report.oldest_version))
+            groups.append(Group(prompt, completions, None, rewards, advantages, oldest))
         losses.append((await trainer.train_step(Batch(groups)))["loss"])
         weights, _ = await trainer.push_weights()
     for actor in actors.values():
@@ -83,7 +93,11 @@ async def test_adapters_are_trained_against_their_own_base(tiny_config, make_rec
     assert "reference" not in {name for replicas in recorder.replicas.values() for name in replicas}
 
 
-async def test_synchronous_with_one_rollout_equals_a_sequential_loop_bit_for_bit(tiny_config, make_recorder):
+@pytest.mark.parametrize("task", ["sorting", "words"])
+async def test_synchronous_with_one_rollout_equals_a_sequential_loop_bit_for_bit(tiny_config, make_recorder, task):
+    if task == "words":  # episodes of several turns
+        tiny_config.task.target, tiny_config.task.args = "tests.fake_environments:Words", {}
+        tiny_config.rollout.max_completion_tokens = 24
     tiny_config.buffer.max_policy_age = 0
     tiny_config.rollout.concurrency = 1
     losses, weights = await sequential(tiny_config)

@@ -85,24 +85,6 @@ class FailingGuess(Guess):
         return game
 
 
-class DigitsGuess(Guess):
-    """Rewards digits, of which a random model says more or less."""
-
-    def environment(self, problem, seed):
-        return DigitsGame(problem)
-
-
-class DigitsGame(GuessingGame):
-    said = ""
-
-    async def reply(self, said):
-        self.said += said.content
-        return await super().reply(said)
-
-    async def score(self):
-        return sum(map(str.isdigit, self.said)) / (len(self.said) + 1)
-
-
 RELEASE = threading.Event()
 
 

@@ -148,6 +148,6 @@ def test_an_episode_is_trained_on_its_turns_and_not_on_the_replies():
 
 
 def test_a_task_of_several_turns_can_be_demonstrated():
-    folder = prepare(Guess(min_numbers=2, max_numbers=4), **QUICK)
+    folder = prepare(Guess(min_numbers=2, max_numbers=5), **QUICK)
     assert folder.name.startswith("tiny-guess-")
     assert not torch.equal(load_file(folder / "model.safetensors")["model.norm.weight"], torch.ones(128))

@@ -33,6 +33,9 @@ class Echo:
     async def fail(self):
         raise KeyError(self.name)
 
+    async def lose_lease(self):
+        raise LeaseLost("the generator died")
+
     @replayed_on_join
     async def load(self, weights):
         self.loaded = weights
@@ -495,25 +498,19 @@ async def test_a_lease_that_is_lost_is_the_death_of_the_process():
         assert fleet.failures.restarts == {"echo": 1}
 
 
-async def test_a_lease_that_a_call_lost_is_not_the_death_of_its_process():
-    class Losing(Echo):
-        async def play(self):
-            raise LeaseLost("the other one is gone")
-
-    async with Fleet(1) as fleet:
-        fleet.endpoints[0].actor = Losing("echo/0")
-        with pytest.raises(LeaseLost):
-            await fleet.handle.play.route()
-        assert await fleet.handle.say.route("a") == "echo/0: a"
-        assert fleet.failures.restarts == {}
-
-
 async def test_another_process_that_dies_during_a_lease_is_not_its_death():
     async with Fleet(1) as fleet:
         with pytest.raises(ActorDied):
             async with fleet.handle.lease():
                 raise ActorDied("the environment is gone")
         assert await fleet.handle.say.route("a") == "echo/0: a"
+        assert fleet.failures.restarts == {}
+
+
+async def test_the_loss_of_a_lease_says_nothing_about_whoever_reports_it():
+    async with Fleet(1) as fleet:
+        with pytest.raises(LeaseLost):
+            await fleet.handle.lose_lease.route()
         assert fleet.failures.restarts == {}
 
 

@@ -1,0 +1,179 @@
+"""Episodes of several turns: tokens that an environment gave are read by the model and otherwise have no part in it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from grpo.config.algorithm import CorrectionConfig, EnvironmentConfig, LossConfig
+from grpo.engines.base import Limits
+from grpo.engines.torch.engine import TorchEngine
+from grpo.environments import Message, Opening, Reply
+from grpo.environments.calls import UserCalls
+from grpo.environments.player import Player
+from grpo.environments.renderers import PlainRenderer
+from grpo.learner.batch import collate, make_sample, samples_of
+from grpo.learner.logprobs import TokenLogprobs
+from grpo.models.tiny import character_tokenizer
+from grpo.types import Batch, Completion, Group, Problem, Prompt, SamplingParams, Turn
+
+EPISODES = [  # (sampled, given) tokens of each turn
+    [(3, 2), (1, 4), (2, 0)],
+    [(1, 1), (1, 0)],
+    [(1, 0)],
+    [(4, 7), (5, 0)],
+]
+PACKINGS = pytest.mark.parametrize("packing", ["auto", "never"])
+
+
+def episode(runs, rng, *, eos=1, version=0):
+    turns = tuple(Turn(sampled, given) for sampled, given in runs)
+    parts = [[*rng.integers(3, 60, sampled - 1), eos, *rng.integers(3, 60, given)] for sampled, given in runs]
+    sampled = sum(turn.sampled for turn in turns)
+    logprobs = rng.normal(-3, 0.5, sampled).astype(np.float32)
+    return Completion(np.concatenate(parts).astype(np.int64), logprobs, ((version, sampled),), "stop", turns)
+
+
+def episode_group(*, eos=1, advantages=(1.0, -0.5, 0.25, -1.0), seed=0, reference=False):
+    rng = np.random.default_rng(seed)
+    prompt = Prompt(seed, Problem("?", "!"), rng.integers(3, 60, size=4))
+    completions = [episode(runs, rng, eos=eos) for runs in EPISODES]
+    references = [rng.normal(-3, 0.5, c.sampled_count).astype(np.float32) for c in completions]
+    return Group(prompt, completions, references if reference else None, advantages, advantages, oldest_version=0)
+
+
+def sampled_by_hand(completion):
+    """Indices of the sampled tokens, counted one by one."""
+    places, at = [], 0
+    for turn in completion.turns:
+        places += range(at, at + turn.sampled)
+        at += turn.sampled + turn.given
+    return places
+
+
+@PACKINGS
+@pytest.mark.parametrize("eos", [1, 0])  # 0 is the pad token
+def test_log_probabilities_are_those_of_the_sampled_tokens_in_the_whole_conversation(
+    model, slow_logprobs, packing, eos
+):
+    group = episode_group(eos=eos)
+    samples = samples_of(group)
+    logprobs = TokenLogprobs(copy.deepcopy(model), 0.7, packing)
+    found = logprobs.of_samples(samples, max_tokens=1000)
+    for sample, completion, found_N in zip(samples, group.completions, found, strict=True):
+        every_T = slow_logprobs(model, sample.prompt_ids, sample.token_ids, 0.7).detach().numpy()
+        np.testing.assert_allclose(found_N, every_T[sampled_by_hand(completion)], atol=1e-5)
+
+
+@PACKINGS
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+def test_the_gradient_is_that_of_a_loss_over_sampled_tokens_alone(
+    model, make_learner, slow_logprobs, steps_taken, packing, aggregation
+):
+    group = episode_group()
+    slow = copy.deepcopy(model).double()
+    terms = []
+    for completion, advantage in zip(group.completions, group.advantages, strict=True):
+        every_T = slow_logprobs(slow, group.prompt.token_ids, completion.token_ids)
+        new_N = every_T[sampled_by_hand(completion)]
+        ratio_N = (new_N - torch.tensor(completion.logprobs).double()).exp()
+        clipped_N = ratio_N.clamp(0.8, 1.2)
+        terms.append(-torch.minimum(ratio_N * advantage, clipped_N * advantage))
+    by_sequence = torch.stack([term_N.mean() for term_N in terms]).mean()
+    loss = torch.cat(terms).mean() if aggregation == "token_mean" else by_sequence
+    loss.backward()
+
+    loss_config = LossConfig("grpo", aggregation=aggregation, args={"clip_low": 0.2, "clip_high": 0.2})
+    learner = make_learner(loss=loss_config, packing=packing, micro_batch_tokens=20)
+    metrics = learner.train_step(Batch([group]))
+    assert metrics["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
+    [(gradients, _)] = steps_taken
+    for gradient, parameter in zip(gradients, slow.parameters(), strict=True):
+        torch.testing.assert_close(gradient.double(), parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo", "dapo", "cispo", "reinforce"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_given_token_acts_through_attention_only(model, make_learner, steps_taken, name, level):
+    """Without attention a token is only conditioned on by its neighbour: all other given tokens change nothing."""
+    for layer in model.model.layers:
+        layer.self_attn.forward = lambda hidden_states, **options: (torch.zeros_like(hidden_states), None)
+    correction = CorrectionConfig("truncate", level=level, max_ratio=2.0)
+    seen = []
+    for shift in (0, 5):
+        group = episode_group(reference=True)
+        completions = []
+        for completion in group.completions:
+            tokens, sampled = completion.token_ids.copy(), set(sampled_by_hand(completion))
+            for place in set(range(len(tokens))) - sampled:
+                if place + 1 not in sampled:  # nothing is sampled after it
+                    tokens[place] = 3 + (tokens[place] + shift) % 50
+            completions.append(replace(completion, token_ids=tokens))
+        learner = make_learner(copy.deepcopy(model), loss=LossConfig(name, beta=0.1), correction=correction)
+        metrics = learner.train_step(Batch([replace(group, completions=completions)]))
+        seen.append((metrics, steps_taken.pop()[0]))
+    (first, first_gradients), (second, second_gradients) = seen
+    assert first == second
+    for one, other in zip(first_gradients, second_gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_everything_is_counted_in_sampled_tokens(model, make_learner):
+    group = episode_group()
+    samples = samples_of(group)
+    counts = [sum(sampled for sampled, _ in runs) for runs in EPISODES]
+    assert [sample.trained_length for sample in samples] == counts
+    assert [len(sample) for sample in samples] == [4 + len(c.token_ids) for c in group.completions]
+    micro = collate(samples, torch.device("cpu"))
+    assert micro.mask_BK.sum(dim=1).tolist() == counts
+    assert make_learner().train_step(Batch([group]))["trainer/tokens"] == sum(counts)
+
+
+def test_one_turn_is_an_ordinary_completion(model, make_group, make_learner, steps_taken):
+    group = make_group(3, [4, 1, 6], [1.0, -0.5, 0.1])
+    as_episodes = replace(group, completions=[replace(c, turns=(Turn(len(c.token_ids)),)) for c in group.completions])
+    metrics = [make_learner(copy.deepcopy(model)).train_step(Batch([each])) for each in (group, as_episodes)]
+    assert metrics[0] == metrics[1]
+    (one, _), (other, _) = steps_taken
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+class EightTurns:
+    """An environment that says a few words to whatever it is told."""
+
+    def __init__(self):
+        self._turns = 0
+
+    async def begin(self):
+        return Opening((Message("user", "begin:"),))
+
+    async def reply(self, said):
+        self._turns += 1
+        return Reply((Message("user", "go on" * (self._turns % 3)),), done=self._turns == 8)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+async def test_trainer_and_engine_agree_on_an_episode_of_eight_turns(model, temperature):
+    tokenizer = character_tokenizer()
+    engine = TorchEngine(copy.deepcopy(model), stop_token_ids=(1,), limits=Limits(8, 160, 8, several_turns=True))
+    player = Player(
+        lambda problem, seed: EightTurns(), PlainRenderer(tokenizer, (1,)), EnvironmentConfig(), UserCalls(threads=1)
+    )
+    player.config.max_turn_tokens = 9
+    prompt = Prompt(3, Problem("begin:", "!"), np.array(tokenizer.encode("begin:")))
+    try:
+        params = SamplingParams(n=4, temperature=temperature, max_tokens=160, seed=3)
+        opening, episodes = await player.play(prompt, params, engine.generate)
+    finally:
+        await engine.close()
+    assert all(episode.report.turns == 8 for episode in episodes)
+    samples = [make_sample(opening, episode.completion) for episode in episodes]
+    with torch.no_grad():
+        trainer_N, _ = TokenLogprobs(model, temperature)(samples)
+    sampled_N = torch.tensor(np.concatenate([sample.behavior_logprobs for sample in samples]))
+    assert len(sampled_N) > 100
+    assert float((trainer_N - sampled_N).abs().max()) < 1e-4
