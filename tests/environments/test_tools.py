@@ -3,19 +3,24 @@
 import asyncio
 import json
 import threading
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from transformers import utils
 
-from grpo.config.algorithm import TaskConfig
+from grpo.config.algorithm import EnvironmentConfig, TaskConfig
 from grpo.environments import Message, Opening, Reply, ToolCall
 from grpo.environments.calls import UserCalls
+from grpo.environments.player import Player
 from grpo.environments.tools import MethodsEnvironment, ToolEnvironment, Tools
 from grpo.errors import ConfigError
 from grpo.tasks.base import environment_maker
-from grpo.types import Problem
+from grpo.types import Completion, Problem, SamplingParams
+from tests.environments.chat import REASONING, chat
+from tests.environments.scripted import PROMPT, Policy
 from tests.environments.tools import calculate, search, undescribed
 
 PROBLEM = Problem("2 + 2?", "4")
@@ -135,6 +140,11 @@ async def test_a_tool_may_have_parameters_of_any_name(calls):
 
     tools = Tools([plot], calls, key="k")
     assert await answer(tools, call("plot", {"function": "x", "self": "y"})) == (["xy"], 0)
+
+
+def sampled(tokenizer, text):
+    tokens = tokenizer.encode(text)
+    return Completion(np.array(tokens), np.zeros(len(tokens), np.float32), ((0, len(tokens)),), "stop")
 
 
 def circular():
@@ -286,6 +296,27 @@ def test_a_method_without_a_docstring_names_the_task(calls):
 
     with pytest.raises(ConfigError, match=r"^task\.target: a tool needs a docstring"):
         MethodsEnvironment(Undescribed(), PROBLEM, calls)
+
+
+async def test_an_episode_with_tools_is_played_from_end_to_end(calls):
+    renderer, tokenizer = chat(REASONING)
+    task = SimpleNamespace(score=lambda problem, completion: float(completion == problem.answer))
+    make = environment_maker(task, TaskConfig("m:T", template="chat"), ["tests.environments.tools:calculate"], calls)
+    first = '<think>Hm.</think>\n<tool_call>\n{"name": "calculate", "arguments": {"expression": "2 + 2"}}\n</tool_call>'
+    policy = Policy(
+        [sampled(tokenizer, f"{first}<|im_end|>"), sampled(tokenizer, "4<|im_end|>")],
+        [sampled(tokenizer, "5<|im_end|>")],
+    )
+    player = Player(make, renderer, EnvironmentConfig(), calls, max_prompt_tokens=1000)
+    prompt = replace(PROMPT, problem=PROBLEM)
+    opening, episodes = await player.play(prompt, SamplingParams(n=2, max_tokens=400), policy)
+    assert '"name": "calculate"' in tokenizer.decode(opening)
+    assert tokenizer.decode(episodes[0].completion.token_ids) == (
+        f"{first}<|im_end|>\n<|im_start|>user\n<tool_response>\n4\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n4<|im_end|>"
+    )
+    assert [episode.reward for episode in episodes] == [1.0, 0.0]
+    assert [episode.report.metrics for episode in episodes] == [{"tool_calls": 1, "tool_errors": 0}, {}]
 
 
 # --- what a config names ---
