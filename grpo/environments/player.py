@@ -32,7 +32,7 @@ from grpo.environments.calls import UserCalls
 from grpo.environments.renderers import Renderer
 from grpo.errors import EnvironmentFailed, EnvironmentInvalid, EnvironmentTimeout, GRPOError
 from grpo.types import Completion, EpisodeLimit, EpisodeReport, Floats, Ints, Prompt, SamplingParams, Turn
-from grpo.utils.aio import gather_or_cancel, timeout_as
+from grpo.utils.aio import being_cancelled, gather_or_cancel, timeout_as
 
 Sampler = Callable[[Ints, SamplingParams], Awaitable[list[Completion]]]
 """Samples the next turn: `params.n` completions of one prompt."""
@@ -210,7 +210,7 @@ class _Playing:
         except GRPOError:
             raise
         except (Exception, SystemExit, asyncio.CancelledError) as error:
-            if isinstance(error, asyncio.CancelledError) and _is_cancelled():
+            if being_cancelled():
                 raise
             text = " ".join(str(error).split())
             raise EnvironmentFailed(f"{name} raised {type(error).__name__}: {text}") from error
@@ -263,7 +263,7 @@ class _Playing:
             async with asyncio.timeout(_CLOSE_S):
                 await self._calls.run(close)
         except (Exception, SystemExit, asyncio.CancelledError) as error:
-            if isinstance(error, asyncio.CancelledError) and _is_cancelled():
+            if being_cancelled():
                 raise
             log.warning("an environment did not close: %s: %s", type(error).__name__, error)
 
@@ -288,12 +288,6 @@ def _own_method(environment: Environment | None, name: str) -> Callable[..., Any
     if getattr(type(environment), name, None) is getattr(Environment, name):
         return None
     return getattr(environment, name, None)
-
-
-def _is_cancelled() -> bool:
-    """Return True if this task is cancelled, False if only something was that the user's code awaited."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 def _are_messages(messages: object) -> bool:

@@ -13,6 +13,7 @@ from grpo.environments.base import Message, Opening, Reply, ToolCall
 from grpo.environments.calls import UserCalls
 from grpo.errors import ConfigError
 from grpo.types import Problem
+from grpo.utils.aio import being_cancelled
 
 _RESERVED = {"reset", "reward", "close"}
 _schemas: WeakKeyDictionary[Callable[..., Any], Mapping[str, Any]] = WeakKeyDictionary()
@@ -67,7 +68,9 @@ class Tools:
         try:
             result = await self._calls.run(function, **call.arguments)
             return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str), False
-        except (Exception, SystemExit) as error:  # argparse, for example, exits
+        except (Exception, SystemExit, asyncio.CancelledError) as error:  # argparse, for example, exits
+            if being_cancelled():
+                raise
             return f"error: {type(error).__name__}: {error}", True
 
 

@@ -171,7 +171,7 @@ async def test_a_result_that_is_no_json_is_an_error_of_the_tool(calls, result):
 
 
 @pytest.mark.parametrize("in_thread", [True, False])
-@pytest.mark.parametrize("error", [KeyError("x"), SystemExit(2), TimeoutError()], ids=repr)
+@pytest.mark.parametrize("error", [KeyError("x"), SystemExit(2), TimeoutError(), asyncio.CancelledError()], ids=repr)
 async def test_whatever_a_tool_raises_is_told(calls, error, in_thread):
     def fails():
         raise error
@@ -182,6 +182,24 @@ async def test_whatever_a_tool_raises_is_told(calls, error, in_thread):
     tools = Tools(described(tool=fails if in_thread else fails_here), calls, key="k")
     [content], failed = await answer(tools, call("tool"))
     assert (content.startswith(f"error: {type(error).__name__}: "), failed) == (True, 1)
+
+
+async def test_calls_are_cancelled_with_their_episode(calls):
+    started, ended = asyncio.Event(), []
+
+    async def waits():
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(True)
+
+    answering = asyncio.ensure_future(Tools(described(tool=waits), calls, key="k").answer([call("tool")]))
+    await started.wait()
+    answering.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await answering
+    assert ended == [True]
 
 
 # --- environments of tools ---
