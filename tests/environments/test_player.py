@@ -4,6 +4,7 @@ import asyncio
 import logging
 import math
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -191,6 +192,22 @@ async def test_a_reply_that_overruns_its_time_but_returns_ends_the_episode(clock
     assert (episode.report.ended_by, episode.reward) == ("timeout", 0.25)
     assert episode.completion.turns == (Turn(sampled=2, reward=0.5),)
     assert episode.report.environment_s == 61.0
+
+
+async def test_a_thread_may_return_though_the_time_is_used_up(clock):
+    """It can't be cancelled: it has as much time again."""
+
+    class Late(Game):
+        async def begin(self):
+            clock.now += 601.0
+            return await super().begin()
+
+        def reply(self, said):
+            time.sleep(0.05)
+            return DONE
+
+    episode = await play_one(Late(), "1.", timeout_s=600.0)
+    assert (episode.report.ended_by, episode.reward) == ("done", 1.0)
 
 
 async def test_the_time_at_the_generator_does_not_count(clock):
