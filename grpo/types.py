@@ -31,6 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from textwrap import indent
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -41,6 +42,7 @@ Floats = NDArray[np.float32]
 FinishReason = Literal["stop", "length"]
 EpisodeLimit = Literal["tokens", "timeout", "turns"]
 EPISODE_LIMITS: tuple[EpisodeLimit, ...] = get_args(EpisodeLimit)
+EpisodeEnd = EpisodeLimit | Literal["done"]
 Detail = Literal["rewards", "texts", "tokens"]
 """Level of detail that scores carry; each level includes the levels before it."""
 
@@ -161,7 +163,7 @@ class EpisodeReport:
 
     turns: int
     given: int
-    ended_by: EpisodeLimit | Literal["done"]
+    ended_by: EpisodeEnd
     environment_s: float
     generator_s: float
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -205,18 +207,48 @@ def generation_report(completions: Sequence[Completion]) -> GenerationReport:
 
 
 @dataclass(frozen=True)
+class TurnText:
+    """A Turn for people to read: its texts without special tokens, and how many tokens they have."""
+
+    sampled: str
+    given: str
+    reward: float
+    finish_reason: FinishReason
+    sampled_tokens: int
+    given_tokens: int
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """An episode for people to read: the texts of its turns, and what ended it.
+
+    Example:
+        Transcript((TurnText("8", "<", 0.0, "stop", 2, 1), TurnText("5", "", 1.0, "stop", 2, 0)), ended_by="done")
+    """
+
+    turns: tuple[TurnText, ...]
+    ended_by: EpisodeEnd
+
+    def __str__(self) -> str:
+        """Return the whole as one text; a line of what the policy was given begins with a bar."""
+        texts = (text for turn in self.turns for text in (turn.sampled, indent(turn.given, "| ")))
+        return "\n".join(text for text in texts if text)
+
+
+@dataclass(frozen=True)
 class Scores:
     """Rewards of one group: the weighted sum per completion, and its parts by reward function.
 
     `texts` holds the decoded completions if they were requested. `tokens`, if requested, is JSON: for each completion
     a list of its tokens as [text, log-probability, policy version]; given tokens have neither of the two. A single
-    string is cheap to send.
+    string is cheap to send. `transcripts` come with the texts if the completions are episodes.
     """
 
     rewards: tuple[float, ...]
     parts: Mapping[str, tuple[float, ...]]
     texts: tuple[str, ...]
     tokens: str = ""
+    transcripts: tuple[Transcript, ...] = ()
 
 
 @dataclass(frozen=True)

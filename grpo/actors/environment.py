@@ -11,9 +11,9 @@ from grpo.config.schema import RunConfig
 from grpo.environments.calls import UserCalls
 from grpo.environments.player import Episode, Player
 from grpo.errors import ActorDied, LeaseLost
-from grpo.models.tokenizer import load_tokenizer, stop_token_ids_of, tokens_as_json
+from grpo.models.tokenizer import load_tokenizer, stop_token_ids_of, tokens_as_json, transcript
 from grpo.tasks.base import environment_maker, make_renderer, make_task
-from grpo.telemetry.recording import span
+from grpo.telemetry.recording import no_spans, note, span
 from grpo.types import Completion, Detail, GenerationReport, Ints, Prompt, SamplingParams, Scores, generation_report
 
 
@@ -71,13 +71,17 @@ class EnvironmentHost:
         """
 
         async def sample(prompt_ids: Ints, turn: SamplingParams) -> list[Completion]:
-            try:
-                completions: list[Completion] = await generator.invoke("sample", (prompt_ids, turn))
-            except ActorDied as error:  # as an ActorDied it would be the death of this process to the caller
-                raise LeaseLost(str(error)) from error
+            with span("turn", "wait", prompt_tokens=len(prompt_ids)):
+                try:
+                    completions: list[Completion] = await generator.invoke("sample", (prompt_ids, turn))
+                except ActorDied as error:  # as an ActorDied it would be the death of this process to the caller
+                    raise LeaseLost(str(error)) from error
+                note(sampled=sum(completion.sampled_count for completion in completions))
             return completions
 
-        with span("episodes", "stage", episodes=params.n):
+        # Every episode has a lane in the timeline. Those of all groups, and of evaluations, would be thousands.
+        logged = detail != "rewards"
+        with span("episodes", "stage", prompt=prompt.serial, episodes=params.n) if logged else no_spans():
             opening, episodes = await self._player.play(prompt, params, sample)
         completions = [episode.completion for episode in episodes]
         report = replace(generation_report(completions), episodes=tuple(episode.report for episode in episodes))
@@ -92,8 +96,11 @@ class EnvironmentHost:
         self._calls.close()
 
     def _scores(self, episodes: Sequence[Episode], detail: Detail) -> Scores:
-        completions = [episode.completion for episode in episodes]
         rewards = tuple(episode.reward for episode in episodes)
-        texts = self._tokenizer.batch_decode([c.token_ids for c in completions]) if detail != "rewards" else ()
+        parts = {"environment": rewards}
+        if detail == "rewards":
+            return Scores(rewards, parts, ())
+        transcripts = tuple(transcript(self._tokenizer, each.completion, each.report.ended_by) for each in episodes)
+        completions = [episode.completion for episode in episodes]
         tokens = tokens_as_json(self._tokenizer, completions) if detail == "tokens" else ""
-        return Scores(rewards, {"environment": rewards}, tuple(texts), tokens)
+        return Scores(rewards, parts, tuple(map(str, transcripts)), tokens, transcripts)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from grpo.actors.marks import replayed_on_join, returns_payload
+from grpo.actors.marks import batched, replayed_on_join, returns_payload
 from grpo.config.schema import RunConfig
 from grpo.engines.base import Engine, Limits
 from grpo.engines.simulated import SimulatedEngine
@@ -42,6 +42,7 @@ class Generator:
         completions = await self._engine.generate(prompt.token_ids, params)
         return completions, generation_report(completions)
 
+    @batched
     async def sample(self, prompt_ids: Ints, params: SamplingParams) -> list[Completion]:
         """Sample the next turn of episodes: `params.n` completions of one prompt [prompt length]."""
         return await self._engine.generate(prompt_ids, params)

@@ -15,7 +15,7 @@ from grpo.config.schema import RunConfig
 from grpo.driver.evaluation import evaluate, held_out_prompts
 from grpo.driver.watchdog import Watchdog
 from grpo.errors import ConfigError
-from grpo.observe.run_dir import RunDirectory
+from grpo.observe.run_dir import RunDirectory, turns_record
 from grpo.observe.terminal.display import AnswerProgress, evaluation_table
 from grpo.observe.terminal.output import PipeSafeConsole, redirect_output
 from grpo.services.failures import Failures
@@ -114,4 +114,5 @@ def _completions_record(prompt: Prompt, scores: Scores) -> dict[str, object]:
         "completions": scores.texts,
         "rewards": scores.rewards,
         "reward_parts": dict(scores.parts),
+        **turns_record(scores),
     }

@@ -12,13 +12,14 @@ from contextlib import suppress
 from functools import cache, cached_property
 from pkgutil import resolve_name
 from typing import Any, NoReturn
+from weakref import WeakValueDictionary
 
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
 from grpo.cluster.shipping import ShippedConfig
 from grpo.errors import ActorDied, PayloadLost
-from grpo.services.call_batching import Answers, Arguments, BatchRunner, CallBatcher
+from grpo.services.call_batching import Answers, Arguments, BatchRunner, CallBatcher, Wire
 from grpo.services.endpoint import Process, free_port
 from grpo.telemetry.recording import Recording, TelemetryBatch, record_in
 from grpo.utils.gc_tuning import relax_gc, restore_gc
@@ -38,8 +39,8 @@ class RayEndpoint(Process):
         self._batchers: dict[str, CallBatcher] = {}  # by method
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle what it takes to call the process from another one."""
-        return RayEndpoint, (self.name, self._cls, self.actor)
+        """Pickle what it takes to call the process from another one, where all copies are one: they batch calls."""
+        return _endpoint, (self.name, self._cls, self.actor)
 
     async def invoke(self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         implementation = getattr(self._cls, method, None)
@@ -60,18 +61,25 @@ class RayEndpoint(Process):
         return result
 
     def _batcher(self, method: str) -> CallBatcher:
-        async def send(calls: Mapping[int, Arguments]) -> Answers:
+        """Return the batcher of a method; each of the three calls bears the method's name."""
+        name = f"{self.name}.{method}"
+
+        async def run(caller: str, calls: Mapping[int, Arguments]) -> Answers:
             references: list[ray.ObjectRef] = []
             hoisted = {number: _hoist_all(arguments, references) for number, arguments in calls.items()}
-            remote = self.actor.invoke_batch.options(name=f"{self.name}.{method}")
-            answers: Answers = await self._result(remote.remote((method, hoisted), *references))
+            remote = self.actor.invoke_batch.options(name=name)
+            answers: Answers = await self._result(remote.remote((caller, method, hoisted), *references))
             return answers
 
-        async def fetch_late(number: int) -> Any:
-            return await self._result(self.actor.late_answer.options(name=f"{self.name}.{method}").remote(number))
+        async def late_answers(caller: str) -> Answers:
+            answers: Answers = await self._result(self.actor.late_answers.options(name=name).remote(caller))
+            return answers
+
+        async def error(caller: str, number: int) -> None:
+            await self._result(self.actor.batched_error.options(name=name).remote(caller, number))
 
         if method not in self._batchers:
-            self._batchers[method] = CallBatcher(send, fetch_late)
+            self._batchers[method] = CallBatcher(Wire(run, late_answers, error))
         return self._batchers[method]
 
     async def wait_scheduled(self) -> None:
@@ -120,6 +128,16 @@ class RayEndpoint(Process):
     def _payload_lost(self, error: ObjectLostError) -> PayloadLost:
         what_happened, *_how_to_debug_it = _first_line(error).split(". ")
         return PayloadLost(f"{self.name}: {what_happened}")
+
+
+_endpoints: WeakValueDictionary[str, RayEndpoint] = WeakValueDictionary()  # that were sent to this process
+
+
+def _endpoint(name: str, cls: type, actor: Any) -> RayEndpoint:
+    key = actor._actor_id.hex()
+    if (endpoint := _endpoints.get(key)) is None:
+        _endpoints[key] = endpoint = RayEndpoint(name, cls, actor)
+    return endpoint
 
 
 def _first_line(error: RayError) -> str:
@@ -177,15 +195,18 @@ class _Host:
             restore_gc()
         return result
 
-    async def invoke_batch(self, calls: tuple[str, Mapping[int, Arguments]], *payloads: Any) -> Answers:
-        """Make several calls of a method, by number; see BatchRunner."""
-        method, arguments = calls
+    async def invoke_batch(self, calls: tuple[str, str, Mapping[int, Arguments]], *payloads: Any) -> Answers:
+        """Make several calls of a method for a caller, by number; see BatchRunner."""
+        caller, method, arguments = calls
         return await self._batches.run(
-            {number: self.invoke((method, *each), *payloads) for number, each in arguments.items()}
+            caller, {number: self.invoke((method, *each), *payloads) for number, each in arguments.items()}
         )
 
-    async def late_answer(self, number: int) -> Any:
-        return await self._batches.late_answer(number)
+    async def late_answers(self, caller: str) -> Answers:
+        return await self._batches.late_answers(caller)
+
+    async def batched_error(self, caller: str, number: int) -> None:
+        await self._batches.error(caller, number)
 
     async def where(self) -> tuple[str, int]:
         """Return the ids of the node and of the process."""

@@ -141,7 +141,7 @@ class Recorder:
         if scores.texts:
             self.sinks.text(self.step, "rollouts", rollout_rows(rollout))
             question = rollout.group.prompt.problem.question
-            self._display.sampled(Sample(self.step, question, scores.texts, scores.rewards))
+            self._display.sampled(Sample(self.step, question, scores.texts, scores.rewards, scores.transcripts))
             tokens = {"tokens": scores.tokens} if scores.tokens else {}
             self.run_dir.append("rollouts.jsonl", rollout_record(self.step, rollout, dropped), **tokens)
 

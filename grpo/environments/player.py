@@ -31,6 +31,7 @@ from grpo.environments.base import Environment, Message, Opening, Reply
 from grpo.environments.calls import UserCalls
 from grpo.environments.renderers import Renderer
 from grpo.errors import EnvironmentFailed, EnvironmentInvalid, EnvironmentTimeout, GRPOError
+from grpo.telemetry.recording import note, span
 from grpo.types import Completion, EpisodeLimit, EpisodeReport, Floats, Ints, Prompt, SamplingParams, Turn
 from grpo.utils.aio import being_cancelled, gather_or_cancel, timeout_as
 
@@ -144,6 +145,12 @@ class _Playing:
     async def play(self, opening: Ints, turn: Completion, waited_s: float) -> Episode:
         """Play on from the first turn, which took `waited_s`, until the episode is over, and score it."""
         self._generator_s = waited_s
+        with span("episode", "stage", number=self._number):
+            episode = await self._play_on(opening, turn)
+            note(turns=episode.report.turns, ended_by=episode.report.ended_by, reward=episode.reward)
+            return episode
+
+    async def _play_on(self, opening: Ints, turn: Completion) -> Episode:
         while True:
             self._add(turn)
             ended_by, messages = await self._answer(turn)
@@ -166,7 +173,8 @@ class _Playing:
             return "tokens", ()  # in the middle of a turn, to which there is no reply
         assert self._environment is not None
         try:
-            reply = await self._in_time("reply", self._environment.reply, self._renderer.parse(turn.token_ids))
+            with span("reply"):
+                reply = await self._in_time("reply", self._environment.reply, self._renderer.parse(turn.token_ids))
         except EnvironmentTimeout as error:
             if error.hung:
                 raise

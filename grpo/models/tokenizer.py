@@ -14,10 +14,11 @@ from contextlib import contextmanager, nullcontext
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tokenizers.decoders import DecodeStream
 
 from grpo.config.actors import ModelConfig
-from grpo.types import Completion
+from grpo.types import Completion, EpisodeEnd, Transcript, TurnText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,6 +90,20 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]) ->
     if incomplete:
         texts[-1] = "\ufffd"
     return texts
+
+
+def transcript(tokenizer: PreTrainedTokenizerBase, completion: Completion, ended_by: EpisodeEnd) -> Transcript:
+    """Return the texts of an episode's turns. Special tokens are left out, and white space around what was given."""
+    counts = [count for turn in completion.turns for count in (turn.sampled, turn.given)]
+    parts = np.split(completion.token_ids, np.cumsum(counts)[:-1])
+    texts = tokenizer.batch_decode(parts, skip_special_tokens=True)
+    return Transcript(
+        tuple(
+            TurnText(sampled, given.strip(), turn.reward, turn.finish_reason, turn.sampled, turn.given)
+            for turn, sampled, given in zip(completion.turns, texts[::2], texts[1::2], strict=True)
+        ),
+        ended_by,
+    )
 
 
 def tokens_as_json(tokenizer: PreTrainedTokenizerBase, completions: Sequence[Completion]) -> str:

@@ -13,12 +13,13 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 from grpo.errors import ConfigError
 from grpo.services.failures import Death
-from grpo.types import Rollout
+from grpo.types import Rollout, Scores
 
 log = logging.getLogger(__name__)
 _GROWING = ("metrics.jsonl", "rollouts.jsonl", "ledger.jsonl", "events.jsonl", "timeline.json")
@@ -179,8 +180,17 @@ def rollout_record(step: int, rollout: Rollout, dropped: str | None) -> dict[str
         "shaped_rewards": rollout.shaped_rewards,
         "advantages": group.advantages,
         "policy_version": group.oldest_version,
+        **turns_record(scores),
         **({"dropped": dropped} if dropped else {}),
     }
+
+
+def turns_record(scores: Scores) -> dict[str, Any]:
+    """Return the fields of a group of episodes, `turns` and `ended_by` of each; none for single answers."""
+    if not scores.transcripts:
+        return {}
+    episodes = list(map(asdict, scores.transcripts))
+    return {name: [episode[name] for episode in episodes] for name in ("turns", "ended_by")}
 
 
 def rollout_rows(rollout: Rollout) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ class Guess:
         10:   6<eos>   <   3<eos>   >   5<eos>
     """
 
-    def __init__(self, min_numbers: int = 8, max_numbers: int = 15, seed: int = 0) -> None:
+    def __init__(self, min_numbers: int = 8, max_numbers: int = 11, seed: int = 0) -> None:
         numbers = range(min_numbers, max_numbers + 1)
         if min_numbers < 1 or len(numbers) < 4:
             raise ConfigError(
@@ -50,19 +50,20 @@ class Guess:
         return GuessingGame(problem)
 
     def demonstration(self, problem: Problem, rng: np.random.Generator) -> list[str]:
-        """Return a game of a player who draws each guess from all numbers that are still possible.
+        """Return a game of a player who guesses at random, and half of the time forgets what it was told.
 
-        A model trained on these knows what the replies mean, but needs more guesses than bisection.
+        A model trained on these knows how to play, but needs more guesses than bisection.
         """
-        low, high, secret = 1, int(problem.question[:-1]), int(problem.answer)
+        n, secret = int(problem.question[:-1]), int(problem.answer)
+        low, high = 1, n
         game = []
         while True:
-            guess = int(rng.integers(low, high + 1))
+            guess = int(rng.integers(1, n + 1) if rng.random() < 0.5 else rng.integers(low, high + 1))
             game.append(str(guess))
             if guess == secret:
                 return game
             game.append(HIGHER if secret > guess else LOWER)
-            low, high = (guess + 1, high) if secret > guess else (low, guess - 1)
+            low, high = (max(low, guess + 1), high) if secret > guess else (low, min(high, guess - 1))
 
 
 class GuessingGame:

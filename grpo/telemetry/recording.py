@@ -12,7 +12,8 @@ from __future__ import annotations
 import heapq
 import time
 from collections import defaultdict
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
@@ -103,12 +104,14 @@ class _Lanes:
 _recording: ContextVar[Recording | None] = ContextVar("recording", default=None)
 _track: ContextVar[str] = ContextVar("track", default="")
 _parent: ContextVar[_OpenSpan | None] = ContextVar("parent", default=None)
+_without_spans: ContextVar[bool] = ContextVar("without_spans", default=False)
 _OFF = nullcontext()
 
 
 def record_in(recording: Recording) -> None:
     """Make the current task, and tasks that it starts, record in `recording` from now on."""
     _recording.set(recording)
+    _without_spans.set(False)
     _track.set("")
     _parent.set(None)
 
@@ -116,6 +119,16 @@ def record_in(recording: Recording) -> None:
 def stop_recording() -> None:
     """Make the current task, and tasks that it starts, record nothing from now on."""
     _recording.set(None)
+
+
+@contextmanager
+def no_spans() -> Iterator[None]:
+    """Record no spans in the block, nor in tasks that it starts; metrics are kept."""
+    token = _without_spans.set(True)
+    try:
+        yield
+    finally:
+        _without_spans.reset(token)
 
 
 def on_track(track: str) -> None:
@@ -134,7 +147,9 @@ def context_for(recording: Recording) -> Context:
 def span(name: str, kind: str = "busy", **args: Any) -> AbstractContextManager[object]:
     """Record the time that the block takes. `args` are numbers and words that the timeline shows with the span."""
     recording = _recording.get()
-    return _OFF if recording is None or not recording.on else _OpenSpan(recording, name, kind, args)
+    if recording is None or not recording.on or _without_spans.get():
+        return _OFF
+    return _OpenSpan(recording, name, kind, args)
 
 
 def note(**args: Any) -> None:

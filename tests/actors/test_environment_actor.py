@@ -83,7 +83,7 @@ async def test_texts_and_tokens_are_given_when_they_are_asked_for(config, detail
     async with host_of(config) as host:
         _, report = await host.play(PROMPT, PARAMS, LocalEndpoint(Bisecting()), detail)
     texts, tokens = report.scores.texts, report.scores.tokens
-    assert texts == (() if detail == "rewards" else ("12<eos>>18<eos><15<eos>>16<eos>>17<eos>",) * 2)
+    assert texts == (() if detail == "rewards" else ("12\n| >\n18\n| <\n15\n| >\n16\n| >\n17",) * 2)
     if detail != "tokens":
         assert tokens == ""
         return

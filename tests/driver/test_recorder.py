@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import time
 import weakref
@@ -22,6 +23,8 @@ from grpo.types import (
     Rollout,
     Scores,
     Ticket,
+    Transcript,
+    TurnText,
 )
 
 
@@ -116,6 +119,24 @@ def test_groups_that_come_with_texts_are_kept(recorded):
     assert groups[0]["completions"] == ["ab", "ba"]
     assert groups[0]["rewards"] == [0.05, 0.05]
     assert groups[0]["tokens"] == [[["ab", -0.5, 3]], []]
+    assert "turns" not in groups[0]
+
+
+def test_groups_of_episodes_are_kept_with_their_turns(tiny_config, make_recorder):
+    recorder = make_recorder(tiny_config)
+    turns = (TurnText("16", "<", 0.0, "stop", 3, 1), TurnText("8", "", 1.0, "stop", 2, 0))
+    episodes = (Transcript(turns, "done"), Transcript(turns[:1], "timeout"))
+    group = finished_group(0, 1.0)
+    scores = dataclasses.replace(group.scores, texts=tuple(map(str, episodes)), transcripts=episodes)
+    recorder.group_finished(dataclasses.replace(group, scores=scores))
+    recorder.run_dir.close()
+    record = json.loads((recorder.run_dir.path / "rollouts.jsonl").read_text())
+    assert record["completions"] == ["16\n| <\n8", "16\n| <"]
+    assert record["ended_by"] == ["done", "timeout"]
+    assert [len(each) for each in record["turns"]] == [2, 1]
+    assert record["turns"][0][0] == {
+        "sampled": "16", "given": "<", "reward": 0.0, "finish_reason": "stop", "sampled_tokens": 3, "given_tokens": 1,
+    }  # fmt: skip
 
 
 def lines(recorder):

@@ -1,12 +1,24 @@
 """Numbers of a step and of a run."""
 
 import json
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from grpo.observe.metrics import FinishedGroups, GeneratorRates, History, Startup, process_age_s, recovery_of
+from grpo.observe.metrics import (
+    FinishedGroups,
+    GeneratorRates,
+    History,
+    Startup,
+    episode_metrics,
+    process_age_s,
+    recovery_of,
+)
 from grpo.services.failures import Death
 from grpo.types import (
+    EpisodeReport,
     EvaluationReport,
     GenerationReport,
     GeneratorStats,
@@ -16,6 +28,8 @@ from grpo.types import (
     Rollout,
     Scores,
 )
+
+METRICS = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
 def test_rates_are_those_since_the_last_call_over_all_generators():
@@ -58,6 +72,42 @@ def test_groups_that_finished_are_measured_once_those_filtered_too():
         }
     )
     assert groups.drain() == {"rollout/zero_variance_dropped": 0}
+
+
+def episode(ended_by="done", **others):
+    return EpisodeReport(turns=2, given=3, ended_by=ended_by, environment_s=0.5, generator_s=2.0, **others)
+
+
+def test_numbers_of_episodes_are_means_over_all_that_finished():
+    groups = FinishedGroups()
+    for episodes in ((episode(), episode("turns")), (episode("tokens"), episode("turns"))):
+        each = rollout(1.0, (2, 4), (False, True))
+        groups.add(replace(each, report=replace(each.report, episodes=episodes)), filtered=False)
+    found = {name: value for name, value in groups.drain().items() if name.startswith("episode/")}
+    assert found == {
+        "episode/turns": 2.0,
+        "episode/given_tokens": 3.0,
+        "episode/environment_s": 0.5,
+        "episode/generator_s": 2.0,
+        "episode/ended_by_tokens": 0.25,
+        "episode/ended_by_timeout": 0.0,
+        "episode/ended_by_turns": 0.5,
+    }
+    assert "episode/turns" not in groups.drain()
+
+
+def test_what_an_environment_does_not_report_counts_as_zero():
+    reported = [episode(metrics={"tool_calls": 3.0}), episode(metrics={"tool_calls": 1.0, "moves": 2.0}), episode()]
+    found = episode_metrics(reported)
+    assert found["episode/tool_calls"] == pytest.approx(4 / 3)
+    assert found["episode/moves"] == pytest.approx(2 / 3)
+    assert episode_metrics([]) == {}
+
+
+def test_every_number_of_an_episode_has_a_row_in_the_documentation():
+    documented = set(re.findall(r"^\| `(episode/.+?)`", METRICS.read_text(), re.MULTILINE))
+    written = {re.sub("ended_by_.+", "ended_by_<limit>", name) for name in episode_metrics([episode()])}
+    assert documented == written | {"episode/tool_calls", "episode/tool_errors", "episode/<name>"}
 
 
 def test_stages_follow_one_another_from_the_begin_of_the_process(monkeypatch):

@@ -6,15 +6,30 @@ NASTY = "</script><script>document.title = 'taken'</script><b>bold</b> <!-- {{da
 
 
 def make_run(
-    folder, *, steps=12, concurrency=4, groups=6, timeline=3, summary=True, tokens=True, deaths=True, overrides=()
+    folder,
+    *,
+    steps=12,
+    concurrency=4,
+    groups=6,
+    timeline=3,
+    summary=True,
+    tokens=True,
+    deaths=True,
+    episodes=False,
+    overrides=(),
 ):
     folder.mkdir(parents=True, exist_ok=True)
     config = f"rollout:\n  concurrency: {concurrency}\ntrainer:\n  groups_per_step: 4\nseed: 0\n"
     (folder / "config.yaml").write_text(config)
-    write_jsonl(folder / "metrics.jsonl", [_step(number, concurrency) for number in range(1, steps + 1)])
+    lines = [_step(number, concurrency) for number in range(1, steps + 1)]
+    sampled = [_group(number, tokens) for number in range(groups)]
+    if episodes:
+        lines[::2] = [line | _EPISODE_METRICS for line in lines[::2]]
+        sampled.append(_episodes())
+    write_jsonl(folder / "metrics.jsonl", lines)
     _write_overrides(folder, overrides)
-    if groups:
-        write_jsonl(folder / "rollouts.jsonl", [_group(number, tokens) for number in range(groups)])
+    if sampled:
+        write_jsonl(folder / "rollouts.jsonl", sampled)
     if deaths:
         write_jsonl(folder / "events.jsonl", _events())
     if timeline:
@@ -99,6 +114,29 @@ def _group(number, tokens):
     if tokens and number == 5:
         group["tokens"] = [[["fir", -0.01, 4], ["st 5", -3.0, 5]], [[NASTY, -1.0, 4]]]
     return group
+
+
+_EPISODE_METRICS = {
+    "episode/turns": 2.5, "episode/given_tokens": 3.0, "episode/generator_s": 0.4, "episode/environment_s": 0.1,
+    "episode/ended_by_tokens": 0.25, "episode/ended_by_timeout": 0.0, "episode/ended_by_turns": 0.5,
+    "episode/<b>moves</b>": 7.0,
+}  # fmt: skip
+
+
+def _episodes():
+    """A group of an episode of two turns and one of a single turn."""
+    first = {
+        "sampled": "16", "given": "<", "reward": 0.0, "finish_reason": "stop", "sampled_tokens": 2, "given_tokens": 2,
+    }  # fmt: skip
+    last = {**first, "given": "", "given_tokens": 0}
+    cut = {**last, "sampled": NASTY, "reward": -0.5, "finish_reason": "length", "sampled_tokens": 1}
+    said = [["16", -1.0, 4], ["<eos>", 0.0, 4]]
+    return _group(99, tokens=False) | {
+        "completions": [f"16\n| <\n{NASTY}", "16"],
+        "turns": [[first, cut], [{**last, "reward": 1.0}]],
+        "ended_by": ["tokens", "done"],
+        "tokens": [[*said, ["\n", None, None], ["<", None, None], [NASTY, -3.0, 5]], said],
+    }
 
 
 def _events():

@@ -114,6 +114,45 @@ def test_tokens_are_coloured_where_there_are_any(browser, report):
     assert browser.evaluate(colours) == []
 
 
+def texts(browser, selector):
+    return browser.evaluate(f"[...document.querySelectorAll('{selector}')].map(each => each.textContent)")
+
+
+def test_an_episode_is_a_conversation(browser, tmp_path):
+    browser.open(write_report([make_run(tmp_path / "run", episodes=True)]))
+    assert "2 episodes of 1.5 turns on average" in browser.text("#group h3.group-top")
+    assert texts(browser, ".turn > small") == ["1", "2", "1"]
+    assert texts(browser, ".sampled") == ["16<eos>", NASTY, "16<eos>"]
+    assert texts(browser, ".given") == ["<"]
+    assert texts(browser, ".earned") == ["0", "−0.50", "cut off", "+1.00"]
+    assert texts(browser, ".turns > .pill") == ["limit: tokens", "done"]
+    assert texts(browser, ".token") == ["16", "<eos>", NASTY, "16", "<eos>"]  # what was given has no colour
+    browser.click("#group h3 .toggle button:nth-child(2)")
+    assert texts(browser, "#group .dots li") == ["version 4", "version 5"]
+    browser.click("#group h3 .toggle button:nth-child(3)")
+    assert texts(browser, ".sampled") == ["16", NASTY, "16"]
+    browser.choose("#groups-kind", "limits")
+    assert browser.text("#groups-count") == "1 of 7"
+    browser.choose("#groups-search", "16")
+    assert texts(browser, ".sampled mark") == ["16", "16"]
+
+
+def test_episodes_have_charts(browser, report, tmp_path):
+    block = "[...document.querySelectorAll('#charts > div')].at(-1)"
+    browser.open(report)
+    assert browser.evaluate(f"{block}.hidden")
+    browser.open(write_report([make_run(tmp_path / "run", episodes=True)]), height=9000)
+    browser.until(f"{CHARTS}.every(plot => plot.data?.length)")
+    cards = f"[...{block}.querySelectorAll('.card:not([hidden])')]"
+    assert browser.evaluate(f"{cards}.map(card => card.querySelector('h4').textContent)") == [
+        "Turns", "Tokens", "Ended by a limit", "Time spent waiting", "Reported by the environment",
+    ]  # fmt: skip
+    own = f"{cards}.at(-1).querySelector('.plot').data"
+    assert browser.evaluate(f"{own}.map(trace => [trace.name, trace.y.slice(0, 3)])") == [
+        ["&lt;b&gt;moves&lt;/b&gt;", [7, None, 7]]
+    ]
+
+
 def test_the_loop_goes_step_by_step(browser, report):
     browser.open(report)
     browser.evaluate("goToSwitch(0)")

@@ -4,7 +4,17 @@ import asyncio
 
 import pytest
 
-from grpo.telemetry.recording import Recording, context_for, measure, note, on_track, record_in, span, stop_recording
+from grpo.telemetry.recording import (
+    Recording,
+    context_for,
+    measure,
+    no_spans,
+    note,
+    on_track,
+    record_in,
+    span,
+    stop_recording,
+)
 from grpo.utils.aio import gather_or_cancel
 from grpo.utils.torch_utils import ComputeThread
 
@@ -108,6 +118,23 @@ async def test_a_task_may_leave_none(spans):
     with span("evaluation"):
         pass
     assert recorded(spans) == [("", 0, "evaluation")]
+
+
+async def test_a_block_may_leave_no_spans_but_its_metrics(spans):
+    async def play():
+        with span("turn"):
+            await asyncio.sleep(0)
+        measure("episode/tools", 2)
+
+    with no_spans():
+        await gather_or_cancel(play(), play())
+        with context_for(spans).run(span, "of another actor"):
+            pass
+    with span("episodes"):
+        pass
+    batch = spans.drain(keep_recording=True)
+    assert [each.name for each in batch.spans] == ["of another actor", "episodes"]
+    assert batch.metrics.drain() == {"episode/tools/mean": 2.0}
 
 
 async def test_work_for_somebody_else_adds_to_the_actors_own(spans):

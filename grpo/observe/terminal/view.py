@@ -20,7 +20,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from grpo.types import EvaluationReport
+from grpo.types import EvaluationReport, Transcript
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _SPARKS = 48
@@ -40,12 +40,13 @@ class RunStatus:
 
 @dataclass(frozen=True)
 class Sample:
-    """A finished group; `step` is the last trained step at that time."""
+    """A finished group; `step` is the last trained step at that time. Episodes have transcripts."""
 
     step: int
     prompt: str
     completions: Sequence[str]
     rewards: Sequence[float]
+    transcripts: Sequence[Transcript] = ()
 
 
 class LastWarning(NamedTuple):
@@ -221,19 +222,35 @@ def _sample_lines(sample: Sample | None, console: Console, width: int, room: int
     if sample is None:
         return [_labelled("sample", "none yet (observe.rollouts_every)")]
     best, worst = (choose(range(len(sample.rewards)), key=sample.rewards.__getitem__) for choose in (max, min))
-    texts = [("prompt", sample.prompt)]
-    if sample.rewards[best] == sample.rewards[worst]:
-        texts.append((f"all {sample.rewards[best]:.4g}", sample.completions[best]))
-    else:
-        texts += [(f"best {sample.rewards[best]:.4g}", sample.completions[best])]
-        texts += [(f"worst {sample.rewards[worst]:.4g}", sample.completions[worst])]
+    shown = [("all", best)] if sample.rewards[best] == sample.rewards[worst] else [("best", best), ("worst", worst)]
     lines = [_labelled("sample", f"after step {sample.step}, one group of {len(sample.rewards)}")]
-    for i, (label, text) in enumerate(texts):
-        lines += _wrapped(label, text, console, width, max(1, (room - len(lines)) // (len(texts) - i)))
+    lines += _wrapped("prompt", sample.prompt, console, width, max(1, (room - len(lines)) // (len(shown) + 1)))
+    for i, (word, place) in enumerate(shown):
+        label, most = f"{word} {sample.rewards[place]:.4g}", max(1, (room - len(lines)) // (len(shown) - i))
+        if sample.transcripts:
+            lines += _conversation(label, sample.transcripts[place], console, width, most)
+        else:
+            lines += _wrapped(label, sample.completions[place], console, width, most)
     return lines
 
 
-def _wrapped(label: str, text: str, console: Console, width: int, most: int) -> Sequence[Text]:
+def _conversation(label: str, episode: Transcript, console: Console, width: int, most: int) -> Sequence[Text]:
+    """Return at most `most` lines: what ended the episode, then its turns, those in the middle left out if need be."""
+    ended = "done" if episode.ended_by == "done" else f"limit: {episode.ended_by}"
+    texts = []
+    for i, turn in enumerate(episode.turns, 1):
+        texts.append((f"  {i} {turn.reward:+.3g}" if turn.reward else f"  {i}", turn.sampled, ""))
+        if turn.given_tokens:
+            texts.append(("  given", turn.given, "dim"))
+    if len(texts) >= most:  # the end matters as much as the beginning
+        texts[(most - 1) // 2 : len(texts) - (most - 2) // 2] = [("", "…", "dim")]
+    lines = [_labelled(label, f"{len(episode.turns)} turn{'s' if len(episode.turns) > 1 else ''}, {ended}")]
+    for i, (name, text, style) in enumerate(texts):
+        lines += _wrapped(name, text, console, width, max(1, (most - len(lines)) // (len(texts) - i)), style)
+    return lines[:most]
+
+
+def _wrapped(label: str, text: str, console: Console, width: int, most: int, style: str = "") -> Sequence[Text]:
     """Wrap text to `most` lines at most; the last ends in an ellipsis if text is cut off."""
     inner = max(1, width - _LABEL)
     shown = visible(text[: inner * (most + 1)])  # wrapping a long text is slow
@@ -241,7 +258,7 @@ def _wrapped(label: str, text: str, console: Console, width: int, most: int) -> 
     if len(lines) > most:
         lines = lines[:most]
         lines[-1] = Text(f"{lines[-1].plain.rstrip()[: inner - 1]}…")
-    return [_labelled("" if i else label, line.plain.rstrip()) for i, line in enumerate(lines)]
+    return [_labelled("" if i else label, line.plain.rstrip(), style) for i, line in enumerate(lines)]
 
 
 def _fitting(blocks: Sequence[_Block], room: int) -> Sequence[_Block]:
@@ -251,8 +268,8 @@ def _fitting(blocks: Sequence[_Block], room: int) -> Sequence[_Block]:
     return fit
 
 
-def _labelled(label: str, text: str) -> Text:
-    return Text().append(f"{label:<{_LABEL}}", style="dim").append(text)
+def _labelled(label: str, text: str, style: str = "") -> Text:
+    return Text().append(f"{label:<{_LABEL}}", style="dim").append(text, style=style)
 
 
 def _cut(line: Text, width: int) -> Text:

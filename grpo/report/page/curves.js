@@ -116,6 +116,21 @@ function ratioBand(run) {
   ];
 }
 
+// Steps at which no episode was finished lack these: lines go on over them.
+const ofEpisodes = (title, about, named) => ({
+  ...plain(title, about, named, {yaxis: {rangemode: "tozero"}}), shown: has(...named.map(([name]) => name).filter(name => name.startsWith("episode/"))),
+  traces: run => named.map(([name, label], place) => line(run, name, label, series(place), {connectgaps: true})),
+});
+const EPISODES = [
+  ofEpisodes("Turns", "of an episode, mean", [["episode/turns", "turns"]]),
+  ofEpisodes("Tokens", "of an episode, mean", [["generator/completion_tokens_mean", "sampled"], ["episode/given_tokens", "given"]]),
+  ofEpisodes("Ended by a limit", "share of the episodes", ["tokens", "turns", "timeout"].map(limit => [`episode/ended_by_${limit}`, limit])),
+  ofEpisodes("Time spent waiting", "seconds of an episode, mean", [["episode/generator_s", "generator"], ["episode/environment_s", "environment"]]),
+  ofEpisodes("Tool calls", "of an episode, mean", [["episode/tool_calls", "calls"], ["episode/tool_errors", "failed"]]),
+];
+const CHARTED = /^episode\/(turns|given_tokens|ended_by_.*|generator_s|environment_s|tool_calls|tool_errors)$/;
+const reported = run => Object.keys(run.columns).filter(name => name.startsWith("episode/") && !CHARTED.test(name));
+
 const CHARTS = [
   ["Learning", [
     REWARD,
@@ -150,6 +165,11 @@ const CHARTS = [
     withAverage("Completion length", "generator/completion_tokens_mean", "tokens", 6),
     withAverage("Truncated", "generator/truncated_fraction", "share of the completions", 2),
     withAverage("Zero-variance groups", "trainer/zero_advantage_fraction", "share of the completions with advantage 0", 9),
+  ]],
+  ["Episodes", [
+    ...EPISODES,
+    {title: "Reported by the environment", about: "sums over an episode, mean", shown: run => reported(run).length > 0,
+     traces: run => reported(run).map((name, place) => line(run, name, escaped(name.slice(8)), series(place), {connectgaps: true}))},
   ]],
 ];
 

@@ -1,4 +1,5 @@
 // Browser for sampled groups: a searchable list, and one group with its completions, scores and, if recorded, tokens.
+// Completions that are episodes are shown as conversations.
 
 const Groups = {all: [], found: [], at: 0, colouring: "logprob", words: []};
 const ROWS = 300;  // rows of the list in the DOM, around the selected one
@@ -9,6 +10,7 @@ const KINDS = [
   ["mixed", "mixed rewards", group => new Set(group.rewards).size > 1],
   ["high", "all at the best reward", group => group.rewards.every(reward => reward >= bestReward())],
   ["low", "no reward", group => group.rewards.every(reward => reward <= 0)],
+  ["limits", "ended by a limit", group => Boolean(group.ended_by?.some(end => end !== "done"))],
   ["dropped", "dropped", group => Boolean(group.dropped)],
 ];
 const ORDERS = [
@@ -16,6 +18,7 @@ const ORDERS = [
   ["best", "highest reward", (a, b) => mean(b.rewards) - mean(a.rewards) || b.place - a.place],
   ["worst", "lowest reward", (a, b) => mean(a.rewards) - mean(b.rewards) || b.place - a.place],
 ];
+const LIMITS = {tokens: "rollout.max_completion_tokens", timeout: "environment.timeout_s", turns: "environment.max_turns"};
 const bestReward = () => Groups.best;
 
 function startGroups() {
@@ -103,7 +106,7 @@ function showGroup() {
   const colouring = group.tokens ? h("span", {class: "toggle", role: "group", "aria-label": "Colour of the tokens"}) : null;
   if (colouring) toggle(colouring, [["logprob", "log-probability"], ["version", "policy version"], ["none", "plain"]], Groups.colouring,
     kind => { Groups.colouring = kind; showGroup(); });
-  const versions = group.tokens ? [...new Set(group.tokens.flatMap(tokens => tokens.map(token => token[2])))].sort((a, b) => a - b) : [];
+  const versions = group.tokens ? [...new Set(group.tokens.flatMap(tokens => tokens.map(token => token[2])))].filter(isNumber).sort((a, b) => a - b) : [];
   $("group").replaceChildren(
     h("div", {class: "group-top"}, h("span", {id: "group-place"}, placeOfGroup()),
       h("span", {class: "pill"}, `step ${group.step}`), h("span", {class: "pill"}, `policy version ${group.policy_version}`),
@@ -113,7 +116,7 @@ function showGroup() {
         h("button", {type: "button", "aria-label": "Next group", onclick: () => goToGroup(Groups.at + 1)}, "▸"))),
     h("h3", {}, "Prompt"), h("div", {class: "text ask", tabindex: 0}, found(group.prompt)),
     ...(group.answer === null || group.answer === undefined || group.answer === "" ? [] : [h("h3", {}, "Answer"), h("div", {class: "text"}, found(String(group.answer)))]),
-    h("h3", {class: "group-top"}, h("span", {}, `${group.completions.length} completions, mean reward ${text(mean(group.rewards))}`), colouring),
+    h("h3", {class: "group-top"}, h("span", {}, `${group.completions.length} ${group.turns ? `episodes of ${compact(mean(group.turns.map(turns => turns.length)))} turns on average` : "completions"}, mean reward ${text(mean(group.rewards))}`), colouring),
     ...(colouring ? [tokenLegend(versions)] : []),
     ...group.completions.map((completion, place) => completionOf(group, place, versions)));
 }
@@ -126,9 +129,29 @@ function completionOf(group, place, versions) {
     h("div", {class: "score"}, h("b", {}, compact(group.rewards[place])), one ? null : parts,
       shaped !== undefined && shaped !== group.rewards[place] ? h("small", {}, `shaped ${compact(shaped)}`) : null,
       isNumber(advantage) ? h("small", {class: advantage > 0 ? "up" : advantage < 0 ? "down" : "", title: "advantage"}, `${signed(advantage)} adv.`) : null),
-    h("div", {class: "text"}, group.tokens?.[place] && Groups.colouring !== "none" ? tokensOf(group.tokens[place], versions)
-      : group.completions[place] === "" ? h("span", {class: "muted"}, "(empty)") : found(group.completions[place])));
+    group.turns?.[place] ? conversation(group, place, versions)
+      : h("div", {class: "text"}, saidIn(group.completions[place], group.tokens?.[place], versions)));
 }
+
+const saidIn = (content, tokens, versions) => tokens && Groups.colouring !== "none" ? tokensOf(tokens, versions)
+  : content === "" ? h("span", {class: "muted"}, "(empty)") : found(content);
+
+// An episode, turn by turn: what the policy said with its reward, and what it was given in return; then what ended it.
+function conversation(group, place, versions) {
+  const tokens = group.tokens?.[place], end = group.ended_by?.[place];
+  let at = 0;
+  const next = count => tokens?.slice(at, at += count);
+  return h("div", {class: "turns"}, group.turns[place].map((turn, number) => {
+    const said = saidIn(turn.sampled, next(turn.sampled_tokens), versions), given = next(turn.given_tokens);
+    return h("div", {class: "turn"}, h("small", {title: `turn ${number + 1}: ${turn.sampled_tokens} tokens`}, number + 1),
+      h("div", {class: "text"}, h("span", {class: "sampled"}, said), h("small", {class: turn.reward > 0 ? "earned up" : turn.reward < 0 ? "earned down" : "earned", title: "reward of the turn"},
+        turn.reward ? signed(turn.reward) : "0"), turn.finish_reason === "length" ? h("small", {class: "earned"}, "cut off") : null),
+      turn.given_tokens ? h("div", {class: "text given", tabindex: turn.given.length > 800 ? 0 : null, title: `given to the policy: ${turn.given_tokens} tokens`}, givenIn(turn, given)) : null);
+  }), end ? h("span", {class: `pill ${end === "done" ? "" : "bad"}`, title: LIMITS[end]}, end === "done" ? "done" : `limit: ${end}`) : null);
+}
+
+// Exactly the tokens where tokens are shown, but for line breaks around them.
+const givenIn = (turn, tokens) => tokens && Groups.colouring !== "none" ? tokens.map(token => token[0]).join("").replace(/^\n+|\n+$/g, "") || "↵" : found(turn.given);
 
 // The less likely a token, the stronger its colour; a token of probability 1 has none.
 const surprise = logprob => Math.min(1, Math.sqrt(Math.max(0, -logprob) / 5));

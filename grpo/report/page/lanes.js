@@ -1,10 +1,10 @@
 // The timeline on a canvas: one lane for each coroutine and each actor, over a window of time.
 
 const WAIT_COLOURS = {
-  ticket: 9, prompts: 6, "generator.generate": 0, "reward.score": 1, "replay_buffer.add": 3, "dataloader.sample": 8, "reference.score": 5,
+  ticket: 9, prompts: 6, "generator.generate": 0, "reward.score": 1, "environment.play": 1, "replay_buffer.add": 3, "dataloader.sample": 8, "reference.score": 5,
   "replay_buffer.sample": 6, "trainer.train_step": 2, "trainer.push_weights": 4, "trainer.write_weights": 4, "trainer.send_weights": 4,
   "generator.update_weights": 4, "generator.receive_weights": 4, weights: 4, send: 4, receive: 4, "trainer.snapshot": 7,
-  evaluation: 5, prefill: 7, decode: 0, score: 1, train_step: 9, forward: 2, backward: 5, optimizer: 6, publish: 4, load: 4, snapshot: 7, save: 8,
+  evaluation: 5, prefill: 7, decode: 0, score: 1, turn: 0, reply: 1, episode: 9, episodes: 9, train_step: 9, forward: 2, backward: 5, optimizer: 6, publish: 4, load: 4, snapshot: 7, save: 8,
 };
 // A name has the same colour everywhere; unknown names get one from a hash.
 function waitColour(name) {

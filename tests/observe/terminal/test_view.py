@@ -6,6 +6,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from grpo.observe.terminal.view import LastWarning, RunStatus, Sample, View, sparkline, visible, waiting_line
+from grpo.types import Transcript, TurnText
 
 METRICS = {
     "step": 60,
@@ -128,6 +129,39 @@ def test_what_a_completion_holds_can_do_nothing_to_the_terminal(view):
     assert "prompt        [bold]a[/bold]" in text
     assert "all 0         \\x1b[2J\\r\\t\\u202ex" in text
     assert visible("é漢") == "é漢"
+
+
+@pytest.fixture
+def game():
+    turns = [TurnText("16", "<", 0.0, "stop", 3, 1), TurnText("8", ">", 0.25, "stop", 2, 1)]
+    return Transcript((*turns, TurnText("12", "", 1.0, "stop", 3, 0)), "done")
+
+
+def test_an_episode_is_a_conversation(view, game):
+    view.shows_sample = True
+    cut_off = Transcript(tuple(TurnText(f"{n}", "\x1b[2J", 0.0, "stop", 3, 1) for n in range(50)), "turns")
+    view.sample = Sample(58, "23:", ("", ""), (1.0, 0.0), (game, cut_off))
+    lines = drawn(view, 60, 30)
+    begin = lines.index("best 1        3 turns, done")
+    assert lines[begin + 1 : begin + 6] == [
+        "  1           16",
+        "  given       <",
+        "  2 +0.25     8",
+        "  given       >",
+        "  3 +1        12",
+    ]
+    begin = lines.index("worst 0       50 turns, limit: turns")
+    assert lines[begin + 1 : begin + 3] == ["  1           0", "  given       \\x1b[2J"]
+    assert "              …" in lines[begin:]
+    assert "  50          49" in lines[begin:]
+    assert len(lines) == 30
+
+
+@pytest.mark.parametrize("height", range(4, 40, 3))
+def test_a_conversation_has_no_more_lines_than_there_is_room(view, game, height):
+    view.shows_sample = True
+    view.sample = Sample(58, "23:", ("", ""), (1.0, 0.0), (game, Transcript(game.turns * 20, "tokens")))
+    assert len(drawn(view, 60, height)) <= height
 
 
 def test_before_the_first_step_there_is_the_progress_and_whoever_is_up():
