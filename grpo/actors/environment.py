@@ -58,7 +58,8 @@ class EnvironmentHost:
         self._tokenizer = load_tokenizer(config.model, text_only=True)
         renderer = make_renderer(self._tokenizer, config.task, stop_token_ids_of(config.model, self._tokenizer))
         make = environment_maker(task, config.task, config.environment.tools, self._calls)
-        self._player = Player(make, renderer, config.environment, self._calls)
+        most = config.rollout.max_prompt_tokens
+        self._player = Player(make, renderer, config.environment, self._calls, max_prompt_tokens=most)
 
     @returns_payload
     async def play(
@@ -89,7 +90,7 @@ class EnvironmentHost:
     async def ping(self) -> None:
         """Raise ActorDied when a thread of user code hangs."""
         if self._calls.hanging(self._config.environment.timeout_s):
-            raise ActorDied("user code hangs in a thread")
+            raise ActorDied("environment: user code hangs in a thread")
 
     async def close(self) -> None:
         self._calls.close()

@@ -162,7 +162,8 @@ def check_model(config: RunConfig, task: Task) -> None:
     check_weights(config.model)
     tokenizer = _found(load_tokenizer, config.model)
     if config.uses_environment:
-        make_renderer(tokenizer, config.task, stop_token_ids_of(config.model, tokenizer)).check_continues()
+        renderer = make_renderer(tokenizer, config.task, stop_token_ids_of(config.model, tokenizer))
+        renderer.check_continues(tools=bool(config.environment.tools))
     encoder = PromptEncoder(tokenizer, config.task, config.rollout.max_prompt_tokens)
     encoder.check_usable(task)
     if config.eval.prompts and all(encoder.encode(problem) is None for problem in task.problems("held_out")):

@@ -60,6 +60,7 @@ class Environment(Protocol):
 
     `seed` is the same for all episodes of a group: they must begin alike, since advantages compare them.
     Every method may be `def` instead of `async def`; it then runs in a thread. `score` and `close` may be left out.
+    Acquire what `close` frees in `begin`, not in the constructor.
 
     Example:
         class Echo:                      # the policy has to repeat a word
@@ -91,5 +92,8 @@ class Environment(Protocol):
         ...
 
     def close(self) -> Awaitable[None] | None:
-        """Free what the episode holds. It is always called, also after a time-out or an error."""
+        """Free what the episode holds. It is always called once, also after a time-out or an error.
+
+        Then a method that runs in a thread may not have returned yet.
+        """
         ...

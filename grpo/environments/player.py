@@ -5,9 +5,10 @@
 
 An episode ends when its environment says so, or at the first limit. They are checked in this order after every turn:
 
-    max_completion_tokens    there is no room for another token, also in the middle of a turn
+    max_completion_tokens    there is no room for another token; in the middle of a turn, nobody replies to it
     timeout_s                the environment's own time is used up
     max_turns                the policy has had its turns
+    max_completion_tokens    the reply leaves no room for another token
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -31,7 +33,7 @@ from grpo.environments.renderers import Renderer
 from grpo.errors import EnvironmentFailed, EnvironmentInvalid, EnvironmentTimeout, GRPOError
 from grpo.telemetry.recording import note, span
 from grpo.types import Completion, EpisodeLimit, EpisodeReport, Floats, Ints, Prompt, SamplingParams, Turn
-from grpo.utils.aio import gather_or_cancel, timeout_as
+from grpo.utils.aio import being_cancelled, gather_or_cancel, timeout_as
 
 Sampler = Callable[[Ints, SamplingParams], Awaitable[list[Completion]]]
 """Samples the next turn: `params.n` completions of one prompt."""
@@ -54,7 +56,8 @@ class Player:
     """Plays groups, any number of them side by side on one event loop.
 
     Example:
-        player = Player(task.environment, PlainRenderer(tokenizer, stops), EnvironmentConfig(), UserCalls(threads=8))
+        renderer, calls = PlainRenderer(tokenizer, stops), UserCalls(threads=8)
+        player = Player(task.environment, renderer, EnvironmentConfig(), calls, max_prompt_tokens=512)
         opening, episodes = await player.play(prompt, SamplingParams(n=8, max_tokens=64), engine.generate)
     """
 
@@ -64,7 +67,10 @@ class Player:
         renderer: Renderer,
         config: EnvironmentConfig,
         calls: UserCalls,
+        *,
+        max_prompt_tokens: int,
     ) -> None:
+        self._max_prompt_tokens = max_prompt_tokens
         self._make, self.renderer, self.config, self.calls = make, renderer, config, calls
 
     async def play(self, prompt: Prompt, params: SamplingParams, sample: Sampler) -> tuple[Ints, list[Episode]]:
@@ -80,6 +86,11 @@ class Player:
             if any(opening != openings[0] for opening in openings):
                 raise EnvironmentInvalid("the episodes of a group must begin with the same messages and tools")
             opening_ids = self.renderer.opening(openings[0].messages, openings[0].tools)
+            if not 0 < len(opening_ids) <= self._max_prompt_tokens:
+                raise EnvironmentInvalid(
+                    f"an episode begins with {len(opening_ids)} tokens, must be from 1 to "
+                    f"rollout.max_prompt_tokens={self._max_prompt_tokens}"
+                )
             started = time.perf_counter()
             first = await sample(opening_ids, playing[0].next_turn(n=params.n))
             waited_s = time.perf_counter() - started
@@ -87,7 +98,7 @@ class Player:
             work = [each.play(opening_ids, turn, waited_s) for each, turn in turns]
             return opening_ids, await gather_or_cancel(*work)
         finally:
-            await asyncio.gather(*(each.close() for each in playing))
+            await asyncio.shield(asyncio.gather(*(each.close() for each in playing)))
 
 
 class _Playing:
@@ -127,8 +138,8 @@ class _Playing:
         # All episodes of a group get the same seed, and so the same hidden state.
         self._environment = await self._in_time("environment", make, prompt.problem, prompt.serial)
         opening = await self._in_time("begin", self._environment.begin)
-        if not isinstance(opening, Opening) or not opening.messages:
-            raise EnvironmentInvalid(f"begin returned {_shown(opening)}; return an Opening with messages")
+        if not isinstance(opening, Opening) or not opening.messages or not _are_messages(opening.messages):
+            raise EnvironmentInvalid(f"begin returned {_shown(opening)}; return an Opening with a tuple of Messages")
         return opening
 
     async def play(self, opening: Ints, turn: Completion, waited_s: float) -> Episode:
@@ -182,31 +193,35 @@ class _Playing:
     async def _score(self, ended_by: Ending) -> float:
         if ended_by != "done" and self._config.on_limit == "zero":
             return 0.0
-        score = getattr(self._environment, "score", None)
+        score = _own_method(self._environment, "score")
         if score is None:
             return sum(turn.reward for turn in self._turns)
         reward = await self._in_time("score", score, grace_s=self._config.timeout_s)  # also after a time-out
-        if not isinstance(reward, (int, float)) or not math.isfinite(reward):
+        if not _is_finite(reward):
             raise EnvironmentInvalid(f"score returned {_shown(reward)}; return a finite number")
         return float(reward)
 
     async def _in_time(self, name: str, function: Callable[..., Any], *args: Any, grace_s: float = 0.0) -> Any:
         """Call the user's code, within what is left of `timeout_s` and `grace_s`.
 
-        A thread can't be cancelled, so it has `timeout_s` more to return; after that it hangs. Raises
-        EnvironmentTimeout, and EnvironmentFailed for whatever the code raises.
+        A thread can't be cancelled, so it has `timeout_s` more to return; after that it hangs. Waiting for a free
+        thread does not count. Raises EnvironmentTimeout, and EnvironmentFailed for whatever the code raises.
         """
         in_thread, timeout_s = not inspect.iscoroutinefunction(function), self._config.timeout_s
         left_s = max(0.0, timeout_s - self._environment_s) + (max(grace_s, timeout_s) if in_thread else grace_s)
         late = EnvironmentTimeout(f"{name} did not return within environment.timeout_s={timeout_s:g}", hung=in_thread)
+        call = await self._calls.start(function, *args)
         started = time.perf_counter()
         try:
             async with timeout_as(left_s, lambda: late):
-                return await self._calls.run(function, *args)
+                return await call
         except GRPOError:
             raise
-        except Exception as error:
-            raise EnvironmentFailed(f"{name} raised {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            if being_cancelled():
+                raise
+            text = " ".join(str(error).split())
+            raise EnvironmentFailed(f"{name} raised {type(error).__name__}: {text}") from error
         finally:
             self._environment_s += time.perf_counter() - started
 
@@ -236,24 +251,28 @@ class _Playing:
         )
 
     def _check(self, reply: Any) -> None:
-        if not isinstance(reply, Reply):
-            raise EnvironmentInvalid(f"reply returned {_shown(reply)}; return a Reply")
+        if not isinstance(reply, Reply) or not _are_messages(reply.messages):
+            raise EnvironmentInvalid(f"reply returned {_shown(reply)}; return a Reply with a tuple of Messages")
         if any(message.role == "assistant" for message in reply.messages):
             raise EnvironmentInvalid("reply returned a message of role assistant; only the policy speaks as assistant")
-        if not math.isfinite(reply.reward):
-            raise EnvironmentInvalid(f"reply returned the reward {reply.reward}; return a finite number")
+        if not _is_finite(reply.reward):
+            raise EnvironmentInvalid(f"reply returned the reward {_shown(reply.reward)}; return a finite number")
+        if not isinstance(reply.metrics, Mapping) or not all(map(_is_finite, reply.metrics.values())):
+            raise EnvironmentInvalid(f"reply returned the metrics {_shown(reply.metrics)}; return finite numbers")
 
     def _shorten(self, message: Message) -> Message:
         return replace(message, content=self._renderer.shorten(message.content, self._config.max_reply_tokens))
 
     async def close(self) -> None:
-        close = getattr(self._environment, "close", None)
+        close = _own_method(self._environment, "close")
         if close is None:
             return
         try:
             async with asyncio.timeout(_CLOSE_S):
                 await self._calls.run(close)
-        except Exception as error:
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            if being_cancelled():
+                raise
             log.warning("an environment did not close: %s: %s", type(error).__name__, error)
 
 
@@ -270,6 +289,23 @@ def merge_runs(runs: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
         else:
             merged.append((version, count))
     return tuple(merged)
+
+
+def _own_method(environment: Environment | None, name: str) -> Callable[..., Any] | None:
+    """Return a method that may be left out; None if it is, or if it is only inherited from the protocol."""
+    if getattr(type(environment), name, None) is getattr(Environment, name):
+        return None
+    return getattr(environment, name, None)
+
+
+def _are_messages(messages: object) -> bool:
+    return isinstance(messages, (tuple, list)) and all(
+        isinstance(message, Message) and isinstance(message.content, str) for message in messages
+    )
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (Real, np.bool_)) and math.isfinite(float(value))
 
 
 def _shown(value: Any) -> str:

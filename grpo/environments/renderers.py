@@ -23,10 +23,9 @@ if TYPE_CHECKING:
 
 _ANSWER = "THE-ANSWER"  # stands for what was sampled, to find in a rendered text what follows it
 _BASE = (Message("user", "A question"), Message("assistant", _ANSWER))
-_NOTE, _NOTE_TOKENS = "\n[... {} characters left out ...]\n", 16  # the tokens of the note in most vocabularies
+_NOTE = "\n[... {} characters left out ...]\n"
 _CHARACTERS_PER_TOKEN = 16  # more than any text has on average
-_REASONING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
-_TOOL_CALL = re.compile(r"\s*<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
+_TOOL_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)  # linear in the text, whatever it says
 
 
 class Renderer(Protocol):
@@ -59,8 +58,11 @@ class Renderer(Protocol):
         """Return the text, cut in the middle if it is longer; it then says so."""
         ...
 
-    def check_continues(self) -> None:
-        """Raise ConfigError if the template can't continue a conversation after tokens that were sampled."""
+    def check_continues(self, *, tools: bool = False) -> None:
+        """Raise ConfigError if the template can't continue a conversation after tokens that were sampled.
+
+        `tools`: it must also accept the answers of tools.
+        """
         ...
 
 
@@ -69,18 +71,24 @@ class _TokenizerRenderer:
         self._tokenizer, self._stops = tokenizer, tuple(stop_token_ids)
 
     def shorten(self, text: str, max_tokens: int) -> str:
-        if len(text) <= max_tokens:  # a token has at least a character, but for some of rare scripts
+        if len(text.encode("utf-8", "replace")) <= max_tokens:  # a token has at least a byte
             return text
         # Only so many characters are tokenized: of a megabyte it would take a second.
         length, most = len(text), _CHARACTERS_PER_TOKEN * max_tokens
-        head, tail = (text, text) if length <= most else (text[:most], text[-most:])
-        head_ids = self._tokenizer.encode(head, add_special_tokens=False)
+        head, tail = (text, text) if length <= most else (text[: most // 2], text[-(most // 2) :])
+        head_ids = self._encode(head)
         if length <= most and len(head_ids) <= max_tokens:
             return text
-        tail_ids = self._tokenizer.encode(tail, add_special_tokens=False)
-        half = (max_tokens - _NOTE_TOKENS) // 2
-        kept = [self._tokenizer.decode(ids) for ids in (head_ids[:half], tail_ids[len(tail_ids) - half :])]
-        return f"{kept[0]}{_NOTE.format(length - len(kept[0]) - len(kept[1]))}{kept[1]}"
+        tail_ids = self._encode(tail)
+        half = max(0, max_tokens - len(self._encode(_NOTE.format(length)))) // 2
+        # A character that is cut through is left out.
+        head = self._tokenizer.decode(head_ids[:half]).rstrip("\ufffd")
+        tail = self._tokenizer.decode(tail_ids[len(tail_ids) - half :]).lstrip("\ufffd")
+        return f"{head}{_NOTE.format(length - len(head) - len(tail))}{tail}"
+
+    def _encode(self, text: str, *, add_special_tokens: bool = False) -> Ints:
+        text = text.encode("utf-8", "replace").decode()  # tokenizers refuse lone surrogates, which JSON may hold
+        return np.array(self._tokenizer.encode(text, add_special_tokens=add_special_tokens), dtype=np.int64)
 
 
 class PlainRenderer(_TokenizerRenderer):
@@ -91,17 +99,18 @@ class PlainRenderer(_TokenizerRenderer):
             raise ConfigError("plain text has no room for tools; set task.template=chat", key="task.template")
         # A system prompt belongs to a template.
         texts = [message.content for message in messages if message.role != "system"]
-        return _ints(self._tokenizer.encode("".join(texts)))
+        return self._encode("".join(texts), add_special_tokens=True)
 
     def parse(self, sampled: Ints) -> Message:
         return Message("assistant", self._tokenizer.decode(sampled, skip_special_tokens=True))
 
     def continuation(self, sampled: Ints, messages: Sequence[Message]) -> Ints:
-        text = "".join(message.content for message in messages)
-        tokens = self._tokenizer.encode(text, add_special_tokens=False)
-        return _ints(tokens if int(sampled[-1]) in self._stops else [*self._stops[:1], *tokens])
+        tokens = self._encode("".join(message.content for message in messages))
+        if int(sampled[-1]) in self._stops:
+            return tokens
+        return np.concatenate([np.array(self._stops[:1], dtype=np.int64), tokens])
 
-    def check_continues(self) -> None:
+    def check_continues(self, *, tools: bool = False) -> None:
         """Plain text continues after anything."""
 
 
@@ -127,7 +136,7 @@ class ChatRenderer(_TokenizerRenderer):
         tokens = self._encode(self._after_answer(*messages))
         return tokens[1:] if int(sampled[-1]) in self._stops else tokens
 
-    def check_continues(self) -> None:
+    def check_continues(self, *, tools: bool = False) -> None:
         end, fix = self._after_answer(generates=False), "use another model, or a task of one turn"
         if not (tokens := self._encode(end)).size or int(tokens[0]) not in self._stops:
             raise ConfigError(
@@ -137,14 +146,20 @@ class ChatRenderer(_TokenizerRenderer):
         roles: tuple[Role, ...] = ("user", "tool")
         for role in roles:
             more = Message(role, "More", tool_call_id="call_0", name="tool")
-            if not self._after_answer(more).startswith(end):
+            try:
+                continued = self._after_answer(more)
+            except ConfigError:
+                if role == "tool" and not tools:
+                    continue  # no environment can use them: that is refused when one does
+                raise
+            if not continued.startswith(end):
                 raise ConfigError(
                     f"the chat template rewrites an answer before a {role} message; {fix}", key="task.template"
                 )
 
     def _after_answer(self, *messages: Message, generates: bool = True) -> str:
         """Return what the template writes after an answer that these messages follow."""
-        return self._render([*_BASE, *messages], (), generates=generates).rpartition(_ANSWER)[2]
+        return self._render([*_BASE, *messages], (), generates=generates).partition(_ANSWER)[2]
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, generates: bool) -> str:
         plain = [as_dict(message) for message in messages]
@@ -161,20 +176,22 @@ class ChatRenderer(_TokenizerRenderer):
             ) from error
         return text
 
-    def _encode(self, text: str) -> Ints:
-        return _ints(self._tokenizer.encode(text, add_special_tokens=False))  # the template has written these already
-
 
 def parse_answer(text: str) -> Message:
     """Split an answer into its reasoning in think tags, its tool calls in tool_call tags, and the rest, its content.
 
-    A tool call is a JSON object with `name` and `arguments`, as many chat models write it (Hermes, Qwen).
+    Reasoning stands at the start; its first tag may be the template's, its last one missing where the answer was cut
+    off. A tool call is a JSON object with `name` and `arguments`, as many chat models write it (Hermes, Qwen).
     """
-    reasoning = _REASONING.match(text)
-    answer = text[reasoning.end() :] if reasoning else text
-    calls = tuple(_tool_call(i, match[1]) for i, match in enumerate(_TOOL_CALL.finditer(answer)))
-    content = _TOOL_CALL.sub("", answer) if calls else answer
-    return Message("assistant", content, reasoning[1].strip() if reasoning else None, calls)
+    before, closed, after = text.partition("</think>")
+    opened = before.lstrip().startswith("<think>")
+    if opened or (closed and "<think>" not in before):
+        reasoning, answer = before.lstrip().removeprefix("<think>").strip(), after.lstrip()
+    else:
+        reasoning, answer = None, text
+    calls = tuple(_tool_call(i, match[1].strip()) for i, match in enumerate(_TOOL_CALL.finditer(answer)))
+    content = _TOOL_CALL.sub("", answer).strip() if calls else answer
+    return Message("assistant", content, reasoning, calls)
 
 
 def _tool_call(number: int, raw: str) -> ToolCall:
@@ -199,7 +216,3 @@ def as_dict(message: Message) -> dict[str, Any]:
     if message.role == "tool":
         plain |= {"tool_call_id": message.tool_call_id, "name": message.name}
     return plain
-
-
-def _ints(token_ids: Sequence[int]) -> Ints:
-    return np.array(token_ids, dtype=np.int64)

@@ -13,6 +13,7 @@ from grpo.environments.base import Message, Opening, Reply, ToolCall
 from grpo.environments.calls import UserCalls
 from grpo.errors import ConfigError
 from grpo.types import Problem
+from grpo.utils.aio import being_cancelled
 
 _RESERVED = {"reset", "reward", "close"}
 _schemas: WeakKeyDictionary[Callable[..., Any], Mapping[str, Any]] = WeakKeyDictionary()
@@ -37,15 +38,15 @@ class Tools:
 
     def __init__(self, functions: Sequence[Callable[..., Any]], calls: UserCalls, *, key: str) -> None:
         self._calls = calls
-        self._functions = {function.__name__: function for function in functions}
-        if len(self._functions) < len(functions):
-            raise ConfigError("two tools have the same name", key=key)
         try:
+            self._functions = {function.__name__: function for function in functions}
             self.schemas: tuple[Mapping[str, Any], ...] = tuple(map(_schema, functions))
         except Exception as error:  # transformers has its own kinds
             raise ConfigError(
                 f"a tool needs a docstring with its arguments, and type hints: {error}", key=key
             ) from error
+        if len(self._functions) < len(functions):
+            raise ConfigError("two tools have the same name", key=key)
 
     async def answer(self, calls: Sequence[ToolCall]) -> tuple[tuple[Message, ...], int]:
         """Make all calls side by side; returns a tool message for each, in order, and how many failed.
@@ -66,9 +67,11 @@ class Tools:
             return f"error: no tool {call.name!r}; there are {', '.join(self._functions)}", True
         try:
             result = await self._calls.run(function, **call.arguments)
-        except Exception as error:
+            return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str), False
+        except (Exception, SystemExit, asyncio.CancelledError) as error:  # argparse, for example, exits
+            if being_cancelled():
+                raise
             return f"error: {type(error).__name__}: {error}", True
-        return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str), False
 
 
 class ToolEnvironment:
@@ -122,8 +125,9 @@ class MethodsEnvironment(ToolEnvironment):
     """An environment whose tools are the methods of an object."""
 
     def __init__(self, target: ObjectWithTools, problem: Problem, calls: UserCalls) -> None:
-        methods = inspect.getmembers(target, inspect.ismethod)
-        public = [method for name, method in methods if not name.startswith("_") and name not in _RESERVED]
+        # Looked up in the class, since getmembers of an object evaluates its properties.
+        names = [name for name, _ in inspect.getmembers(type(target), inspect.isfunction)]
+        public = [getattr(target, name) for name in names if not name.startswith("_") and name not in _RESERVED]
         super().__init__((), Tools(public, calls, key="task.target"), lambda answer: target.reward())
         self._target, self._problem, self._calls = target, problem, calls
 

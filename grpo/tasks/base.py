@@ -90,7 +90,14 @@ def environment_maker(
 
     def own(problem: Problem, seed: int) -> Environment:
         made = make(problem, seed)
-        return made if hasattr(made, "begin") else MethodsEnvironment(made, problem, calls)
+        if hasattr(made, "begin"):
+            return made
+        if hasattr(made, "reset") and hasattr(made, "reward"):
+            return MethodsEnvironment(made, problem, calls)
+        raise ConfigError(
+            f"its environment is of type {type(made).__name__}, which has neither begin nor reset and reward",
+            key="task.target",
+        )
 
     return own
 

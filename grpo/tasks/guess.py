@@ -13,7 +13,7 @@ from grpo.tasks.base import Split
 from grpo.types import Problem
 
 HIGHER, LOWER, UNREADABLE = ">", "<", "?"
-_NUMBER = re.compile(r"\d+")
+_NUMBER = re.compile(r"[0-9]{1,9}")
 
 
 class Guess:

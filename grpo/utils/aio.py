@@ -99,6 +99,12 @@ async def timeout_as(seconds: float | None, make_error: Callable[[], Exception])
         raise make_error() from error
 
 
+def being_cancelled() -> bool:
+    """Return True if the current task is cancelled; False if a CancelledError comes from what it awaited."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 def task_name() -> str:
     """Return the name of the current task, or "" outside of any."""
     task = asyncio.current_task()

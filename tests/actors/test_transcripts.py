@@ -29,7 +29,7 @@ class Bisecting:
 
 @pytest.fixture
 def play(config, tokenizer):
-    config.task = TaskConfig("grpo.tasks.guess:Guess", {"min_numbers": 15, "max_numbers": 15})
+    config.task = TaskConfig("grpo.tasks.guess:Guess", {"min_numbers": 12, "max_numbers": 15})
     prompt = Prompt(3, Problem("15:", "4"), np.array(tokenizer.encode("15:")))
 
     async def play(detail):

@@ -30,7 +30,7 @@ from grpo.config.actors import ModelConfig
 from grpo.errors import CheckpointError
 from grpo.models.export import export_model
 from grpo.models.tiny import tiny_llama
-from grpo.types import Batch, Problem, Prompt
+from grpo.types import Batch, Completion, Problem, Prompt, Turn
 
 PROGRESS = {"step": 3, "prompts": [1, 2], "reward_first": 0.25, "note": "größer"}
 
@@ -118,6 +118,38 @@ def test_groups_come_back_as_they_were(save, groups):
         for completion in a.completions:
             assert (completion.token_ids.dtype, completion.logprobs.dtype) == (np.int64, np.float32)
     assert load_groups(save(2, groups=[])) == []
+
+
+@pytest.fixture
+def episodes(groups):
+    """A group of two episodes, of three turns and of one, with reference log-probabilities of the sampled tokens."""
+    _, group = groups[0]
+    turns = Turn(2, given=3, reward=0.5), Turn(1, finish_reason="length"), Turn(3, reward=-1.0)
+    completions = [
+        Completion(np.arange(9), np.full(6, -0.5, np.float32), ((0, 2), (1, 4)), "stop", turns),
+        Completion(np.arange(4), np.full(4, -1.5, np.float32), ((1, 4),), "length", (Turn(4, finish_reason="length"),)),
+    ]
+    reference = [np.full(6, -0.25, np.float32), np.full(4, -0.75, np.float32)]
+    return dataclasses.replace(group, completions=completions, reference_logprobs=reference)
+
+
+def test_episodes_come_back_with_their_turns(save, groups, episodes):
+    loaded = [group for _, group in load_groups(save(1, groups=[(5, episodes), *groups]))]
+    assert [plain(group) for group in loaded] == [plain(group) for group in (episodes, *(g for _, g in groups))]
+    assert loaded[0].completions[0].turns == episodes.completions[0].turns
+    assert loaded[0].completions[0].sampled_places().tolist() == [0, 1, 5, 6, 7, 8]
+    assert [len(values) for values in loaded[0].reference_logprobs] == [6, 4]
+    assert loaded[1].completions[0].turns == ()
+
+
+def test_groups_of_checkpoints_from_before_there_were_turns_are_read(save, groups):
+    path = save(1)
+    records = json.loads((path / "groups.json").read_text(encoding="utf-8"))
+    for record in records:
+        for completion in record["completions"]:
+            del completion["turns"]
+    (path / "groups.json").write_text(json.dumps(records), encoding="utf-8")
+    assert [plain(group) for _, group in load_groups(path)] == [plain(group) for _, group in groups]
 
 
 def test_completions_that_are_masked_stay_so(save, groups):

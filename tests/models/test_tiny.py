@@ -8,7 +8,9 @@ from transformers import AutoTokenizer
 from grpo.models import tiny
 from grpo.models.loading import cache_folder
 from grpo.models.tiny import character_tokenizer, prepare, tiny_llama
+from grpo.tasks.guess import Guess
 from grpo.tasks.sorting import Sorting
+from grpo.types import Problem
 
 QUICK = {"steps": 2, "batch_size": 4}
 
@@ -128,3 +130,24 @@ def test_examples_are_trained_on_the_answer_and_its_eos_alone(task):
         answer = tokenizer.decode(labels_T[trained_T])
         assert answer.endswith("<eos>")
         assert sorted(answer.removesuffix("<eos>")) == sorted(problem.answer)
+
+
+def test_an_episode_is_trained_on_its_turns_and_not_on_the_replies():
+    class Game:
+        def demonstration(self, problem, rng):
+            return ["12", "<", "7", ">>", "9"]
+
+    tokenizer = character_tokenizer()
+    problems = [Problem("23:", "9"), Problem("1234567:", "9")]
+    tokens_BT, labels_BT = tiny._examples(problems, tokenizer, Game(), tiny.np.random.default_rng(0))
+    for problem, tokens_T, labels_T in zip(problems, tokens_BT, labels_BT, strict=True):
+        assert tokenizer.decode(tokens_T[tokens_T != 0]) == f"{problem.question}12<eos><7<eos>>>9<eos>"
+        trained_T = labels_T != -100
+        assert torch.equal(tokens_T[trained_T], labels_T[trained_T])
+        assert tokenizer.decode(labels_T[trained_T]) == "12<eos>7<eos>9<eos>"
+
+
+def test_a_task_of_several_turns_can_be_demonstrated():
+    folder = prepare(Guess(min_numbers=2, max_numbers=5), **QUICK)
+    assert folder.name.startswith("tiny-guess-")
+    assert not torch.equal(load_file(folder / "model.safetensors")["model.norm.weight"], torch.ones(128))

@@ -1,15 +1,21 @@
 """Loading a tokenizer in a process that computes nothing; texts of single tokens."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from grpo.config.actors import ModelConfig
-from grpo.models.tokenizer import load_tokenizer, token_texts
+from grpo.models.loading import load_skeleton, stop_token_ids
+from grpo.models.tiny import character_tokenizer
+from grpo.models.tokenizer import load_tokenizer, stop_token_ids_of, token_texts, tokens_as_json
+from grpo.types import Completion, Turn
 
 PROGRAM = """
 import os, sys
@@ -65,3 +71,33 @@ def test_a_tokenizer_without_a_stream_goes_one_by_one():
             return [f"<{token_id}>" for (token_id,) in sequences]
 
     assert token_texts(Slow(), [3, 5]) == ["<3>", "<5>"]
+
+
+def test_tokens_that_were_given_have_neither_a_logprob_nor_a_version():
+    tokenizer = character_tokenizer()
+    answer = Completion(
+        np.array(tokenizer.encode("12<3")),
+        np.array([-0.5, -np.inf, -0.25], np.float32),
+        versions=((3, 1), (4, 2)),
+        finish_reason="length",
+        turns=(Turn(sampled=2, given=1), Turn(sampled=1)),
+    )
+    plain = Completion(np.array(tokenizer.encode("7")), np.array([-1.0], np.float32), ((4, 1),), "stop")
+    assert json.loads(tokens_as_json(tokenizer, [answer, plain])) == [
+        [["1", -0.5, 3], ["2", None, 4], ["<", None, None], ["3", -0.25, 4]],
+        [["7", -1.0, 4]],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"), [(None, (1,)), (1, (1,)), ([5, 1, 7], (1, 5, 7)), (9, (1, 9))], ids=str
+)
+def test_stop_tokens_are_those_of_the_tokenizer_then_those_of_the_model(tmp_path, tiny_model_path, listed, expected):
+    shutil.copytree(tiny_model_path, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").unlink()
+    if listed is not None:
+        GenerationConfig(eos_token_id=listed).save_pretrained(tmp_path / "model")
+    config = ModelConfig(path=str(tmp_path / "model"))
+    tokenizer = load_tokenizer(config)
+    assert stop_token_ids_of(config, tokenizer) == expected
+    assert set(stop_token_ids(load_skeleton(config), tokenizer)) == set(expected)

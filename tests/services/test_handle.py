@@ -498,6 +498,15 @@ async def test_a_lease_that_is_lost_is_the_death_of_the_process():
         assert fleet.failures.restarts == {"echo": 1}
 
 
+async def test_another_process_that_dies_during_a_lease_is_not_its_death():
+    async with Fleet(1) as fleet:
+        with pytest.raises(ActorDied):
+            async with fleet.handle.lease():
+                raise ActorDied("the environment is gone")
+        assert await fleet.handle.say.route("a") == "echo/0: a"
+        assert fleet.failures.restarts == {}
+
+
 async def test_the_loss_of_a_lease_says_nothing_about_whoever_reports_it():
     async with Fleet(1) as fleet:
         with pytest.raises(LeaseLost):

@@ -2,7 +2,16 @@ import asyncio
 
 import pytest
 
-from grpo.utils.aio import Interrupted, Signal, gather_or_cancel, race, raise_first, run_until_set, timeout_as
+from grpo.utils.aio import (
+    Interrupted,
+    Signal,
+    being_cancelled,
+    gather_or_cancel,
+    race,
+    raise_first,
+    run_until_set,
+    timeout_as,
+)
 
 
 async def test_together_gives_results_in_order():
@@ -163,3 +172,25 @@ def test_an_error_that_reached_several_tasks_is_not_a_note_of_itself():
     with pytest.raises(ValueError, match="a"):
         raise_first(ExceptionGroup("outer", [error, error, KeyError("b")]))
     assert error.__notes__ == ["at the same time: KeyError: 'b'"]
+
+
+async def test_what_is_awaited_may_be_cancelled_without_the_task_that_awaits_it():
+    found = []
+
+    async def waits(future):
+        try:
+            await future
+        except asyncio.CancelledError:
+            found.append(being_cancelled())
+
+    theirs = asyncio.get_running_loop().create_future()
+    task = asyncio.ensure_future(waits(theirs))
+    await asyncio.sleep(0)
+    theirs.cancel()
+    await task
+    task = asyncio.ensure_future(waits(asyncio.get_running_loop().create_future()))
+    await asyncio.sleep(0)
+    task.cancel()
+    await task
+    assert found == [False, True]
+    assert not being_cancelled()
