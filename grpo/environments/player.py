@@ -135,8 +135,8 @@ class _Playing:
         )
 
     async def begin(self, make: Callable[[Any, int], Environment], prompt: Prompt) -> Opening:
-        # All episodes of a group get the same seed, and so the same hidden state.
-        self._environment = await self._in_time("environment", make, prompt.problem, prompt.serial)
+        # All episodes of a group get the seed of its sampling, which follows from the run's seed and the prompt's serial.
+        self._environment = await self._in_time("environment", make, prompt.problem, self._params.seed)
         opening = await self._in_time("begin", self._environment.begin)
         if not isinstance(opening, Opening) or not opening.messages or not _are_messages(opening.messages):
             raise EnvironmentInvalid(f"begin returned {_shown(opening)}; return an Opening with a tuple of Messages")

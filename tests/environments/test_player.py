@@ -86,10 +86,10 @@ async def test_a_reply_without_a_message_gives_nothing():
     assert episode.completion.sampled_places().tolist() == [0, 1, 2, 3]
 
 
-async def test_environments_are_made_from_the_problem_and_the_serial_of_its_prompt():
+async def test_environments_of_a_group_are_made_from_its_problem_and_its_seed():
     made = []
     await play([Game(DONE), Game(DONE)], Policy(["1."], ["1."]), made=made)
-    assert made == [(PROMPT.problem, PROMPT.serial)] * 2
+    assert made == [(PROMPT.problem, 5)] * 2
 
 
 async def test_plain_methods_run_in_threads():
