@@ -1,7 +1,8 @@
 """Batch of running completions, the rows: they join, decode one token together, and leave.
 
 `DecodeBatch` runs the model. `TokenGrid` holds what the rows have sampled, on the columns of the KV grid (kv_cache.py).
-`RowTensors` holds the parameters of the running rows.
+`RowTensors` holds the parameters of the running rows. A row whose request says so leaves its keys and values to the
+next turn of its episode (prefix_cache.py).
 
 Shape suffixes: B running rows   N some rows   R all rows   C columns   T tokens of a completion   S stop tokens
                 V vocabulary
