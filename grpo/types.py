@@ -88,7 +88,8 @@ class SamplingParams:
 
     `stop_token_ids` end a completion in addition to the model's own end-of-sequence tokens. Random numbers depend on
     `seed`, on the number of the completion within its group, counted from `first_sample`, and on the place of the
-    token, counted from `first_token`: the turns of an episode continue one stream of numbers.
+    token, counted from `first_token`: the turns of an episode continue one stream of numbers. `keep_prefix` says that
+    another turn may follow, so that the engine may keep what it has computed.
     """
 
     n: int = 1
@@ -100,6 +101,7 @@ class SamplingParams:
     seed: int = 0
     first_sample: int = 0
     first_token: int = 0
+    keep_prefix: bool = False
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.figures import Figure, machine, markdown, print_figures, save_figures
 from rich.console import Console
 
-BENCHES = ("orchestration", "weights", "engine", "learner", "overlap", "startup", "peer", "gpu")
+BENCHES = ("orchestration", "weights", "engine", "episodes", "learner", "overlap", "startup", "peer", "gpu")
 
 
 def main() -> None:

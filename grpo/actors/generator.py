@@ -114,6 +114,7 @@ async def make_engine(config: RunConfig, device: str, threads: int) -> Engine:
         limits=limits,
         weight_update=settings.weight_update,
         cuda_graphs=settings.cuda_graphs,
+        prefix_cache_mb=settings.prefix_cache_mb,
         threads=threads,
         merge=merge,
     )

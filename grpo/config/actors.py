@@ -178,6 +178,9 @@ class GeneratorConfig(Settings):
     cuda_graphs: bool = True
     """Use CUDA graphs for decode steps, where the model allows; false is vLLM's enforce_eager."""
 
+    prefix_cache_mb: Annotated[float, Ge(0), Form(math.isfinite, "a finite number"), Hint("0 switches it off")] = 1024.0
+    """MiB of keys and values that the torch engine keeps between the turns of episodes, beside the running ones."""
+
     num_cpus: NumCpus = 1.0
     """CPU cores that Ray reserves for each replica."""
 

@@ -132,6 +132,7 @@ class _Playing:
             max_tokens=min(self._room, self._config.max_turn_tokens or self._room),
             first_sample=self._number,
             first_token=self._sampled_count,
+            keep_prefix=len(self._turns) + 1 < self._config.max_turns,
         )
 
     async def begin(self, make: Callable[[Any, int], Environment], prompt: Prompt) -> Opening:

@@ -37,6 +37,8 @@ from tests.composed import assert_refused, composed
         ("generator.engine=magic", r"generator\.engine: is 'magic', must be one of torch, vllm, simulated"),
         ("reward.on_error=ignore", r"reward\.on_error: is 'ignore', must be one of fail, drop"),
         ("generator.gpu_memory_fraction=1.5", r"generator\.gpu_memory_fraction: is 1\.5, must be in"),
+        ("generator.prefix_cache_mb=-1", r"generator\.prefix_cache_mb: is -1, must be at least 0: 0 switches it off"),
+        ("generator.prefix_cache_mb=inf", r"generator\.prefix_cache_mb: is inf, must be"),
         ("eval.temperature=-1", r"eval\.temperature: is -1, must be at least 0"),
         ("eval.temperature=nan", r"eval\.temperature: is nan, must be at least 0"),
         ("eval.success_threshold=nan", r"eval\.success_threshold: is nan, must be a finite number"),

@@ -100,6 +100,7 @@ async def serving(model, **settings):
         max_prompt_tokens=settings.pop("max_prompt_tokens", 8),
         max_completion_tokens=settings.pop("max_completion_tokens", 40),
         max_sequences=settings.pop("max_rows", 8),
+        several_turns=settings.pop("several_turns", False),
     )
     async with asyncio.timeout(300):
         engine = TorchEngine(model, limits=limits, **{"stop_token_ids": (), "threads": 1, **settings})

@@ -1,7 +1,8 @@
 """Batch of running completions, the rows: they join, decode one token together, and leave.
 
 `DecodeBatch` runs the model. `TokenGrid` holds what the rows have sampled, on the columns of the KV grid (kv_cache.py).
-`RowTensors` holds the parameters of the running rows.
+`RowTensors` holds the parameters of the running rows. A row whose request says so leaves its keys and values to the
+next turn of its episode (prefix_cache.py).
 
 Shape suffixes: B running rows   N some rows   R all rows   C columns   T tokens of a completion   S stop tokens
                 V vocabulary
@@ -21,6 +22,7 @@ from torch import Tensor
 from grpo.engines.base import Limits
 from grpo.engines.torch.forward import choose_decoding
 from grpo.engines.torch.kv_cache import KVGrid, Prefix, prefill
+from grpo.engines.torch.prefix_cache import Episode, KeptPrefix, PrefixCache
 from grpo.engines.torch.sampling import RowSampler, uniforms
 from grpo.telemetry.recording import span
 from grpo.types import Completion, Ints, SamplingParams
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SLACK_COLUMNS = 64  # the grid is shifted once in so many steps: rare enough not to cost anything
+_SMALL_PREFILL = 16  # so many tokens of a prompt take little longer to compute than one
 
 
 @dataclass(eq=False)
@@ -49,6 +52,9 @@ class Request:
     @property
     def done(self) -> bool:
         return len(self.completions) == self.params.n
+
+    def episode(self, sample: int) -> Episode:
+        return self.params.seed, self.params.first_sample + sample
 
     def result(self) -> list[Completion]:
         return [self.completions[sample] for sample in range(self.params.n)]
@@ -72,17 +78,24 @@ class DecodeBatch:
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, stop_token_ids: Sequence[int], limits: Limits, cuda_graphs: bool = True
+        self,
+        model: PreTrainedModel,
+        *,
+        stop_token_ids: Sequence[int],
+        limits: Limits,
+        cuda_graphs: bool = True,
+        prefix_cache_bytes: int = 0,
     ) -> None:
         self.model = model
         self.version = 0
         self._limits = limits
         self._device = next(model.parameters()).device
         self._stops_S = torch.tensor(list(stop_token_ids), dtype=torch.long, device=self._device)
-        max_columns = limits.longest_prompt + limits.max_completion_tokens + _SLACK_COLUMNS
+        max_columns = limits.context + _SLACK_COLUMNS
         self._kv = KVGrid(limits.max_sequences, max_columns)
         self._decoding = choose_decoding(model, self._kv, cuda_graphs=cuda_graphs)
         self._tokens = TokenGrid(limits, max_columns, self._device)
+        self.prefixes = PrefixCache(prefix_cache_bytes)
         self._rows: list[Row] = []
         self._rows_changed()
 
@@ -134,11 +147,14 @@ class DecodeBatch:
         return logits_BV
 
     def _make_room(self) -> None:
-        """Move the used columns left when the next column would not fit."""
+        """Move all rows left when the next column would not fit."""
         if self._kv.end + 1 < self._kv.max_columns:
             return
-        # A prompt of full length must still fit before `end`.
-        columns = min(self._kv.first, self._kv.end - self._limits.longest_prompt)
+        # Prompts must still fit before `end`. Only later turns of episodes are longer, and move the rows right again.
+        self._shift_left(min(self._kv.first, self._kv.end - self._limits.max_prompt_tokens))
+
+    def _shift_left(self, columns: int) -> None:
+        """Move all rows; a negative number moves them right."""
         self._kv.shift_left(columns)
         self._tokens.shift_left(columns)
         for row in self._rows:
@@ -148,10 +164,13 @@ class DecodeBatch:
 
     def _join(self, requests: Sequence[Request]) -> list[Tensor]:
         """Add rows whose prompts end before column `end`; return the logits [rows, V] of each group's first tokens."""
+        longest = max(len(request.prompt_ids) for request in requests)
         if not self._rows:
-            self._kv.end = self._limits.longest_prompt
+            self._kv.end = max(longest, self._limits.max_prompt_tokens)
+        elif longest > self._kv.end:
+            self._shift_left(self._kv.end - longest)
         logits = []
-        for request, prefix in zip(requests, self._prefixes(requests), strict=True):
+        for request, prefix in self._prefixes(requests):
             # All rows of a group share its prefix.
             first, count = self.running, min(request.to_join, self.free_rows)
             self._kv.store(prefix, slice(first, first + count))
@@ -165,16 +184,41 @@ class DecodeBatch:
         self._rows_changed()
         return logits
 
-    def _prefixes(self, requests: Sequence[Request]) -> Iterator[Prefix]:
-        """Yield the prefix of each request; none is computed twice under the same weights."""
+    def _prefixes(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Prefix]]:
+        """Yield each request with its prefix, those that continue a kept one first.
+
+        None is computed twice under the same weights. The order is safe: a single row always fits as a whole.
+        """
+        kept = {request: prefix for request in requests if (prefix := self._kept_prefix(request))}
+        yield from self._continued(kept)
+        requests = [request for request in requests if request not in kept]
         outdated = [r for r in requests if r.prefix is None or r.prefix.version != self.version]
-        prompts = [torch.tensor(request.prompt_ids, device=self._device) for request in outdated]
-        computed = prefill(self.model, prompts, self.version)
+        computed = prefill(self.model, self._prompts(outdated), self.version)
         for request in requests:
             if request in outdated:
                 request.prefix = next(computed)
             assert request.prefix is not None
-            yield request.prefix
+            yield request, request.prefix
+
+    def _kept_prefix(self, request: Request) -> KeptPrefix | None:
+        if request.params.first_token == 0 or request.params.n > 1:
+            return None  # the first turn of a group
+        return self.prefixes.take(request.episode(0), request.prompt_ids)
+
+    def _continued(self, kept: Mapping[Request, KeptPrefix]) -> Iterator[tuple[Request, Prefix]]:
+        """Yield the prefixes of requests of which a part is kept, after computing the rest."""
+
+        def size(request: Request) -> int:
+            return (len(request.prompt_ids) - len(kept[request].token_ids)) // _SMALL_PREFILL
+
+        # Those of similar size together, because as many new tokens are computed for each as for the largest.
+        for _, similar in groupby(sorted(kept, key=size), lambda request: size(request).bit_length()):
+            together = list(similar)
+            states = [kept[request].states for request in together]
+            yield from zip(together, prefill(self.model, self._prompts(together), self.version, states), strict=True)
+
+    def _prompts(self, requests: Sequence[Request]) -> list[Tensor]:
+        return [torch.tensor(request.prompt_ids, device=self._device) for request in requests]
 
     def _sample(self, logits: Sequence[Tensor]) -> tuple[list[Request], int]:
         """Draw the token at column `end` of every row from logits [B, V] in parts, and remove the finished rows."""
@@ -184,10 +228,14 @@ class DecodeBatch:
         self._tokens.write(end, tokens_B, logprobs_B, self.version)
         ended = row_tensors.ended(tokens_B, position_B)
         finished = []
-        for row, completion in self._tokens.completions(self._rows, ended, end + 1):
-            row.request.completions[row.sample] = completion
-            if row.request.done:
-                finished.append(row.request)
+        for i, completion in self._tokens.completions(self._rows, ended, end + 1):
+            request, sample = self._rows[i].request, self._rows[i].sample
+            request.completions[sample] = completion
+            if request.params.keep_prefix:
+                computed = np.concatenate([request.prompt_ids, completion.token_ids[:-1]])
+                self.prefixes.keep(request.episode(sample), computed, self._kv, i)
+            if request.done:
+                finished.append(request)
         self._remove(list(ended))
         return finished, len(tokens_B)
 
@@ -281,7 +329,7 @@ class TokenGrid:
         self._logprobs_RC[:rows, column] = logprobs_B
         self._versions_RC[:rows, column] = version
 
-    def completions(self, rows: Sequence[Row], ended: Mapping[int, bool], end: int) -> Iterator[tuple[Row, Completion]]:
+    def completions(self, rows: Sequence[Row], ended: Mapping[int, bool], end: int) -> Iterator[tuple[int, Completion]]:
         """Yield the completions, up to column `end`, of the rows that `ended` by a stop token or at their limit."""
         if not ended:
             return
@@ -292,7 +340,7 @@ class TokenGrid:
         for (i, stopped), *columns in zip(ended.items(), *sampled, strict=True):
             token_ids, logprobs, versions = (values[rows[i].completion_start - first :].copy() for values in columns)
             runs = tuple((version, len(list(run))) for version, run in groupby(versions.tolist()))
-            yield rows[i], Completion(token_ids, logprobs, runs, "stop" if stopped else "length")
+            yield i, Completion(token_ids, logprobs, runs, "stop" if stopped else "length")
 
     def move_rows(self, sources_N: Tensor, targets_N: Tensor) -> None:
         for grid in (*self._grids, self._uniforms_RT):
@@ -300,4 +348,4 @@ class TokenGrid:
 
     def shift_left(self, columns: int) -> None:
         for grid in self._grids:
-            grid[:, :-columns] = grid[:, columns:].clone()  # source and target overlap
+            grid.copy_(grid.roll(-columns, dims=1))  # what wraps around belongs to no row

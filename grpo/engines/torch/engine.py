@@ -30,7 +30,8 @@ class TorchEngine:
     `weight_update` decides the fate of running completions at a swap. `in_flight` keeps the keys and values computed
     with the old weights. `in_flight_recompute` recomputes them under the new weights. `drain` finishes the running
     groups under the old weights first, while new groups wait. With `merge`, published weights are adapters.
-    `cuda_graphs` applies to models on a GPU that allow them.
+    `cuda_graphs` applies to models on a GPU that allow them. Up to `prefix_cache_mb` MiB of keys and values are kept
+    between the turns of episodes; as those of running completions, they outlive a swap only `in_flight`.
 
     Example:
 
@@ -49,10 +50,17 @@ class TorchEngine:
         limits: Limits,
         weight_update: WeightUpdate = "in_flight",
         cuda_graphs: bool = True,
+        prefix_cache_mb: float = 1024.0,
         threads: int = 0,
         merge: Merge | None = None,
     ) -> None:
-        self._batch = DecodeBatch(model, stop_token_ids=stop_token_ids, limits=limits, cuda_graphs=cuda_graphs)
+        self._batch = DecodeBatch(
+            model,
+            stop_token_ids=stop_token_ids,
+            limits=limits,
+            cuda_graphs=cuda_graphs,
+            prefix_cache_bytes=int(prefix_cache_mb * 2**20),
+        )
         self._limits, self._weight_update, self._merge = limits, weight_update, merge
         self._waiting: deque[Request] = deque()
         self._futures: dict[Request, asyncio.Future[list[Completion]]] = {}
@@ -169,6 +177,8 @@ class TorchEngine:
         with span("load", version=version):
             staged.swap()
         self._batch.version = version
+        if self._weight_update != "in_flight":
+            self._batch.prefixes.clear()
         if self._weight_update == "in_flight_recompute":
             self._batch.recompute()
 

@@ -8,11 +8,11 @@ Every running sequence ends at the same column. The sequences begin at different
     row 2             [ p p p p c
 
 This is left padding. Any Hugging Face causal LM understands it through a two-dimensional attention mask, sliding
-windows included. A prefill computes a whole prompt, whose keys and values are then copied into rows. A decode step
-writes one column. The last row moves into the slot of a finished one. When the columns run out, the used ones move
-back to the left edge.
+windows included. A prefill computes a prompt, or the rest of one whose first tokens were kept; its keys and values are
+then copied into rows. A decode step writes one column. The last row moves into the slot of a finished one. When the
+columns run out, the used ones move back to the left edge. They move right for a prompt that is longer than they reach.
 
-Shape suffixes: B sequences of one prefill   T tokens   V vocabulary
+Shape suffixes: B sequences of one prefill   T tokens   S new tokens   V vocabulary
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PREFILL_TOKENS = 8192  # in one forward pass: bounds its memory
+
+States = Sequence[Tensor]
+"""Keys and values of the first L tokens of a sequence: each layer's keys, then its values, [L, heads, head size]."""
 
 
 class KVGrid:
@@ -55,6 +58,16 @@ class KVGrid:
             layer.keys[rows, :, columns] = computed.keys[prefix.source, :, -prefix.length :]
             layer.values[rows, :, columns] = computed.values[prefix.source, :, -prefix.length :]
 
+    def copy(self, row: int, start: int) -> States:
+        """Return copies of the columns [start, end) of a row."""
+        columns = [buffer[row, :, start : self.end].transpose(0, 1) for buffer in self._buffers()]
+        return [states.clone(memory_format=torch.contiguous_format) for states in columns]
+
+    @property
+    def column_bytes(self) -> int:
+        """Size of one column of one row, over all layers."""
+        return sum(buffer[0, :, 0].numel() * buffer.element_size() for buffer in self._buffers())
+
     def move_rows(self, sources: Tensor, targets: Tensor) -> None:
         for buffer in self._buffers():
             used = buffer[:, :, self.first : self.end]
@@ -62,6 +75,7 @@ class KVGrid:
             used.index_copy_(0, targets, used.index_select(0, sources))
 
     def shift_left(self, columns: int) -> None:
+        """Move the used columns; a negative number moves them right."""
         for buffer in self._buffers():
             kept = buffer[: self.rows, :, self.first : self.end].clone()  # source and target overlap
             buffer[: self.rows, :, self.first - columns : self.end - columns] = kept
@@ -134,30 +148,65 @@ class Prefix:
     version: int
 
 
-def prefill(model: PreTrainedModel, sequences: Sequence[Tensor], version: int) -> Iterator[Prefix]:
-    """Yield a prefix for each sequence of token ids, in order.
+def prefill(
+    model: PreTrainedModel, sequences: Sequence[Tensor], version: int, kept: Sequence[States] = ()
+) -> Iterator[Prefix]:
+    """Yield a prefix for each sequence of token ids, in order; `kept` are states of the first tokens of each sequence.
 
     Sequences are computed in chunks, each with a separate cache. Copy a prefix before you ask for the next one, so that
     only one chunk is in memory.
     """
     chunk_size = max(1, _PREFILL_TOKENS // max(map(len, sequences), default=1))
     for i in range(0, len(sequences), chunk_size):
-        chunk = sequences[i : i + chunk_size]
-        tokens_BT = pad_sequence(list(chunk), batch_first=True, padding_side="left")
-        lengths_B = torch.tensor([len(sequence) for sequence in chunk], device=tokens_BT.device)
-        width = tokens_BT.shape[1]
-        positions_BT = torch.arange(width, device=tokens_BT.device) - (width - lengths_B)[:, None]
-        cache = DynamicCache()
-        logits_BV = model(
-            input_ids=tokens_BT,
-            attention_mask=(positions_BT >= 0).long(),
-            position_ids=positions_BT.clamp(min=0),
-            use_cache=True,
-            logits_to_keep=1,
-            **{cache_argument(model): cache},
-        ).logits[:, -1]
-        for source, sequence in enumerate(chunk):
+        chunk = slice(i, i + chunk_size)
+        cache, logits_BV = _compute(model, sequences[chunk], kept[chunk])
+        for source, sequence in enumerate(sequences[chunk]):
             yield Prefix(cache, source, len(sequence), logits_BV[source], version)
+
+
+def _compute(
+    model: PreTrainedModel, sequences: Sequence[Tensor], kept: Sequence[States]
+) -> tuple[DynamicCache, Tensor]:
+    """Compute sequences together, over kept states of their first tokens if there are any.
+
+    Returns a cache in which the sequences are padded on the left, and the logits [B, V] after their last tokens.
+    """
+    # All have the same number S of new tokens, so that there are no holes between old and new ones: a sequence with
+    # fewer has the last ones of its kept tokens computed again.
+    known = [len(states[0]) for states in kept] or [0] * len(sequences)
+    new = max(len(sequence) - count for sequence, count in zip(sequences, known, strict=True))
+    cache = DynamicCache()
+    if kept:
+        _fill(cache, kept, [max(0, len(sequence) - new) for sequence in sequences])
+    tokens_BS = pad_sequence([sequence[-new:] for sequence in sequences], batch_first=True, padding_side="left")
+    lengths_B = torch.tensor([len(sequence) for sequence in sequences], device=tokens_BS.device)
+    width = cache.get_seq_length() + new
+    positions_BT = torch.arange(width, device=tokens_BS.device) - (width - lengths_B)[:, None]
+    output = model(
+        input_ids=tokens_BS,
+        attention_mask=(positions_BT >= 0).long(),
+        position_ids=positions_BT[:, -new:].clamp(min=0),
+        use_cache=True,
+        logits_to_keep=1,
+        **{cache_argument(model): cache},
+    )
+    return cache, output.logits[:, -1]
+
+
+def _fill(cache: DynamicCache, kept: Sequence[States], counts: Sequence[int]) -> None:
+    """Put the first `counts` tokens of kept states into an empty cache, padded on the left to the largest count."""
+    if not any(counts):
+        return
+    padded = [
+        pad_sequence(
+            [states[:count] for states, count in zip(buffer, counts, strict=True)],
+            batch_first=True,
+            padding_side="left",
+        ).transpose(1, 2)
+        for buffer in zip(*kept, strict=True)
+    ]
+    for layer, (keys, values) in enumerate(zip(padded[::2], padded[1::2], strict=True)):
+        cache.update(keys, values, layer)
 
 
 def cache_argument(model: nn.Module) -> str:

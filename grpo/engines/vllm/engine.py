@@ -22,7 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grpo.engines.base import Limits, WeightUpdate
-from grpo.engines.vllm.params import as_completion, check_installed, cpu_settings, sampling_params, set_environment
+from grpo.engines.vllm.params import (
+    CacheSalts,
+    as_completion,
+    check_installed,
+    cpu_settings,
+    sampling_params,
+    set_environment,
+)
 from grpo.errors import ActorDied, ConfigError
 from grpo.types import Completion, GeneratorStats, Ints, SamplingParams
 from grpo.utils.aio import cancel_and_wait, gather_or_cancel
@@ -49,7 +56,8 @@ class VLLMEngine:
 
     vLLM is given no more requests than it has slots for, and none during an update, so it is known which weights a
     prompt is computed with. Cached prefixes are reused within a policy version, because the version salts the cache.
-    (In flight, a completion handed over just before a pause may still share a prefix that was computed before it.)
+    (In flight, the later turns of an episode keep the salt of its first one, and a completion handed over just before a
+    pause may still share a prefix that was computed before it.)
     """
 
     def __init__(
@@ -73,6 +81,7 @@ class VLLMEngine:
         self._processes: list[BaseProcess] = []
         self._buffer: SharedBuffer | None = None
         self._slots = asyncio.Semaphore(limits.max_sequences)
+        self._salts = CacheSalts(weight_update)
         self._accepting = asyncio.Event()  # no update is running
         self._accepting.set()
         self._updating = asyncio.Lock()
@@ -191,7 +200,8 @@ class VLLMEngine:
 
         async with self._slots:
             await self._accepting.wait()
-            prompt = tokens_input(np.asarray(prompt_ids).tolist(), cache_salt=str(self.version))
+            salt = self._salts.of(params, sample, self.version)
+            prompt = tokens_input(np.asarray(prompt_ids).tolist(), cache_salt=salt)
             settings = sampling_params(params, sample, self._stop_token_ids)
             [answer] = [each async for each in self._llm.generate(prompt, settings, str(next(self._request_ids)))]
         [output] = answer.outputs

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
 
+from grpo.engines.base import WeightUpdate
 from grpo.errors import ConfigError
 from grpo.types import Completion, SamplingParams
+
+_MOST_EPISODES = 100_000  # whose first versions are remembered: some megabytes
 
 
 def check_installed() -> None:
@@ -65,6 +69,34 @@ def sampling_params(params: SamplingParams, sample: int, stop_token_ids: tuple[i
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
+
+
+class CacheSalts:
+    """Chooses the salt of vLLM's prefix cache for each request: prefixes are shared among requests of the same salt.
+
+    It is the version of the weights. The turns of an episode keep the version of the first one if `weight_update` is
+    in_flight: as with a completion under way, what was computed before an update stays in use.
+
+    Example:
+        salts = CacheSalts("in_flight")
+        salts.of(SamplingParams(seed=7, keep_prefix=True), 0, version=3)                  # "3"
+        salts.of(SamplingParams(seed=7, first_token=20, keep_prefix=True), 0, version=4)  # "3": a later turn
+    """
+
+    def __init__(self, weight_update: WeightUpdate) -> None:
+        self._in_flight = weight_update == "in_flight"
+        self._first_versions: OrderedDict[tuple[int, int], int] = OrderedDict()
+
+    def of(self, params: SamplingParams, sample: int, version: int) -> str:
+        """Return the salt for completion number `sample` of a request that begins under these weights."""
+        if not self._in_flight or not (params.keep_prefix or params.first_token):
+            return str(version)
+        episode = params.seed, params.first_sample + sample
+        first = self._first_versions.pop(episode, version) if params.first_token else version
+        self._first_versions[episode] = first
+        if len(self._first_versions) > _MOST_EPISODES:
+            self._first_versions.popitem(last=False)
+        return str(first)
 
 
 def as_completion(output: Any) -> Completion:
