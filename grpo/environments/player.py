@@ -136,7 +136,7 @@ class _Playing:
         )
 
     async def begin(self, make: Callable[[Any, int], Environment], prompt: Prompt) -> Opening:
-        # All episodes of a group get the seed of its sampling, which follows from the run's seed and the prompt's serial.
+        # All episodes of a group get one seed, which follows from the run's seed and the prompt's serial.
         self._environment = await self._in_time("environment", make, prompt.problem, self._params.seed)
         opening = await self._in_time("begin", self._environment.begin)
         if not isinstance(opening, Opening) or not opening.messages or not _are_messages(opening.messages):
