@@ -71,7 +71,9 @@ def test_the_schema_comes_from_signature_and_docstring(tools):
     json.dumps(tools.schemas)
 
 
-@pytest.mark.parametrize("function", [undescribed, partial(calculate, "1"), SimpleNamespace()], ids=str)
+@pytest.mark.parametrize(
+    "function", [undescribed, partial(calculate, "1"), SimpleNamespace()], ids=["undescribed", "partial", "no function"]
+)
 def test_a_function_that_can_not_be_described_names_the_key(calls, function):
     with pytest.raises(ConfigError, match=r"^environment\.tools: a tool needs a docstring .*, and type hints: "):
         Tools([calculate, function], calls, key="environment.tools")
