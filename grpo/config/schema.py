@@ -106,9 +106,9 @@ class RunConfig(Settings):
     @property
     def uses_environment(self) -> bool:
         """True if episodes have several turns: with tools, or when the task has a method `environment`."""
-        return bool(self.environment.tools) or hasattr(
-            import_target(self.task.target, key="task.target"), "environment"
-        )
+        if self.environment.tools or self.task.target == TaskConfig.target:  # a config without a task
+            return bool(self.environment.tools)
+        return hasattr(import_target(self.task.target, key="task.target"), "environment")
 
     @property
     def uses_adapters(self) -> bool:
