@@ -17,6 +17,7 @@ from grpo.checkpoint.store import checkpoints
 from grpo.cluster.connect import check_dashboard, wait_for_room
 from grpo.cluster.placement import Node, check_placement
 from grpo.config.actors import LoraConfig, ModelConfig
+from grpo.config.algorithm import RewardConfig
 from grpo.config.composition import to_yaml
 from grpo.config.schema import RunConfig
 from grpo.driver.rollout import advantage_function
@@ -114,6 +115,11 @@ def check_names(config: RunConfig) -> Task:
         check_arguments(import_target(config.model.builder, key="model.builder"), config.model.args, key="model.args")
     task = make_task(config.task)
     if config.uses_environment:
+        if config.reward.functions != RewardConfig().functions:
+            raise ConfigError(
+                f"is {config.reward.functions}, but an environment scores its episodes itself; leave it out",
+                key="reward.functions",
+            )
         environment_maker(task, config.task, config.environment.tools, UserCalls(threads=1))
     else:
         for name in config.reward.functions:

@@ -23,7 +23,7 @@ from rich.table import Table
 from grpo.cli.main import ArgumentParser, print_warning
 from grpo.config.composition import compose, from_run
 from grpo.config.schema import RunConfig
-from grpo.errors import GRPOError, TuningError
+from grpo.errors import GRPOError
 from grpo.tuning.fitting import profile_of
 from grpo.tuning.profile import Lengths, Profile, load_profile, parse_lengths
 from grpo.tuning.search import WARM_UP_STEPS, Found, Outcome, Setting, ShortRuns, outcome_of, read_metrics, search
@@ -135,15 +135,11 @@ def _simulated(profile: Profile, config: RunConfig, steps: int) -> Outcome:
 
 def _profile(args: argparse.Namespace) -> tuple[Profile, RunConfig]:
     first = args.simulate[0]
-    from_file = first.is_file()
-    config = (
-        compose(*args.overrides, warn=print_warning)
-        if from_file
-        else from_run(first, args.overrides, warn=print_warning)
-    )
-    if config.uses_environment:  # the profile knows nothing of turns
-        raise TuningError("episodes of several turns can't be simulated; leave out --simulate to measure short runs")
-    profile = load_profile(first) if from_file else profile_of(args.simulate)
+    if first.is_file():
+        profile, config = load_profile(first), compose(*args.overrides, warn=print_warning)
+    else:
+        config = from_run(first, args.overrides, warn=print_warning)
+        profile = profile_of(args.simulate)
     if args.save_profile:
         profile.save(args.save_profile)
     profile = profile.scaled(generator=args.generator_speed, trainer=args.trainer_speed, reward=args.reward_speed)

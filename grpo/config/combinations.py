@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from grpo.config.algorithm import RewardConfig
 from grpo.config.schema import RunConfig
 from grpo.errors import ConfigError
 
@@ -20,7 +19,6 @@ def check_combinations(config: RunConfig) -> None:
         _check_generator,
         _check_weight_sync,
         _check_evaluation,
-        _check_environment,
     ):
         check(config)
 
@@ -189,12 +187,4 @@ def _check_evaluation(config: RunConfig) -> None:
             f"is {samples}, but the completions of a prompt are decoded together and "
             f"generator.max_sequences={config.generator.max_sequences}; lower it or raise generator.max_sequences",
             key="eval.samples",
-        )
-
-
-def _check_environment(config: RunConfig) -> None:
-    if config.uses_environment and config.reward.functions != RewardConfig().functions:
-        raise ConfigError(
-            f"is {config.reward.functions}, but an environment scores its episodes itself; leave it out",
-            key="reward.functions",
         )

@@ -21,9 +21,11 @@ _WARM_UP_STEPS = 2  # not counted: they load code and pages
 def profile_of(runs: Sequence[Path]) -> Profile:
     """Fit a profile to one run, or to several with the same model and machines but different settings.
 
-    Raises TuningError when a run has no timeline, too few steps, or no spans of its generators.
+    Raises TuningError when a run has no timeline, too few steps, no spans of its generators, or several turns.
     """
     traces = [read_trace(run) for run in runs]
+    if any(trace.rollouts("environment.play") for trace in traces):
+        raise TuningError("episodes of several turns can't be simulated; leave out --simulate to measure short runs")
     decodes = np.array([decode for trace in traces for decode in _decodes(trace)])
     prefills = np.array([(s.seconds, s.args["rows"]) for trace in traces for s in trace.of("generator", "prefill")])
     if not len(decodes):

@@ -112,7 +112,7 @@ class World:
 
 @dataclass(frozen=True)
 class _Tokens:
-    token_ids: range
+    sampled_count: int
 
 
 @dataclass(frozen=True)
@@ -122,4 +122,4 @@ class ShapedCompletions:
     shape: GroupShape
 
     def __iter__(self) -> Iterator[_Tokens]:
-        return (_Tokens(range(length)) for length in self.shape.lengths)
+        return map(_Tokens, self.shape.lengths)

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from grpo.config.actors import EvalConfig, WeightSyncConfig
-from grpo.config.algorithm import LossConfig, ShapingConfig
+from grpo.config.algorithm import LossConfig, ShapingConfig, TaskConfig
 from grpo.config.operation import CheckpointConfig, WatchdogConfig
 from grpo.config.schema import RunConfig
 from grpo.driver.context import make_pacer
@@ -58,6 +58,7 @@ def _simulated_config(config: RunConfig, steps: int) -> RunConfig:
     """Switch off what a profile doesn't describe, and all timeouts: hours of virtual time may pass between events."""
     return dataclasses.replace(
         config,
+        task=TaskConfig(),  # its code may not be here
         trainer=dataclasses.replace(config.trainer, max_steps=steps),
         generator=dataclasses.replace(config.generator, max_replicas=None),
         loss=LossConfig(beta=config.loss.beta),

@@ -8,7 +8,7 @@ from transformers import CLIPConfig, GPTNeoConfig, MambaConfig
 from grpo.actors.specs import actor_specs
 from grpo.cli import preflight
 from grpo.config.actors import LoraConfig, ModelConfig
-from grpo.errors import GRPOError
+from grpo.errors import ConfigError, GRPOError
 from grpo.models import loading
 from grpo.models.export import export_adapters
 from grpo.models.loading import load_model
@@ -222,3 +222,11 @@ def test_a_folder_of_adapters_is_merged_before_the_actors_see_it(tiny_config, ti
     )
     with pytest.raises(GRPOError, match=r"^model\.path: can't merge the adapters at .*adapter_config.json there names"):
         preflight.prepare_model(tiny_config, task)
+
+
+def test_reward_functions_have_no_part_in_episodes(tiny_config):
+    tiny_config.task.target, tiny_config.task.args = "tests.fake_environments:Words", {}
+    with pytest.raises(ConfigError, match=r"^reward\.functions: is .* leave it out$"):
+        preflight.check_names(tiny_config)
+    tiny_config.reward.functions = {"task": 1.0}
+    preflight.check_names(tiny_config)

@@ -8,7 +8,6 @@ from tests.composed import assert_refused, composed
     ("override", "message"),
     [
         ("model=hf", r"model\.path: set either"),
-        ("task=guess +reward.functions={final_answer:1.0}", r"reward\.functions: is .* leave it out$"),
         (
             "trainer.ranks=2 trainer.num_gpus=2",
             r"trainer\.num_gpus: is 2, but each of trainer\.ranks=2 .*; set it to 1 or 0$",

@@ -326,7 +326,7 @@ async def test_the_player_asks_for_reuse_and_gets_the_same_episodes():
     prompt = Prompt(5, Problem("?", "!"), np.array([2]))
     calls = UserCalls(threads=1)
     config = EnvironmentConfig(max_turns=4, max_turn_tokens=6)
-    player = Player(Talk, PlainRenderer(character_tokenizer(), ()), config, calls)
+    player = Player(Talk, PlainRenderer(character_tokenizer(), ()), config, calls, max_prompt_tokens=64)
     for prefix_cache_mb in (0, 64):
         shapes = forward_shapes(model)
         async with serving(model, **LIMITS, prefix_cache_mb=prefix_cache_mb) as engine:

@@ -160,10 +160,8 @@ class EightTurns:
 async def test_trainer_and_engine_agree_on_an_episode_of_eight_turns(model, temperature):
     tokenizer = character_tokenizer()
     engine = TorchEngine(copy.deepcopy(model), stop_token_ids=(1,), limits=Limits(8, 160, 8, several_turns=True))
-    player = Player(
-        lambda problem, seed: EightTurns(), PlainRenderer(tokenizer, (1,)), EnvironmentConfig(), UserCalls(threads=1)
-    )
-    player.config.max_turn_tokens = 9
+    renderer, config = PlainRenderer(tokenizer, (1,)), EnvironmentConfig(max_turn_tokens=9)
+    player = Player(lambda problem, seed: EightTurns(), renderer, config, UserCalls(threads=1), max_prompt_tokens=8)
     prompt = Prompt(3, Problem("begin:", "!"), np.array(tokenizer.encode("begin:")))
     try:
         params = SamplingParams(n=4, temperature=temperature, max_tokens=160, seed=3)

@@ -4,8 +4,6 @@ import re
 
 import pytest
 
-from grpo.config.composition import to_yaml
-from tests.composed import composed
 from tests.scripts.processes import finish
 
 
@@ -50,13 +48,3 @@ def test_what_is_wrong_is_told(type_in, words, error):
     code, _, stderr = type_in("tune.py", *words, model=[])
     assert code in (1, 2)
     assert error in stderr
-
-
-def test_episodes_of_several_turns_are_not_simulated(type_in, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/config.yaml").write_text(to_yaml(composed("task=guess")))
-    code, _, stderr = type_in("tune.py", "--simulate", "run", model=[])
-    assert (code, stderr) == (
-        1,
-        "error: episodes of several turns can't be simulated; leave out --simulate to measure short runs\n",
-    )

@@ -92,6 +92,13 @@ def test_contention_is_told_from_the_cost(tmp_path):
     assert profile.decode_slowed == pytest.approx(1.0, rel=0.15)
 
 
+def test_no_profile_is_made_of_episodes_of_several_turns(tmp_path):
+    timeline = MadeTimeline()
+    timeline.span("driver", "rollouts-0", "environment.play", "wait", 0.0, 1.0)
+    with pytest.raises(TuningError, match="episodes of several turns can't be simulated; leave out --simulate"):
+        profile_of([timeline.save(tmp_path / "run")])
+
+
 def test_groups_come_in_the_order_of_their_tickets(tmp_path):
     groups = profile_of([made_run(tmp_path / "run")]).groups
     assert len(groups) == 24
