@@ -318,6 +318,7 @@ async def test_a_process_that_never_comes_up_is_not_tried_again():
 
 
 SOON = Timeouts(start_s=0.05, health_interval_s=0.01, health_timeout_s=0.01)
+PATIENT = Timeouts(start_s=0.5, health_interval_s=0.01, health_timeout_s=0.5)  # those that live answer in time
 
 
 async def hang():
@@ -340,7 +341,7 @@ async def test_a_process_that_does_not_answer_is_killed_and_replaced():
 
 
 async def test_a_replacement_that_hangs_while_it_is_brought_up_to_date_is_replaced_too():
-    async with Fleet(timeouts=SOON) as fleet:
+    async with Fleet(timeouts=PATIENT) as fleet:
 
         async def restore(replica):
             if len(fleet.processes) == 2:
@@ -358,7 +359,7 @@ async def test_a_replacement_that_gets_no_place_is_tried_again_and_costs_no_budg
         if len(fleet.processes) in (2, 3):
             await hang()
 
-    fleet = Fleet(setup=setup, timeouts=SOON, max_restarts=1)
+    fleet = Fleet(setup=setup, timeouts=PATIENT, max_restarts=1)
     async with fleet:
         fleet.endpoints[0].kill()
         assert await fleet.handle.say.call_one("hi") == "echo/3: hi"
