@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -32,12 +32,11 @@ from grpo.environments.calls import UserCalls
 from grpo.environments.renderers import Renderer
 from grpo.errors import EnvironmentFailed, EnvironmentInvalid, EnvironmentTimeout, GRPOError
 from grpo.telemetry.recording import note, span
-from grpo.types import Completion, EpisodeLimit, EpisodeReport, Floats, Ints, Prompt, SamplingParams, Turn
+from grpo.types import Completion, EpisodeEnd, EpisodeReport, Floats, Ints, Prompt, SamplingParams, Turn
 from grpo.utils.aio import being_cancelled, gather_or_cancel, timeout_as
 
 Sampler = Callable[[Ints, SamplingParams], Awaitable[list[Completion]]]
 """Samples the next turn: `params.n` completions of one prompt."""
-Ending = EpisodeLimit | Literal["done"]
 
 _CLOSE_S = 10.0
 log = logging.getLogger(__name__)
@@ -168,7 +167,7 @@ class _Playing:
             self._generator_s += time.perf_counter() - started
         return Episode(self._completion(ended_by), await self._score(ended_by), self._report(ended_by))
 
-    async def _answer(self, turn: Completion) -> tuple[Ending | None, Sequence[Message]]:
+    async def _answer(self, turn: Completion) -> tuple[EpisodeEnd | None, Sequence[Message]]:
         """Ask the environment to reply to a turn. Returns what ends the episode, or None and the messages."""
         if self._room == 0 and turn.finish_reason == "length":
             return "tokens", ()  # in the middle of a turn, to which there is no reply
@@ -191,7 +190,7 @@ class _Playing:
             return "timeout", ()
         return ("turns" if len(self._turns) >= self._config.max_turns else None), reply.messages
 
-    async def _score(self, ended_by: Ending) -> float:
+    async def _score(self, ended_by: EpisodeEnd) -> float:
         if ended_by != "done" and self._config.on_limit == "zero":
             return 0.0
         score = _own_method(self._environment, "score")
@@ -232,7 +231,7 @@ class _Playing:
         self._versions += turn.versions
         self._turns.append(Turn(turn.sampled_count, finish_reason=turn.finish_reason))
 
-    def _completion(self, ended_by: Ending) -> Completion:
+    def _completion(self, ended_by: EpisodeEnd) -> Completion:
         return Completion(
             token_ids=np.concatenate(self._tokens),
             logprobs=np.concatenate(self._logprobs),
@@ -241,7 +240,7 @@ class _Playing:
             turns=tuple(self._turns),
         )
 
-    def _report(self, ended_by: Ending) -> EpisodeReport:
+    def _report(self, ended_by: EpisodeEnd) -> EpisodeReport:
         return EpisodeReport(
             turns=len(self._turns),
             given=sum(turn.given for turn in self._turns),
