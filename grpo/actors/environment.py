@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from grpo.actors.marks import returns_payload
 from grpo.config.schema import RunConfig
@@ -13,8 +14,10 @@ from grpo.environments.player import Episode, Player
 from grpo.errors import ActorDied, LeaseLost
 from grpo.models.tokenizer import load_tokenizer, stop_token_ids_of, tokens_as_json, transcript
 from grpo.tasks.base import environment_maker, make_renderer, make_task
-from grpo.telemetry.recording import no_spans, note, span
+from grpo.telemetry.loop_lag import watch_loop
+from grpo.telemetry.recording import measure, no_spans, note, span, warn
 from grpo.types import Completion, Detail, GenerationReport, Ints, Prompt, SamplingParams, Scores, generation_report
+from grpo.utils.aio import cancel_and_wait
 
 
 class GeneratorLease(Protocol):
@@ -50,6 +53,7 @@ class EnvironmentHost:
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._calls = UserCalls(config.environment.threads)
+        self._watching: asyncio.Task[NoReturn] | None = None
 
     async def setup(self) -> None:
         """Make the task. Raises ConfigError for a tool, a task or a chat template that can't be used."""
@@ -60,6 +64,7 @@ class EnvironmentHost:
         make = environment_maker(task, config.task, config.environment.tools, self._calls)
         most = config.rollout.max_prompt_tokens
         self._player = Player(make, renderer, config.environment, self._calls, max_prompt_tokens=most)
+        self._watching = asyncio.create_task(_watch_loop(config.driver.slow_callback_ms))
 
     @returns_payload
     async def play(
@@ -94,6 +99,8 @@ class EnvironmentHost:
 
     async def close(self) -> None:
         self._calls.close()
+        if self._watching is not None:
+            await cancel_and_wait([self._watching])
 
     def _scores(self, episodes: Sequence[Episode], detail: Detail) -> Scores:
         rewards = tuple(episode.reward for episode in episodes)
@@ -104,3 +111,15 @@ class EnvironmentHost:
         completions = [episode.completion for episode in episodes]
         tokens = tokens_as_json(self._tokenizer, completions) if detail == "tokens" else ""
         return Scores(rewards, parts, tuple(map(str, transcripts)), tokens, transcripts)
+
+
+async def _watch_loop(slow_callback_ms: float) -> NoReturn:
+    """Measure how late the event loop is, and warn of an `async def` that blocks it: all episodes wait for it."""
+
+    def blocked(message: str) -> None:
+        measure("environment/slow_callbacks", 1, "sum")
+        warn(message)
+
+    await watch_loop(
+        slow_callback_ms, blocked, lambda lag_s: measure("environment/loop_lag_ms", 1000 * lag_s, "percentiles")
+    )

@@ -143,7 +143,9 @@ async def _run(
             async with open_to_operators(recorder.run_dir.path, services):
                 with display:
                     timeline = recorder.timeline(config.observe.timeline_mb) if config.observe.timeline else None
-                    async with collecting(services, recorder.failures.progress, recorder.measured, timeline):
+                    async with collecting(
+                        services, recorder.failures.progress, recorder.measured, timeline, recorder.warn
+                    ):
                         await train_loop(services, config, recorder, shutdown, resume)
         finally:
             if (task := asyncio.current_task()) and not task.cancelling():  # a second Ctrl-C waits for nothing

@@ -12,7 +12,6 @@ from typing import Any
 
 from grpo.driver.pacing import Pacer
 from grpo.errors import GroupError, ZeroVarianceGroup
-from grpo.observe.loop_lag import LoopLag
 from grpo.observe.metrics import FinishedGroups, GeneratorRates, History, Startup, Stopwatch, recovery_of
 from grpo.observe.renamed_metrics import RENAMED_NOTICE, with_old_names
 from grpo.observe.run_dir import Events, RunDirectory, rollout_record, rollout_rows
@@ -22,6 +21,7 @@ from grpo.observe.terminal.view import RunStatus, Sample
 from grpo.observe.timeline import Timeline
 from grpo.services.failures import Failures
 from grpo.telemetry.activity import MeanWaiting
+from grpo.telemetry.loop_lag import LoopLag
 from grpo.telemetry.metrics import MetricSet
 from grpo.types import BatchReport, EvaluationReport, GeneratorStats, Rollout, Ticket
 from grpo.utils.aio import gather_or_cancel

@@ -1,11 +1,14 @@
-"""Collect what the actors and the driver recorded: spans go into the timeline, metrics into the next line."""
+"""Collect what the actors and the driver recorded.
+
+Spans go into the timeline, metrics into the next line, warnings to the user.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import NoReturn, Protocol
 
@@ -36,13 +39,18 @@ class Sources(Protocol):
 
 @asynccontextmanager
 async def collecting(
-    services: Sources, step_trained: Signal, metrics: MetricSet, timeline: Timeline | None
+    services: Sources,
+    step_trained: Signal,
+    metrics: MetricSet,
+    timeline: Timeline | None,
+    warn: Callable[[str], object] = log.warning,
 ) -> AsyncIterator[None]:
     """Record the block and all actors; metrics are merged into `metrics`, spans written to the timeline, if any.
+    `warn` is called with every warning, which begins with the name of its process.
 
     A process is asked at most once per step and every 2 s. What a process recorded since then is lost when it dies.
     """
-    collector = _Collector(services, metrics, timeline)
+    collector = _Collector(services, metrics, timeline, warn)
     await collector.collect()
     task = asyncio.create_task(collector.run(step_trained), name="collector")
     try:
@@ -59,8 +67,10 @@ async def collecting(
 
 
 class _Collector:
-    def __init__(self, services: Sources, metrics: MetricSet, timeline: Timeline | None) -> None:
-        self._services, self._metrics, self._timeline = services, metrics, timeline
+    def __init__(
+        self, services: Sources, metrics: MetricSet, timeline: Timeline | None, warn: Callable[[str], object]
+    ) -> None:
+        self._services, self._metrics, self._timeline, self._warn = services, metrics, timeline, warn
         self._driver = Recording(on=timeline is not None)
         record_in(self._driver)
 
@@ -97,5 +107,7 @@ class _Collector:
 
     def _store(self, process: str, batch: TelemetryBatch) -> None:
         self._metrics.merge(batch.metrics)
+        for message in batch.warnings:
+            self._warn(f"{process}: {message}")
         if self._timeline is not None:
             self._timeline.add(process, batch)

@@ -1,7 +1,8 @@
-"""Spans and metrics that an actor, or the driver, records until they are collected.
+"""Spans, metrics and warnings that an actor, or the driver, records until they are collected.
 
     with span("decode", rows=12): ...
     measure("generator/queue_s", waited_s, "percentiles")
+    warn("the disk is nearly full")
 
 Every actor and the driver have their own `Recording`. The context of a piece of work decides which one it records in,
 so several actors in one process are kept apart too. While spans are off, `span` costs one lookup.
@@ -47,6 +48,7 @@ class TelemetryBatch:
     metrics: MetricSet
     clock_s: float
     lost: int
+    warnings: tuple[str, ...] = ()
 
 
 class Recording:
@@ -64,6 +66,7 @@ class Recording:
         self.on = on
         self.metrics = MetricSet()
         self._spans: list[Span] = []
+        self._warnings: dict[str, bool] = {}  # in their order; True once drained
         self._lost = 0
         self._lanes: dict[str, _Lanes] = defaultdict(_Lanes)
 
@@ -73,13 +76,18 @@ class Recording:
         else:
             self._lost += 1
 
+    def warn(self, message: str) -> None:
+        self._warnings.setdefault(message, False)
+
     def lanes(self, track: str) -> _Lanes:
         return self._lanes[track]
 
     def drain(self, *, keep_recording: bool) -> TelemetryBatch:
         """Return what was recorded since the last call; `keep_recording` turns spans on or off from now on."""
         self.on = keep_recording
-        batch = TelemetryBatch(self._spans, self.metrics, time.perf_counter(), self._lost)
+        warnings = tuple(message for message, drained in self._warnings.items() if not drained)
+        self._warnings |= dict.fromkeys(warnings, True)
+        batch = TelemetryBatch(self._spans, self.metrics, time.perf_counter(), self._lost, warnings)
         self._spans, self.metrics, self._lost = [], MetricSet(), 0
         return batch
 
@@ -166,6 +174,13 @@ def measure(name: str, value: float, reduce: str = "mean", weight: float = 1.0) 
     recording = _recording.get()
     if recording is not None:
         recording.metrics.record(name, value, reduce, weight)
+
+
+def warn(message: str) -> None:
+    """Show a warning to the user of the run, once per process, however often it is given."""
+    recording = _recording.get()
+    if recording is not None:
+        recording.warn(message)
 
 
 class _OpenSpan:

@@ -13,6 +13,7 @@ from grpo.driver.rollout import sample_group
 from grpo.errors import ActorDied, ConfigError, EnvironmentInvalid, EnvironmentTimeout, LeaseLost
 from grpo.services.failures import Failures
 from grpo.services.local import LocalEndpoint, launch_local
+from grpo.telemetry.recording import Recording, record_in
 from grpo.types import Problem, Prompt, SamplingParams
 from tests.environments.games import RELEASE, TOKENIZER, Bisecting, CountedGuess
 from tests.fakes import CountingTrainer
@@ -156,6 +157,20 @@ async def test_a_thread_that_hangs_costs_the_process(config):
         RELEASE.set()
         await until(lambda: not host._calls.hanging(0))
         await host.ping()
+
+
+async def test_an_async_method_that_blocks_the_event_loop_is_named(config):
+    config.task.target, config.driver.slow_callback_ms = "tests.environments.games:BlockingGuess", 50.0
+    record_in(recording := Recording())
+    async with host_of(config) as host:
+        await host.play(PROMPT, PARAMS, LocalEndpoint(Bisecting()))
+        await asyncio.sleep(0)
+    batch = recording.drain(keep_recording=False)
+    (warning,) = [each for each in batch.warnings if "in reply, games.py" in each]
+    assert "blocked for more than 50 ms (driver.slow_callback_ms)" in warning
+    metrics = batch.metrics.drain()
+    assert metrics["environment/slow_callbacks/sum"] >= 1
+    assert metrics["environment/loop_lag_ms/p99"] > 150
 
 
 # --- as a service ---

@@ -4,6 +4,7 @@ import asyncio
 import math
 import re
 import threading
+import time
 
 import numpy as np
 
@@ -99,6 +100,19 @@ class HangingGame(GuessingGame):
     def reply(self, said):
         RELEASE.wait()
         return asyncio.run(super().reply(said))
+
+
+class BlockingGuess(Guess):
+    """Replies block the event loop."""
+
+    def environment(self, problem, seed):
+        return BlockingGame(problem)
+
+
+class BlockingGame(GuessingGame):
+    async def reply(self, said):
+        time.sleep(0.2)  # noqa: ASYNC251
+        return await super().reply(said)
 
 
 class CountedGuess(Guess):

@@ -137,3 +137,10 @@ async def test_metrics_of_all_processes_become_one(run_dir):
             pass
     assert metrics.drain() == {"generator/queue_s/mean": 3.0}
     assert not (run_dir.path / "timeline.json").exists()
+
+
+async def test_warnings_of_actors_bear_their_names(run_dir):
+    actor, shown = Actor("environment-1"), []
+    async with collecting(Actors(actor), Signal(), MetricSet(), None, shown.append):
+        actor.recording.warn("the disk is full")
+    assert shown == ["environment-1: the disk is full"]

@@ -14,6 +14,7 @@ from grpo.telemetry.recording import (
     record_in,
     span,
     stop_recording,
+    warn,
 )
 from grpo.utils.aio import gather_or_cancel
 from grpo.utils.torch_utils import ComputeThread
@@ -184,3 +185,11 @@ async def test_metrics_are_kept_whether_spans_are_wanted_or_not(spans):
 
 async def test_a_metric_outside_of_any_recording_goes_nowhere():
     measure("reward/score_s", 1.0)
+
+
+async def test_a_warning_is_given_once(spans):
+    for message in ("the disk is full", "the disk is slow", "the disk is full"):
+        warn(message)
+    assert spans.drain(keep_recording=False).warnings == ("the disk is full", "the disk is slow")
+    warn("the disk is full")
+    assert spans.drain(keep_recording=False).warnings == ()

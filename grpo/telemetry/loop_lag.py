@@ -1,4 +1,4 @@
-"""Lag of the driver's event loop, and the code that blocks it."""
+"""Lag of an event loop, and the code that blocks it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import asyncio
 import logging
 import selectors
 import sys
+import sysconfig
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextvars import copy_context
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -19,24 +21,46 @@ import numpy as np
 log = logging.getLogger(__name__)
 _INTERVAL_S = 0.02
 _PACKAGE = Path(__file__).parents[1]
+_LIBRARIES = tuple({Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+
+async def watch_loop(
+    slow_callback_ms: float, blocked: Callable[[str], object], lagged: Callable[[float], object]
+) -> NoReturn:
+    """Measure by how much short sleeps overrun: for that long no other coroutine could run either.
+
+    `lagged` gets each lag in seconds, `blocked` a message for each callback that blocks the loop for longer than
+    `slow_callback_ms`.
+
+    Consumes: nothing.
+    Waits for: a sleep of 20 ms, over and over.
+    Unblocked by: the clock.
+    Ends when: cancelled.
+    """
+    loop = asyncio.get_running_loop()
+    context = copy_context()  # that of the watcher's thread has no recording
+    watcher = SlowCallbacks(
+        slow_callback_ms, lambda message: loop.call_soon_threadsafe(blocked, message, context=context)
+    )
+    try:
+        while True:
+            due = loop.time() + _INTERVAL_S
+            watcher.expect_beat(_INTERVAL_S)
+            await asyncio.sleep(_INTERVAL_S)
+            lagged(loop.time() - due)
+    finally:
+        watcher.close()
 
 
 class LoopLag:
-    """Measure by how much short sleeps overrun: for that long no other coroutine could run either."""
+    """The lag of the driver's event loop, as figures of `metrics.jsonl`."""
 
     def __init__(self) -> None:
         self._lags_s: list[float] = []
         self._blocked = 0
 
     async def watch(self, slow_callback_ms: float, warn: Callable[[str], None]) -> NoReturn:
-        """Measure, and call `warn` once for every place that blocks the loop for longer than `slow_callback_ms`.
-
-        Consumes: nothing.
-        Waits for: a sleep of 20 ms, over and over.
-        Unblocked by: the clock.
-        Ends when: cancelled.
-        """
-        loop = asyncio.get_running_loop()
+        """Measure as `watch_loop` does, and call `warn` once for every place that blocks the loop."""
         warned: set[str] = set()
 
         def blocked(message: str) -> None:
@@ -45,15 +69,7 @@ class LoopLag:
                 warned.add(message)
                 warn(message)
 
-        watcher = SlowCallbacks(slow_callback_ms, lambda message: loop.call_soon_threadsafe(blocked, message))
-        try:
-            while True:
-                due = loop.time() + _INTERVAL_S
-                watcher.expect_beat(_INTERVAL_S)
-                await asyncio.sleep(_INTERVAL_S)
-                self._lags_s.append(loop.time() - due)
-        finally:
-            watcher.close()
+        await watch_loop(slow_callback_ms, blocked, lambda lag_s: self._lags_s.append(lag_s))
 
     def drain(self) -> dict[str, float]:
         """Return the lag in milliseconds and the number of slow callbacks since the last call."""
@@ -101,10 +117,15 @@ class SlowCallbacks:
 
     def _report(self, frame: FrameType) -> None:
         stack = traceback.extract_stack(frame)
-        ours = [entry for entry in stack if Path(entry.filename).is_relative_to(_PACKAGE)]
+        ours = [entry for entry in stack if _is_ours(Path(entry.filename))]
         place = (ours or stack)[-1]
         log.warning("the event loop is blocked:\n%s", "".join(traceback.format_list(stack)))
         self._blocked(
             f"the event loop was blocked for more than {self._slow_ms:g} ms (driver.slow_callback_ms) in {place.name}, "
             f"{Path(place.filename).name}:{place.lineno}; the full stack is in run.log"
         )
+
+
+def _is_ours(file: Path) -> bool:
+    """Return True for code of this package and for the user's, False for that of Python and of other packages."""
+    return file.is_relative_to(_PACKAGE) or not any(map(file.is_relative_to, _LIBRARIES))

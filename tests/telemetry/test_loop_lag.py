@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from grpo.observe.loop_lag import LoopLag, SlowCallbacks
+from grpo.telemetry.loop_lag import LoopLag, SlowCallbacks
 from grpo.utils.aio import cancel_and_wait
 
 
