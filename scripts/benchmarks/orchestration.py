@@ -8,14 +8,13 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import ray
 
 from benchmarks.figures import Figure
-from benchmarks.runs import run_on
+from benchmarks.runs import Pace, Watch, run_on
 from benchmarks.simulated_actors import IdleDataloader, IdleGenerator, IdleReward, IdleTrainer
 from grpo.actors.replay_buffer import ReplayBuffer
 from grpo.actors.specs import ActorSpec
@@ -25,7 +24,6 @@ from grpo.config.actors import TrainerConfig
 from grpo.config.algorithm import BufferConfig, RolloutConfig
 from grpo.config.operation import CheckpointConfig, ClusterConfig
 from grpo.config.schema import RunConfig
-from grpo.observe.terminal.display import Display
 from grpo.services.failures import Failures
 from grpo.services.handle import ActorHandle
 from grpo.types import Group, Prompt, SamplingParams, Ticket
@@ -34,16 +32,6 @@ GROUPS_PER_STEP = 16
 _SPREAD = 0.2  # of the latency, to either side, for completions differ in length
 _GENERATORS = ("instant", "in_step", "mixed")
 _RAY_SHARE = 0.8  # of its own call rate, that a fair comparison with the ideal may need
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Of the driver, once the loop has warmed up. `cpu_s` is of the whole process and per group."""
-
-    groups_per_s: float
-    cpu_s: float
-    lag_p99_ms: float
-    calls_per_group: float
 
 
 def run(quick: bool) -> list[Figure]:
@@ -111,7 +99,7 @@ async def _framework(
         trainer=TrainerConfig(groups_per_step=groups, max_steps=steps),
         checkpoint=CheckpointConfig(every=0),
     )
-    watch, before = _Watch(), _requests(actors)
+    watch, before = Watch(), _requests(actors)
     nouns = {name: actor for name, actor in actors.items() if name not in _GENERATORS}
     pacer = await run_on({**nouns, "generator": actors[generator]}, config, failures, watch)
     wave = concurrency // groups
@@ -139,27 +127,6 @@ def _specs(latency_s: float, mixed_latency_s: float) -> list[ActorSpec]:
         ActorSpec("replay_buffer", ReplayBuffer, {"window": 1}),
         ActorSpec("trainer", IdleTrainer),
     ]
-
-
-class _Watch(Display):
-    """Notes the time, and the process's CPU time, of every step."""
-
-    def __init__(self) -> None:
-        self._seen: list[tuple[float, float]] = []
-        self._lags_ms: list[float] = []
-
-    def step(self, metrics: Mapping[str, float]) -> None:
-        self._seen.append((time.perf_counter(), time.process_time()))
-        self._lags_ms.append(metrics["driver/loop_lag_p99_ms"])
-
-    def pace(self, groups_per_step: int, warm_up: int, calls_per_group: float) -> Pace:
-        """Without the first `warm_up` steps: a wave, and a second one where the first was staggered, for the calls that
-        pile up at the start to be worked off.
-        """
-        (began, cpu_began), (ended, cpu_ended) = self._seen[warm_up - 1], self._seen[-1]
-        groups = (len(self._seen) - warm_up) * groups_per_step
-        lag_ms = max(self._lags_ms[warm_up:])
-        return Pace(groups / (ended - began), (cpu_ended - cpu_began) / groups, lag_ms, calls_per_group)
 
 
 class _BareBuffer(ReplayBuffer):

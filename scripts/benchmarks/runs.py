@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from grpo.config.schema import RunConfig
@@ -26,3 +28,34 @@ async def run_on(actors: Mapping[str, ActorHandle], config: RunConfig, failures:
         await train_loop(Services(**actors), config, recorder, asyncio.Event())
         recorder.run_dir.close()
     return recorder.pacer
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Of the driver, once the loop has warmed up. `cpu_s` is of the whole process and per group."""
+
+    groups_per_s: float
+    cpu_s: float
+    lag_p99_ms: float
+    calls_per_group: float
+
+
+class Watch(Display):
+    """Notes the time, and the process's CPU time, of every step."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[float, float]] = []
+        self._lags_ms: list[float] = []
+
+    def step(self, metrics: Mapping[str, float]) -> None:
+        self._seen.append((time.perf_counter(), time.process_time()))
+        self._lags_ms.append(metrics["driver/loop_lag_p99_ms"])
+
+    def pace(self, groups_per_step: int, warm_up: int, calls_per_group: float) -> Pace:
+        """Without the first `warm_up` steps: a wave, and a second one where the first was staggered, for the calls that
+        pile up at the start to be worked off.
+        """
+        (began, cpu_began), (ended, cpu_ended) = self._seen[warm_up - 1], self._seen[-1]
+        groups = (len(self._seen) - warm_up) * groups_per_step
+        lag_ms = max(self._lags_ms[warm_up:])
+        return Pace(groups / (ended - began), (cpu_ended - cpu_began) / groups, lag_ms, calls_per_group)

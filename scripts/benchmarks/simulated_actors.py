@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import random
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from grpo.actors.marks import replayed_on_join, returns_payload
+from grpo.actors.marks import batched, replayed_on_join, returns_payload
+from grpo.environments.base import Message, Opening, Reply
 from grpo.types import (
     Batch,
     Completion,
     GenerationReport,
     GeneratorStats,
+    Ints,
     Problem,
     Prompt,
     PromptBatch,
@@ -25,6 +28,7 @@ from grpo.types import (
 )
 
 _TOKENS = 32
+_END = 1  # the end-of-sequence token of the tiny model
 
 
 class IdleWeights(NamedTuple):
@@ -78,6 +82,79 @@ class IdleGenerator(_Idle):
     async def update_weights(self, weights: IdleWeights) -> GeneratorStats:
         self._version = weights.version
         return GeneratorStats(0.0, 0)
+
+
+@dataclass(frozen=True)
+class EpisodeTimes:
+    """How long everything in an episode takes, drawn from the seed of its group.
+
+    A turn of the policy lasts `turn_s` within 20%. Half of the replies come at once, as those of a calculator do; four
+    of ten take as long as a turn, and one of ten four times as long. The groups up to number `staggered` are shorter,
+    so that they end at even intervals, as if they had not started all at once.
+    """
+
+    turns: int
+    turn_s: float
+    staggered: int
+
+    def turn(self, seed: int, episode: int, turn: int) -> float:
+        return self._scale(seed) * self.turn_s * random.Random(f"{seed} {episode} {turn}").uniform(0.8, 1.2)
+
+    def reply(self, seed: int, turn: int) -> float:
+        """Return the seconds that the environment takes, which is the same for all episodes of a group."""
+        drawn = random.Random(f"{seed} {turn}").random()
+        return self._scale(seed) * self.turn_s * (0.0 if drawn < 0.5 else 1.0 if drawn < 0.9 else 4.0)
+
+    def group(self, seed: int, size: int) -> float:
+        """Return the seconds until the last episode of a group is over. Its first turns are sampled together."""
+        turns = [sum(self.turn(seed, episode, turn) for turn in range(1, self.turns)) for episode in range(size)]
+        return self.turn(seed, 0, 0) + max(turns) + sum(self.reply(seed, turn) for turn in range(self.turns))
+
+    def _scale(self, seed: int) -> float:
+        serial = seed & (1 << 40) - 1
+        return (serial + 1) / self.staggered if serial < self.staggered else 1.0
+
+
+class TurnGenerator(IdleGenerator):
+    """Sample turns of equal length, each in its own time."""
+
+    def __init__(self, times: EpisodeTimes) -> None:
+        super().__init__(0.0)
+        self._times = times
+
+    @batched
+    async def sample(self, prompt_ids: Ints, params: SamplingParams) -> list[Completion]:
+        version, turn = self._version, params.first_token // _TOKENS
+        await asyncio.sleep(self._times.turn(params.seed, params.first_sample, turn))
+        ids, logprobs = np.full(_TOKENS, 4), np.zeros(_TOKENS, dtype=np.float32)
+        ids[-1] = _END
+        return [Completion(ids, logprobs, ((version, _TOKENS),), "stop")] * params.n
+
+
+class WaitingTask:
+    """A task whose environments only wait."""
+
+    def __init__(self, **times: Any) -> None:
+        self._times = EpisodeTimes(**times)
+
+    def problems(self, split: str) -> list[Problem]:
+        return []
+
+    def environment(self, problem: Problem, seed: int) -> WaitingEnvironment:
+        return WaitingEnvironment(self._times, seed)
+
+
+class WaitingEnvironment:
+    def __init__(self, times: EpisodeTimes, seed: int) -> None:
+        self._times, self._seed, self._turn = times, seed, 0
+
+    async def begin(self) -> Opening:
+        return Opening((Message("user", "question"),))
+
+    async def reply(self, said: Message) -> Reply:
+        await asyncio.sleep(self._times.reply(self._seed, self._turn))
+        self._turn += 1
+        return Reply((Message("user", "answer"),), done=self._turn == self._times.turns, reward=self._turn % 2)
 
 
 class IdleReward(_Idle):
