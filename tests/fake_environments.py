@@ -27,6 +27,18 @@ class _Words:
         return Reply((Message("user", f"{self._asked}:"),), done=self._turns == 3, reward=reward)
 
 
+class WordsAtOnce(Words):
+    """The same without threads: whatever is said at the same time is answered at the same time."""
+
+    def environment(self, problem, seed):
+        return _WordsAtOnce(problem)
+
+
+class _WordsAtOnce(_Words):
+    async def reply(self, said):
+        return super().reply(said)
+
+
 class Bandit:
     """Two turns of one token each. The first asks for any digit, the second for any capital letter: nothing is better.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from grpo.telemetry.recording import measure
 from grpo.types import Completion, GeneratorStats, Ints, SamplingParams
 from grpo.weights.payload import Weights
 
@@ -91,3 +92,10 @@ class Limits:
         ):
             if not 0 < value <= most:
                 raise ValueError(f"{name}={value} must be 1 to {most} ({key})")
+
+
+def measure_prompt_tokens(*, read: int, kept: int) -> None:
+    """Count tokens of prompts: those that were read, and those whose keys and values were there already."""
+    if read or kept:
+        measure("generator/prompt_tokens_read", read, "sum")
+        measure("generator/prompt_tokens_kept", kept, "sum")

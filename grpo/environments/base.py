@@ -92,8 +92,8 @@ class Environment(Protocol):
         ...
 
     def close(self) -> Awaitable[None] | None:
-        """Free what the episode holds. It is always called once, also after a time-out or an error.
+        """Free what the episode holds. It is called once, also after a time-out or an error, when no method runs.
 
-        Then a method that runs in a thread may not have returned yet.
+        One that still runs in a thread has ten seconds to return; `close` is left out, with a warning, if it doesn't.
         """
         ...

@@ -207,14 +207,22 @@ class _Playing:
         A thread can't be cancelled, so it has `timeout_s` more to return; after that it hangs. Waiting for a free
         thread does not count. Raises EnvironmentTimeout, and EnvironmentFailed for whatever the code raises.
         """
-        in_thread, timeout_s = not inspect.iscoroutinefunction(function), self._config.timeout_s
-        left_s = max(0.0, timeout_s - self._environment_s) + (max(grace_s, timeout_s) if in_thread else grace_s)
-        late = EnvironmentTimeout(f"{name} did not return within environment.timeout_s={timeout_s:g}", hung=in_thread)
+        timeout_s = self._config.timeout_s
+
+        def late(*, hung: bool) -> EnvironmentTimeout:
+            return EnvironmentTimeout(f"{name} did not return within environment.timeout_s={timeout_s:g}", hung=hung)
+
+        left_s = max(0.0, timeout_s - self._environment_s)
         call = await self._calls.start(function, *args)
         started = time.perf_counter()
         try:
-            async with timeout_as(left_s, lambda: late):
-                return await call
+            async with timeout_as(left_s + max(grace_s, timeout_s), lambda: late(hung=True)):
+                result = await call
+            if not inspect.isawaitable(result):
+                return result
+            left_s = max(0.0, left_s + grace_s - (time.perf_counter() - started))
+            async with timeout_as(left_s, lambda: late(hung=False)):
+                return await result
         except GRPOError:
             raise
         except (Exception, SystemExit, asyncio.CancelledError) as error:
@@ -269,6 +277,7 @@ class _Playing:
             return
         try:
             async with asyncio.timeout(_CLOSE_S):
+                await self._calls.returned(self._environment)
                 await self._calls.run(close)
         except (Exception, SystemExit, asyncio.CancelledError) as error:
             if being_cancelled():

@@ -2,6 +2,8 @@
 
 What was sampled is never tokenized again. The prompt of the next turn is the prompt of this turn, the sampled tokens as
 they are, then `continuation`: only the tokens that are new.
+
+Special tokens are written by the template alone. `<|im_end|>` in a message stays text, which can't end a turn.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 _ANSWER = "THE-ANSWER"  # stands for what was sampled, to find in a rendered text what follows it
 _BASE = (Message("user", "A question"), Message("assistant", _ANSWER))
 _NOTE = "\n[... {} characters left out ...]\n"
+_CUT = "\ud800"  # where a text is tokenized in two parts; a lone surrogate, so no other text holds one
 _CHARACTERS_PER_TOKEN = 16  # more than any text has on average
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)  # linear in the text, whatever it says
 
@@ -69,6 +72,10 @@ class Renderer(Protocol):
 class _TokenizerRenderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]) -> None:
         self._tokenizer, self._stops = tokenizer, tuple(stop_token_ids)
+        added = tokenizer.added_tokens_decoder.items()
+        special = [token.content for i, token in added if token.special or i in self._stops]
+        starts = [f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text in special if len(text) > 1]
+        self._starts = re.compile("|".join(starts) or "(?!)")  # first characters of what spells a special token
 
     def shorten(self, text: str, max_tokens: int) -> str:
         if len(text.encode("utf-8", "replace")) <= max_tokens:  # a token has at least a byte
@@ -76,19 +83,32 @@ class _TokenizerRenderer:
         # Only so many characters are tokenized: of a megabyte it would take a second.
         length, most = len(text), _CHARACTERS_PER_TOKEN * max_tokens
         head, tail = (text, text) if length <= most else (text[: most // 2], text[-(most // 2) :])
-        head_ids = self._encode(head)
+        head_ids = self._encode(self._as_text(head))
         if length <= most and len(head_ids) <= max_tokens:
             return text
-        tail_ids = self._encode(tail)
+        tail_ids = self._encode(self._as_text(tail))
         half = max(0, max_tokens - len(self._encode(_NOTE.format(length)))) // 2
         # A character that is cut through is left out.
         head = self._tokenizer.decode(head_ids[:half]).rstrip("\ufffd")
         tail = self._tokenizer.decode(tail_ids[len(tail_ids) - half :]).lstrip("\ufffd")
         return f"{head}{_NOTE.format(length - len(head) - len(tail))}{tail}"
 
+    def _as_text(self, value: Any) -> Any:
+        """Return the strings in a JSON value with a cut in whatever spells a special token."""
+        if isinstance(value, str):
+            # Tokenizers refuse lone surrogates, which JSON may hold.
+            return self._starts.sub(rf"\g<0>{_CUT}", value.encode("utf-8", "replace").decode())
+        if isinstance(value, Mapping):
+            return {key: self._as_text(each) for key, each in value.items()}
+        return [self._as_text(each) for each in value] if isinstance(value, (list, tuple)) else value
+
     def _encode(self, text: str, *, add_special_tokens: bool = False) -> Ints:
-        text = text.encode("utf-8", "replace").decode()  # tokenizers refuse lone surrogates, which JSON may hold
-        return np.array(self._tokenizer.encode(text, add_special_tokens=add_special_tokens), dtype=np.int64)
+        """Return the tokens of a text, which is tokenized apart before and after a cut."""
+        first, *others = text.split(_CUT)
+        tokens = self._tokenizer.encode(first, add_special_tokens=add_special_tokens)
+        for part in others:
+            tokens += self._tokenizer.encode(part, add_special_tokens=False)
+        return np.array(tokens, dtype=np.int64)
 
 
 class PlainRenderer(_TokenizerRenderer):
@@ -99,13 +119,13 @@ class PlainRenderer(_TokenizerRenderer):
             raise ConfigError("plain text has no room for tools; set task.template=chat", key="task.template")
         # A system prompt belongs to a template.
         texts = [message.content for message in messages if message.role != "system"]
-        return self._encode("".join(texts), add_special_tokens=True)
+        return self._encode(self._as_text("".join(texts)), add_special_tokens=True)
 
     def parse(self, sampled: Ints) -> Message:
         return Message("assistant", self._tokenizer.decode(sampled, skip_special_tokens=True))
 
     def continuation(self, sampled: Ints, messages: Sequence[Message]) -> Ints:
-        tokens = self._encode("".join(message.content for message in messages))
+        tokens = self._encode(self._as_text("".join(message.content for message in messages)))
         if int(sampled[-1]) in self._stops:
             return tokens
         return np.concatenate([np.array(self._stops[:1], dtype=np.int64), tokens])
@@ -162,10 +182,10 @@ class ChatRenderer(_TokenizerRenderer):
         return self._render([*_BASE, *messages], (), generates=generates).partition(_ANSWER)[2]
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, generates: bool) -> str:
-        plain = [as_dict(message) for message in messages]
+        plain = self._as_text([as_dict(message) for message in messages])
         try:
             text: str = self._tokenizer.apply_chat_template(
-                plain, tools=list(tools) or None, add_generation_prompt=generates, tokenize=False
+                plain, tools=self._as_text(tools) or None, add_generation_prompt=generates, tokenize=False
             )
         except TemplateError as error:  # Gemma's, for example, rejects system messages
             has_system = messages[0].role == "system"

@@ -137,6 +137,7 @@ class MethodsEnvironment(ToolEnvironment):
 
     async def close(self) -> None:
         if (close := getattr(self._target, "close", None)) is not None:
+            await self._calls.returned(self._target)
             await self._calls.run(close)
 
 

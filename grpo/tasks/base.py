@@ -37,7 +37,8 @@ class Task(Protocol):
             def score(self, problem: Problem, completion: str) -> float:
                 return float(completion.strip() == problem.answer)
 
-        # python scripts/train.py task.target=my_module:Doubling 'task.args={largest: 200}'
+        # in my_module.py; ~task.args drops the arguments of the default task:
+        # PYTHONPATH=. grpo train model=smollm2 '~task.args' task.target=my_module:Doubling '+task.args={largest: 200}'
     """
 
     def problems(self, split: Split) -> Sequence[Problem]:
@@ -59,7 +60,7 @@ def make_task(config: TaskConfig) -> Task:
     Raises ConfigError for an unknown target or argument, and for a path if the task takes none.
     """
     target = import_target(config.target, key="task.target")
-    check_arguments(target, config.args, key="task.args")
+    check_arguments(target, config.args, key="task.args", fix="'~task.args' drops those of the default task")
     args = dict(config.args)
     if config.path is not None:
         if "path" not in inspect.signature(target).parameters:

@@ -37,11 +37,12 @@ def named_function(name: str, known: Mapping[str, Callable[..., Any] | str], *, 
     return import_target(name, key=key)
 
 
-def check_arguments(target: Callable[..., Any], args: Mapping[str, Any], *, key: str) -> None:
-    """Raise ConfigError for `key` when `target` does not accept these keyword arguments."""
+def check_arguments(target: Callable[..., Any], args: Mapping[str, Any], *, key: str, fix: str = "") -> None:
+    """Raise ConfigError for `key`, which ends with the `fix`, if `target` does not accept these keyword arguments."""
     parameters = inspect.signature(target).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return
     names = [parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY]
     if unknown := sorted(set(args) - set(names)):
-        raise ConfigError(f"{unknown[0]!r} is not one of {', '.join(names) or '(none)'}", key=key)
+        message = f"{unknown[0]!r} is not one of {', '.join(names) or '(none)'}"
+        raise ConfigError("; ".join(filter(None, [message, fix])), key=key)

@@ -12,6 +12,7 @@ import pytest
 from grpo.checkpoint.resume import find_resume_point
 from grpo.checkpoint.store import checkpoints
 from grpo.cluster.launch import launch
+from grpo.config.algorithm import TaskConfig
 from grpo.driver.loop import train_loop
 from grpo.observe.collector import collecting
 from grpo.services.local import launch_local
@@ -61,9 +62,13 @@ async def train(launched, config, make_recorder, folder, *, kill=()):
     return recorder.run_dir.read("metrics.jsonl")
 
 
+@pytest.mark.parametrize("task", ["sorting", "words"])
 async def test_a_run_goes_on_with_two_ranks_and_learns_what_one_does_though_one_of_them_is_killed(
-    config, make_recorder, tmp_path
+    config, make_recorder, tmp_path, task
 ):
+    if task == "words":  # episodes of three turns
+        config.task = TaskConfig("tests.fake_environments:WordsAtOnce")
+        config.rollout.max_completion_tokens, config.environment.max_turn_tokens = 24, 1
     alone = await train(launch_local, config, make_recorder, tmp_path / "run")
     half = shutil.copytree(tmp_path / "run", tmp_path / "half")
     for later in set(checkpoints(half / "checkpoints")) - {half / "checkpoints/step_000002"}:

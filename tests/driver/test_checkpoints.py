@@ -17,7 +17,7 @@ from grpo.actors.trainer import Trainer
 from grpo.checkpoint import store
 from grpo.checkpoint.resume import find_resume_point
 from grpo.checkpoint.store import checkpoints
-from grpo.config.algorithm import CorrectionConfig, DataloaderConfig
+from grpo.config.algorithm import CorrectionConfig, DataloaderConfig, TaskConfig
 from grpo.driver.loop import train_loop
 from grpo.errors import CheckpointError, PayloadLost
 from grpo.services.local import launch_local
@@ -223,6 +223,27 @@ async def test_a_run_that_filters_corrects_and_samples_by_difficulty_goes_on_exa
         keep_only(folder, step)
         resumed = await start("auto", folder).to_the_end()
         assert_continued(resumed, undisturbed)
+
+
+@pytest.mark.parametrize("updates_per_batch", [1, 2])
+async def test_episodes_go_on_exactly_too(start, config, tmp_path, updates_per_batch):
+    """With a KL term and several updates too. All turns of a group are sampled together: tests/driver/test_loop.py."""
+    config.task = TaskConfig("tests.fake_environments:WordsAtOnce")
+    config.rollout.max_completion_tokens, config.environment.max_turn_tokens = 24, 1
+    config.trainer.updates_per_batch, config.loss.beta = updates_per_batch, 0.05
+    undisturbed = await start(eval={"prompts": 4}).to_the_end()
+    assert any(undisturbed.losses)
+    assert {line["episode/turns"] for line in undisturbed.lines("metrics.jsonl")} == {3.0}
+    assert undisturbed.trained == [(n, n) for n in range(10)]
+    for step in range(1, 5):
+        folder = shutil.copytree(tmp_path / "run", tmp_path / f"copy-{step}")
+        keep_only(folder, step)
+        resumed = await start("auto", folder, eval={"prompts": 4}).to_the_end()
+        assert_continued(resumed, undisturbed)
+        played = [group for group in resumed.lines("rollouts.jsonl") if group["prompt_serial"] < 10]
+        assert [group["completions"] for group in played] == [
+            group["completions"] for group in undisturbed.lines("rollouts.jsonl") if group["prompt_serial"] < 10
+        ]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from grpo.actors.trainer import Trainer
 from grpo.algorithms.advantages import ADVANTAGES
 from grpo.driver.loop import train_loop
 from grpo.driver.rollout import sampling_params
+from grpo.engines.torch.batch import DecodeBatch
 from grpo.errors import (
     DataError,
     RewardCrash,
@@ -93,7 +94,27 @@ async def test_adapters_are_trained_against_their_own_base(tiny_config, make_rec
     assert "reference" not in {name for replicas in recorder.replicas.values() for name in replicas}
 
 
-async def test_synchronous_with_one_rollout_equals_a_sequential_loop_bit_for_bit(tiny_config, make_recorder):
+@pytest.fixture
+def joined(monkeypatch):
+    """How many completions have begun to be sampled together, each time that some did."""
+    counts, step = [], DecodeBatch.step
+
+    def counted(batch, joining):
+        counts.extend([sum(request.to_join for request in joining)] if joining else [])
+        return step(batch, joining)
+
+    monkeypatch.setattr(DecodeBatch, "step", counted)
+    return counts
+
+
+@pytest.mark.parametrize("task", ["sorting", "words"])
+async def test_synchronous_with_one_rollout_equals_a_sequential_loop_bit_for_bit(
+    tiny_config, make_recorder, joined, task
+):
+    """Episodes too, if all turns are of one length and all replies there at once: groups stay together."""
+    if task == "words":
+        tiny_config.task.target, tiny_config.task.args = "tests.fake_environments:WordsAtOnce", {}
+        tiny_config.environment.max_turn_tokens, tiny_config.rollout.max_completion_tokens = 1, 24
     tiny_config.buffer.max_policy_age = 0
     tiny_config.rollout.concurrency = 1
     losses, weights = await sequential(tiny_config)
@@ -101,10 +122,11 @@ async def test_synchronous_with_one_rollout_equals_a_sequential_loop_bit_for_bit
     assert [step["loss"] for step in lines(path, "metrics.jsonl")] == losses
     assert any(losses)
     np.testing.assert_array_equal(loop_weights.buffer, weights.buffer)
+    assert set(joined) == {tiny_config.rollout.group_size}
 
 
 async def test_episodes_equal_a_sequential_loop_up_to_rounding(tiny_config, make_recorder):
-    """Which turns of a group are decoded together depends on when the replies come, and so does the rounding."""
+    """Which turns of a group are decoded together depends on when threads reply, and so does the rounding."""
     tiny_config.task.target, tiny_config.task.args = "tests.fake_environments:Words", {}
     tiny_config.rollout.max_completion_tokens = 24
     tiny_config.buffer.max_policy_age = 0

@@ -45,6 +45,7 @@ from grpo.environments.calls import UserCalls
 from grpo.environments.player import Player
 from grpo.environments.renderers import PlainRenderer
 from grpo.models.tiny import character_tokenizer
+from grpo.telemetry.recording import Recording, record_in
 from grpo.types import Problem, Prompt, SamplingParams
 
 # --- the contract ---
@@ -77,6 +78,29 @@ async def test_a_turn_reads_only_what_is_new():
         reply = reply_of(episode, 0)
         await engine.generate(episode.give(reply), replace(PARAMS, max_tokens=3, first_token=5))
     assert shapes == [(1, 1 + len(reply)), (1, 1), (1, 1)]  # the last sampled token had not been read yet
+
+
+@pytest.mark.parametrize("prefix_cache_mb", [64, 0])
+async def test_tokens_of_prompts_are_counted_as_read_or_kept(prefix_cache_mb):
+    recording = Recording()
+    record_in(recording)
+    async with serving(llama(), **LIMITS, prefix_cache_mb=prefix_cache_mb) as engine:
+        episodes = await play(engine, prompt_of(11), replace(PARAMS, n=4, max_tokens=5), turns=1)
+        counts = recording.metrics.drain()
+        assert counts["generator/prompt_tokens_read/sum"] == 11  # once for the group
+        assert counts["generator/prompt_tokens_kept/sum"] == 0
+        replies = [reply_of(episode, i) for i, episode in enumerate(episodes)]
+        turns = [replace(PARAMS, max_tokens=3, first_token=5, first_sample=i) for i in range(4)]
+        await asyncio.gather(
+            *(
+                engine.generate(episode.give(reply), turn)
+                for episode, reply, turn in zip(episodes, replies, turns, strict=True)
+            )
+        )
+    kept = 4 * (11 + 4) if prefix_cache_mb else 0  # the last sampled token had not been read yet
+    counts = recording.metrics.drain()
+    assert counts["generator/prompt_tokens_kept/sum"] == kept
+    assert counts["generator/prompt_tokens_read/sum"] == 4 * 16 + sum(map(len, replies)) - kept
 
 
 # --- in company ---

@@ -23,6 +23,7 @@ from grpo.models import smollm2
 from grpo.models.loading import load_model
 from grpo.models.tiny import tiny_llama
 from grpo.models.tokenizer import load_tokenizer
+from grpo.telemetry.recording import Recording, record_in
 from grpo.types import SamplingParams
 from grpo.weights.payload import WeightsWriter, parameter_shapes
 from tests.scripts.processes import finish, processes_of
@@ -57,6 +58,21 @@ def engine_processes(parent):
 def wait_until_gone(processes, seconds=10):
     _, alive = psutil.wait_procs(processes, timeout=seconds)
     assert not alive
+
+
+async def test_tokens_of_prompts_are_counted_as_read_or_kept(folder):
+    recording = Recording()
+    record_in(recording)
+    engine = await start(folder, block_size=32)
+    counts = []
+    for length in (40, 60):  # the second turn of an episode, of which vLLM keeps whole blocks
+        await engine.generate(np.arange(2, 2 + length), SamplingParams(seed=3, max_tokens=2, keep_prefix=True))
+        figures = recording.metrics.drain()
+        counts.append([figures[f"generator/prompt_tokens_{what}/sum"] for what in ("read", "kept")])
+    await engine.close()
+    assert counts[0] == [40, 0]
+    assert sum(counts[1]) == 60
+    assert counts[1][1] >= 32
 
 
 # --- processes ---

@@ -99,6 +99,23 @@ async def test_a_cancelled_call_hangs_until_its_thread_returns(calls):
     await until(lambda: calls.hanging(0) == 0)
 
 
+async def test_calls_of_one_object_can_be_waited_for(calls):
+    mine, theirs = threading.Event(), threading.Event()
+    for event in (mine, theirs):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await calls.run(event.wait)
+    waiting = asyncio.ensure_future(calls.returned(mine))
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    mine.set()
+    await waiting
+    assert calls.hanging(0) == 1
+    theirs.set()
+    await calls.returned(theirs)
+    assert calls.hanging(0) == 0
+
+
 async def test_more_calls_than_threads_wait_and_those_that_are_cancelled_meanwhile_never_run(calls):
     release, ran = threading.Event(), []
     busy = [asyncio.ensure_future(calls.run(release.wait)) for _ in range(2)]

@@ -456,21 +456,60 @@ async def test_a_score_that_hangs_is_an_error():
         await play_one(Hanging(DONE), "1.", timeout_s=0.05)
 
 
-async def test_a_thread_that_hangs_is_an_error_and_says_so():
-    release = threading.Event()
+class Hanging(Game):
+    """Its reply runs in a thread until the test lets it go."""
 
-    class Hanging(Game):
-        def reply(self, said):
-            release.wait()
+    def __init__(self):
+        super().__init__()
+        self.inside, self.release = threading.Event(), threading.Event()
 
+    def reply(self, said):
+        self.inside.set()
+        self.release.wait()
+        self.closed_before = self.closed
+
+
+async def test_a_thread_that_hangs_is_an_error_and_says_so_and_is_not_closed(caplog, monkeypatch):
+    monkeypatch.setattr(player_module, "_CLOSE_S", 0.02)
     game = Hanging()
     try:
         with pytest.raises(EnvironmentTimeout, match="reply did not return") as caught:
             await play_one(game, "1.", timeout_s=0.05)
         assert caught.value.hung
-        assert game.closed == 1
+        assert game.closed == 0
+        assert "an environment did not close: TimeoutError" in caplog.text
     finally:
-        release.set()
+        game.release.set()
+
+
+async def test_an_environment_is_closed_once_its_thread_has_returned(monkeypatch):
+    monkeypatch.setattr(player_module, "_CLOSE_S", 600.0)
+    game = Hanging()
+    playing = asyncio.create_task(play([game], Policy(["1."])))
+    await asyncio.to_thread(game.inside.wait)
+    playing.cancel()
+    asyncio.get_running_loop().call_later(0.02, game.release.set)
+    with pytest.raises(asyncio.CancelledError):
+        await playing
+    await until_closed(game)
+    assert game.closed_before == 0
+
+
+async def until_closed(game):
+    async with asyncio.timeout(60):
+        while not game.closed:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
+async def test_a_plain_method_that_returns_something_to_await_hangs_as_an_async_one(clock):
+    """Its thread has returned: no process has to go."""
+
+    class Wrapped(ScoredGame):
+        def reply(self, said):
+            return asyncio.Event().wait()
+
+    episode = await play_one(Wrapped(), "1.", timeout_s=0.05)
+    assert (episode.report.ended_by, episode.reward) == ("timeout", 0.25)
 
 
 async def test_an_episode_that_fails_ends_the_others_of_its_group():

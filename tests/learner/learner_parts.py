@@ -12,9 +12,15 @@ from grpo.config.actors import TrainerConfig
 from grpo.config.algorithm import CorrectionConfig, LossConfig
 from grpo.learner.learner import Learner
 from grpo.learner.objective import Objective
-from grpo.types import Completion, Group, Problem, Prompt
+from grpo.types import Completion, Group, Problem, Prompt, Turn
 
 EOS = 1
+EPISODES = [  # (sampled, given) tokens of each turn
+    [(3, 2), (1, 4), (2, 0)],
+    [(1, 1), (1, 0)],
+    [(1, 0)],
+    [(4, 7), (5, 0)],
+]
 
 
 def peaked(model):
@@ -49,6 +55,22 @@ def make_group(prompt_length, lengths, advantages, *, seed=0, version=0, referen
         advantages=tuple(advantages),
         oldest_version=version,
     )
+
+
+def episode(runs, rng, *, eos=1, version=0):
+    turns = tuple(Turn(sampled, given) for sampled, given in runs)
+    parts = [[*rng.integers(3, 60, sampled - 1), eos, *rng.integers(3, 60, given)] for sampled, given in runs]
+    sampled = sum(turn.sampled for turn in turns)
+    logprobs = rng.normal(-3, 0.5, sampled).astype(np.float32)
+    return Completion(np.concatenate(parts).astype(np.int64), logprobs, ((version, sampled),), "stop", turns)
+
+
+def episode_group(*, eos=1, advantages=(1.0, -0.5, 0.25, -1.0), seed=0, reference=False):
+    rng = np.random.default_rng(seed)
+    prompt = Prompt(seed, Problem("?", "!"), rng.integers(3, 60, size=4))
+    completions = [episode(runs, rng, eos=eos) for runs in EPISODES]
+    references = [rng.normal(-3, 0.5, c.sampled_count).astype(np.float32) for c in completions]
+    return Group(prompt, completions, references if reference else None, advantages, advantages, oldest_version=0)
 
 
 def make_learner(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from learner_parts import make_group, make_learner, peaked
+from learner_parts import episode_group, make_group, make_learner, peaked
 from rank_processes import Died
 from torch._dynamo.utils import counters
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -62,6 +62,11 @@ def one_group():
     return Batch([make_group(4, [6, 9, 3], [1.2, -0.7, -0.5], seed=1), make_group(2, [5, 4], [0.0, 0.0])])
 
 
+def episodes():
+    """Turns and replies; most tokens of the longest were given."""
+    return Batch([episode_group(seed=1), episode_group(advantages=(0.0, 0.0, 1.0, -1.0), seed=2), *ragged().groups[:2]])
+
+
 def nothing():
     return Batch([make_group(2, [5, 4], [0.0, 0.0])])
 
@@ -109,7 +114,7 @@ CASES = {
     "several updates": {"updates_per_batch": 3, "correction": DECOUPLED, "micro_batch_tokens": 20},
     "fixed horizon": {"loss": LossConfig("dr_grpo"), "packing": "never", "micro_batch_tokens": 12},
 }
-BATCHES = {"ragged": ragged(), "one group": one_group()}
+BATCHES = {"ragged": ragged(), "one group": one_group(), "episodes": episodes()}
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

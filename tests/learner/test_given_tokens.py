@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from learner_parts import EPISODES, episode_group
 
 from grpo.config.algorithm import CorrectionConfig, EnvironmentConfig, LossConfig
 from grpo.engines.base import Limits
@@ -19,31 +20,9 @@ from grpo.environments.renderers import PlainRenderer
 from grpo.learner.batch import collate, make_sample, samples_of
 from grpo.learner.logprobs import TokenLogprobs
 from grpo.models.tiny import character_tokenizer
-from grpo.types import Batch, Completion, Group, Problem, Prompt, SamplingParams, Turn
+from grpo.types import Batch, Problem, Prompt, SamplingParams, Turn
 
-EPISODES = [  # (sampled, given) tokens of each turn
-    [(3, 2), (1, 4), (2, 0)],
-    [(1, 1), (1, 0)],
-    [(1, 0)],
-    [(4, 7), (5, 0)],
-]
 PACKINGS = pytest.mark.parametrize("packing", ["auto", "never"])
-
-
-def episode(runs, rng, *, eos=1, version=0):
-    turns = tuple(Turn(sampled, given) for sampled, given in runs)
-    parts = [[*rng.integers(3, 60, sampled - 1), eos, *rng.integers(3, 60, given)] for sampled, given in runs]
-    sampled = sum(turn.sampled for turn in turns)
-    logprobs = rng.normal(-3, 0.5, sampled).astype(np.float32)
-    return Completion(np.concatenate(parts).astype(np.int64), logprobs, ((version, sampled),), "stop", turns)
-
-
-def episode_group(*, eos=1, advantages=(1.0, -0.5, 0.25, -1.0), seed=0, reference=False):
-    rng = np.random.default_rng(seed)
-    prompt = Prompt(seed, Problem("?", "!"), rng.integers(3, 60, size=4))
-    completions = [episode(runs, rng, eos=eos) for runs in EPISODES]
-    references = [rng.normal(-3, 0.5, c.sampled_count).astype(np.float32) for c in completions]
-    return Group(prompt, completions, references if reference else None, advantages, advantages, oldest_version=0)
 
 
 def sampled_by_hand(completion):
@@ -131,6 +110,20 @@ def test_everything_is_counted_in_sampled_tokens(model, make_learner):
     micro = collate(samples, torch.device("cpu"))
     assert micro.mask_BK.sum(dim=1).tolist() == counts
     assert make_learner().train_step(Batch([group]))["trainer/tokens"] == sum(counts)
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo"])
+def test_two_updates_over_episodes_are_two_steps_over_the_halves(model, make_learner, name):
+    groups = [episode_group(seed=seed, reference=True) for seed in range(4)]
+    other, settings = copy.deepcopy(model), {"loss": LossConfig(name, beta=0.1), "lr": 3e-3}
+    metrics = make_learner(updates_per_batch=2, **settings).train_step(Batch(groups))
+    by_hand = make_learner(other, age_bound=1, **settings)
+    halves = [by_hand.train_step(Batch(half)) for half in (groups[:2], groups[2:])]
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+    assert np.isfinite(list(metrics.values())).all()
+    assert metrics["trainer/tokens"] == sum(c.sampled_count for group in groups for c in group.completions)
+    for figure in ("loss", "trainer/grad_norm", "trainer/clip_fraction", "trainer/reference_kl"):
+        assert metrics[figure] == pytest.approx((halves[0][figure] + halves[1][figure]) / 2)
 
 
 def test_one_turn_is_an_ordinary_completion(model, make_group, make_learner, steps_taken):

@@ -53,6 +53,12 @@ async def test_every_caller_gets_the_answer_to_its_own_call():
     assert await side_by_side(gathering_of(Process()), range(9)) == [2 * n for n in range(9)]
 
 
+async def test_calls_made_at_once_travel_together_the_first_one_too():
+    process = Process()
+    await side_by_side(gathering_of(process), range(9))
+    assert process.sent == [list(range(9))]
+
+
 async def test_calls_made_while_one_is_under_way_travel_together():
     process = Process()
     gathering = gathering_of(process)

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import re
+import shlex
+
 import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 
 from grpo.config.algorithm import TaskConfig
+from grpo.config.composition import compose
 from grpo.errors import ConfigError, TaskError
 from grpo.models.tiny import character_tokenizer
-from grpo.tasks.base import PromptEncoder, make_task
+from grpo.tasks.base import PromptEncoder, Task, make_task
 from grpo.tasks.sorting import Sorting
 from grpo.types import Problem
 
@@ -42,8 +46,16 @@ def test_an_unknown_target_names_the_key(target):
 
 
 def test_an_unknown_argument_names_the_key_and_the_known_ones():
-    with pytest.raises(ConfigError, match=r"^task\.args: 'train' .*train_size"):
+    with pytest.raises(
+        ConfigError, match=r"^task\.args: 'train' .*train_size.*; '~task\.args' drops those of the default"
+    ):
         make_task(TaskConfig(SORTING, {"train": 7}))
+
+
+def test_the_command_in_the_docstring_sets_the_arguments_of_that_task_alone():
+    [command] = re.findall(r"grpo train (.*)", Task.__doc__)
+    task = compose(*shlex.split(command)).task
+    assert (task.target, task.args) == ("my_module:Doubling", {"largest": 200})
 
 
 PLAIN = TaskConfig("grpo.tasks.sorting:Sorting")

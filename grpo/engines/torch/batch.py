@@ -96,6 +96,7 @@ class DecodeBatch:
         self._decoding = choose_decoding(model, self._kv, cuda_graphs=cuda_graphs)
         self._tokens = TokenGrid(limits, max_columns, self._device)
         self.prefixes = PrefixCache(prefix_cache_bytes)
+        self._read = self._kept = 0
         self._rows: list[Row] = []
         self._rows_changed()
 
@@ -106,6 +107,11 @@ class DecodeBatch:
     @property
     def running(self) -> int:
         return len(self._rows)
+
+    def take_prompt_tokens(self) -> tuple[int, int]:
+        """Return how many tokens of prompts were read, and how many were known from kept prefixes, since last asked."""
+        counts, self._read, self._kept = (self._read, self._kept), 0, 0
+        return counts
 
     @torch.inference_mode()
     def step(self, joining: Sequence[Request]) -> tuple[list[Request], int]:
@@ -193,6 +199,7 @@ class DecodeBatch:
         yield from self._continued(kept)
         requests = [request for request in requests if request not in kept]
         outdated = [r for r in requests if r.prefix is None or r.prefix.version != self.version]
+        self._read += sum(len(request.prompt_ids) for request in outdated)
         computed = prefill(self.model, self._prompts(outdated), self.version)
         for request in requests:
             if request in outdated:
@@ -211,6 +218,9 @@ class DecodeBatch:
         def size(request: Request) -> int:
             return (len(request.prompt_ids) - len(kept[request].token_ids)) // _SMALL_PREFILL
 
+        known = sum(len(prefix.token_ids) for prefix in kept.values())
+        self._kept += known
+        self._read += sum(len(request.prompt_ids) for request in kept) - known
         # Those of similar size together, because as many new tokens are computed for each as for the largest.
         for _, similar in groupby(sorted(kept, key=size), lambda request: size(request).bit_length()):
             together = list(similar)

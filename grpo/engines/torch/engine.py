@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from grpo.engines.base import Limits, WeightUpdate
+from grpo.engines.base import Limits, WeightUpdate, measure_prompt_tokens
 from grpo.engines.torch.batch import DecodeBatch, Request
 from grpo.telemetry.recording import measure, span
 from grpo.types import Completion, GeneratorStats, Ints, SamplingParams
@@ -142,6 +142,8 @@ class TorchEngine:
                 while self._waiting and not self._waiting[0].to_join:
                     self._waiting.popleft()
                 measure("generator/batch_size", self._batch.running)
+                read, kept = self._batch.take_prompt_tokens()
+                measure_prompt_tokens(read=read, kept=kept)
                 self._tokens += tokens
                 # A request that was cancelled during the step has no future any more, or a cancelled one.
                 for request in finished:

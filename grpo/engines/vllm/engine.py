@@ -21,7 +21,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from grpo.engines.base import Limits, WeightUpdate
+from grpo.engines.base import Limits, WeightUpdate, measure_prompt_tokens
 from grpo.engines.vllm.params import (
     CacheSalts,
     as_completion,
@@ -204,6 +204,8 @@ class VLLMEngine:
             prompt = tokens_input(np.asarray(prompt_ids).tolist(), cache_salt=salt)
             settings = sampling_params(params, sample, self._stop_token_ids)
             [answer] = [each async for each in self._llm.generate(prompt, settings, str(next(self._request_ids)))]
+        if (kept := answer.num_cached_tokens) is not None:
+            measure_prompt_tokens(read=len(prompt_ids) - kept, kept=kept)
         [output] = answer.outputs
         return as_completion(output)
 
