@@ -1,7 +1,7 @@
 """Episodes of several turns, asked of an engine as the player asks for them."""
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -42,12 +42,14 @@ class Episode:
     """What the tests compare: all tokens after the opening, and the log-probabilities and versions of the sampled."""
 
     opening: np.ndarray
-    tokens: list[int]
-    sampled: list[int]  # places in `tokens`
-    logprobs: list[float]
-    versions: list[int]
+    tokens: list[int] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)  # where they begin in `tokens`
+    sampled: list[int] = field(default_factory=list)  # places in `tokens`
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
 
     def add(self, completion):
+        self.turns.append(len(self.tokens))
         self.sampled += range(len(self.tokens), len(self.tokens) + completion.sampled_count)
         self.tokens += completion.token_ids.tolist()
         self.logprobs += completion.logprobs.tolist()
@@ -77,7 +79,7 @@ async def play_on(engine, episode, params, turns, between=None):
 async def play(engine, opening, params, *, turns=4, between=None):
     """A group of episodes, asked for as the player does. Sample i says a little more per turn than sample i - 1."""
     first = await engine.generate(opening, params)
-    episodes = [Episode(opening, [], [], [], []) for _ in first]
+    episodes = [Episode(opening) for _ in first]
     for episode, completion in zip(episodes, first, strict=True):
         episode.add(completion)
     more = [
@@ -88,10 +90,10 @@ async def play(engine, opening, params, *, turns=4, between=None):
     return episodes
 
 
-def assert_same(episodes, others):
+def assert_same(episodes, others, atol=1e-5):
     for episode, other in zip(episodes, others, strict=True):
         assert episode.tokens == other.tokens
-        np.testing.assert_allclose(episode.logprobs, other.logprobs, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(episode.logprobs, other.logprobs, rtol=0, atol=atol)
 
 
 def assert_as_if_sampled_in_one_go(model, episodes, params):

@@ -1,0 +1,97 @@
+"""What every engine promises of episodes of several turns, as test_engine_contract.py does of single ones."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+import pytest_asyncio
+from contract_helpers import opened, tied_llama
+from engine_helpers import greedy, greedy_tokens, prompt_of
+from episode_helpers import assert_same, play
+
+from grpo.engines.base import Limits
+from grpo.types import SamplingParams
+
+LIMITS = Limits(max_prompt_tokens=64, max_completion_tokens=440, max_sequences=16, several_turns=True)
+SAMPLED = SamplingParams(n=3, max_tokens=24, seed=3, keep_prefix=True)
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["in_flight", "in_flight_recompute", "drain"])
+async def served(request, tmp_path_factory):
+    kind = request.config.getoption("--engine")
+    async with opened(kind, tied_llama, request.param, LIMITS, tmp_path_factory.mktemp("served")) as bench:
+        yield bench
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def anew(request, tmp_path_factory):
+    """An engine that reads every prompt from its beginning, with the weights of seed 1 unless a test loads others."""
+    kind, folder = request.config.getoption("--engine"), tmp_path_factory.mktemp("anew")
+    async with opened(kind, tied_llama, "drain", LIMITS, folder, reuse=False) as bench:
+        yield bench
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def bench(served, anew):
+    async with asyncio.timeout(600):
+        await served.load(seed=1)
+        await anew.load(seed=1)
+        yield served
+
+
+# --- what is reused changes nothing ---
+
+
+@pytest.mark.parametrize(
+    "params",
+    [SAMPLED, replace(SAMPLED, temperature=0.7, top_k=20), replace(SAMPLED, temperature=0.0)],
+    ids=["sampled", "filtered", "greedy"],  # not by top_p: rounding may let one more token pass it
+)
+async def test_episodes_are_as_if_every_turn_read_its_prompt_anew(bench, anew, params):
+    groups = [(prompt_of(length), replace(params, seed=length)) for length in (3, 64)]
+    together = await asyncio.gather(*(play(bench.engine, *group, turns=8) for group in groups))
+    for group, episodes in zip(groups, together, strict=True):
+        assert [len(episode.turns) for episode in episodes] == [8] * 3
+        assert_same(episodes, await play(anew.engine, *group, turns=8), atol=1e-4)
+
+
+async def test_a_greedy_turn_says_the_likeliest_after_all_that_was_said(bench):
+    [episode] = await play(bench.engine, prompt_of(40), greedy(24, keep_prefix=True), turns=4)
+    for begin in episode.turns:
+        said = [token for place, token in enumerate(episode.tokens) if place in episode.sampled and place >= begin]
+        prompt = [*episode.opening, *episode.tokens[:begin]]
+        expected = greedy_tokens(bench.model(seed=1), prompt, 8)
+        assert said[:8] == expected[: len(said[:8])]
+
+
+# --- sampling noise ---
+
+
+async def tokens_of(bench, params, prompt=None):
+    group = await bench.engine.generate(prompt_of(50) if prompt is None else prompt, params)
+    return [completion.token_ids.tolist() for completion in group]
+
+
+LATER = replace(SAMPLED, n=1, first_sample=2, first_token=17)
+
+
+@pytest.mark.parametrize("change", [{"keep_prefix": False}, {"max_tokens": 12}, {"first_sample": 1, "n": 3}], ids=str)
+async def test_nothing_else_about_a_turn_changes_what_is_said(bench, change):
+    [said] = await tokens_of(bench, LATER)
+    other = await tokens_of(bench, replace(LATER, **change))
+    same = other[LATER.first_sample - change.get("first_sample", LATER.first_sample)]
+    assert same == said[: change.get("max_tokens", len(said))]
+
+
+async def test_whoever_else_plays_changes_nothing_of_what_is_said(bench):
+    alone = await tokens_of(bench, LATER)
+    others = [tokens_of(bench, replace(SAMPLED, seed=seed), prompt_of(60, seed)) for seed in range(6)]
+    *_, in_company = await asyncio.gather(*others, tokens_of(bench, LATER))
+    assert in_company == alone
+
+
+@pytest.mark.parametrize("change", [{"seed": 4}, {"first_sample": 1}, {"first_token": 16}], ids=str)
+async def test_every_turn_of_every_episode_has_noise_of_its_own(bench, change):
+    assert await tokens_of(bench, LATER) != await tokens_of(bench, replace(LATER, **change))
