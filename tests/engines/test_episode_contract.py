@@ -1,13 +1,15 @@
 """What every engine promises of episodes of several turns, as test_engine_contract.py does of single ones."""
 
 import asyncio
+import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import pytest_asyncio
 from contract_helpers import opened, tied_llama
-from engine_helpers import greedy, greedy_tokens, prompt_of
-from episode_helpers import assert_same, play
+from engine_helpers import begin, greedy, greedy_tokens, prompt_of
+from episode_helpers import assert_same, logprobs_in_flight, logprobs_recomputed, play, play_on
 
 from grpo.engines.base import Limits
 from grpo.types import SamplingParams
@@ -59,9 +61,9 @@ async def test_episodes_are_as_if_every_turn_read_its_prompt_anew(bench, anew, p
 
 async def test_a_greedy_turn_says_the_likeliest_after_all_that_was_said(bench):
     [episode] = await play(bench.engine, prompt_of(40), greedy(24, keep_prefix=True), turns=4)
-    for begin in episode.turns:
-        said = [token for place, token in enumerate(episode.tokens) if place in episode.sampled and place >= begin]
-        prompt = [*episode.opening, *episode.tokens[:begin]]
+    for start in episode.turns:
+        said = [token for place, token in enumerate(episode.tokens) if place in episode.sampled and place >= start]
+        prompt = [*episode.opening, *episode.tokens[:start]]
         expected = greedy_tokens(bench.model(seed=1), prompt, 8)
         assert said[:8] == expected[: len(said[:8])]
 
@@ -95,3 +97,75 @@ async def test_whoever_else_plays_changes_nothing_of_what_is_said(bench):
 @pytest.mark.parametrize("change", [{"seed": 4}, {"first_sample": 1}, {"first_token": 16}], ids=str)
 async def test_every_turn_of_every_episode_has_noise_of_its_own(bench, change):
     assert await tokens_of(bench, LATER) != await tokens_of(bench, replace(LATER, **change))
+
+
+# --- new weights ---
+
+
+def assert_of_their_versions(bench, episode, atol=1e-4):
+    """The log-probabilities of all tokens, by the weights that they name."""
+    if bench.weight_update == "in_flight":
+        expected = logprobs_in_flight(bench.used, episode, bench.block)
+    else:
+        expected = logprobs_recomputed(bench.used, episode)
+    np.testing.assert_allclose(episode.logprobs, expected, rtol=0, atol=atol)
+    assert bench.weight_update != "drain" or all(len(runs) == 1 for runs in episode.versions_by_turn)
+    assert episode.versions == sorted(episode.versions)
+
+
+async def test_after_an_update_the_prefix_is_that_of_the_old_weights_in_flight_alone(bench, anew):
+    opening, params, old = prompt_of(50), replace(SAMPLED, max_tokens=40), bench.engine.version
+    episodes = await play(bench.engine, opening, params, turns=1)
+    await bench.load(seed=2)
+    await anew.load(seed=2)
+    for sample, episode in enumerate(episodes):
+        later = replace(params, first_sample=sample)
+        first = len(episode.sampled)
+        await play_on(bench.engine, episode, later, turns=1)
+        assert [[version for version, _ in runs] for runs in episode.versions_by_turn] == [[old], [old + 1]]
+        assert_of_their_versions(bench, episode)
+        if bench.weight_update == "in_flight":
+            assert np.abs(np.subtract(episode.logprobs, logprobs_recomputed(bench.used, episode))).max() > 0.01
+            continue
+        prompt = [*opening, *episode.tokens[: episode.turns[1]]]
+        [fresh] = await anew.engine.generate(np.array(prompt), replace(later, n=1, first_token=first))
+        assert fresh.token_ids.tolist() == episode.tokens[episode.turns[1] :]
+        np.testing.assert_allclose(episode.logprobs[first:], fresh.logprobs, rtol=0, atol=1e-4)
+
+
+async def test_turns_and_updates_go_on_side_by_side(bench):
+    """Neither waits for more than what the other has begun: updates come all the time, and so do turns."""
+    updates, mixed, seeds = 0, bench.weight_update == "drain", itertools.count()
+
+    async def play_all_the_time():
+        nonlocal mixed
+        played = []
+        while updates < 6 or not mixed:
+            seed = next(seeds)
+            params = replace(SAMPLED, n=1, seed=seed, max_tokens=60)
+            # Replies of one length: where turns join together, the torch engine reads as many tokens for each of them.
+            [episode] = await play(bench.engine, prompt_of(40, seed), params, longest_reply=1)
+            mixed = mixed or any(len(runs) > 1 for runs in episode.versions_by_turn)
+            played.append(episode)
+        return played
+
+    playing = asyncio.gather(*(play_all_the_time() for _ in range(6)))
+    while not playing.done():
+        await bench.load(seed=updates % 3 + 1)
+        updates += 1
+    for episode in itertools.chain(*await playing):
+        assert_of_their_versions(bench, episode)
+
+
+async def test_a_turn_that_an_update_meets_ends_with_the_old_weights_when_it_drains(bench):
+    old, params = bench.engine.version, replace(SAMPLED, n=1, first_token=24)
+    weights = bench.prepare(seed=2)
+    running = await begin(bench.engine.generate(prompt_of(60), replace(params, max_tokens=300)))
+    await bench.engine.update_weights(weights)
+    [later] = await bench.engine.generate(prompt_of(60), params)
+    [met] = await running
+    assert later.versions == ((old + 1, later.sampled_count),)
+    if bench.weight_update == "drain":
+        assert met.versions == ((old, met.sampled_count),)
+    else:
+        assert [version for version, _ in met.versions] in ([old], [old, old + 1])
