@@ -121,8 +121,10 @@ def assert_of_their_versions(bench, episode, atol=1e-4):
     assert episode.versions == sorted(episode.versions)
 
 
-async def test_after_an_update_the_prefix_is_that_of_the_old_weights_in_flight_alone(bench, anew):
-    opening, params, old = prompt_of(50), replace(SAMPLED, max_tokens=40), bench.engine.version
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+async def test_after_an_update_the_prefix_is_that_of_the_old_weights_in_flight_alone(bench, anew, temperature):
+    opening, old = prompt_of(50), bench.engine.version
+    params = replace(SAMPLED, max_tokens=40, temperature=temperature)
     episodes = await play(bench.engine, opening, params, turns=1)
     await bench.load(seed=2)
     await anew.load(seed=2)
