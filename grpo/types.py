@@ -88,8 +88,8 @@ class SamplingParams:
 
     `stop_token_ids` end a completion in addition to the model's own end-of-sequence tokens. Random numbers depend on
     `seed`, on the number of the completion within its group, counted from `first_sample`, and on the place of the
-    token, counted from `first_token`: the turns of an episode continue one stream of numbers. `keep_prefix` says that
-    another turn may follow, so that the engine may keep what it has computed.
+    token, counted from `first_token`: no two turns of an episode use the same. `keep_prefix` says that another turn may
+    follow, so that the engine may keep what it has computed.
     """
 
     n: int = 1

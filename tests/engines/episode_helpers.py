@@ -1,15 +1,17 @@
 """Episodes of several turns, asked of an engine as the player asks for them."""
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import groupby
 
 import numpy as np
 import pytest
 import torch
-from engine_helpers import ARCHITECTURES, VOCABULARY, full_logits, lively
-from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, GPTNeoXConfig, Qwen3Config
+from engine_helpers import ARCHITECTURES, VOCABULARY, chosen_logprobs, full_logits, lively
+from transformers import AutoModelForCausalLM, BloomConfig, DynamicCache, Gemma2Config, GPTNeoXConfig, Qwen3Config
 
+from grpo.engines.torch.kv_cache import cache_argument
 from grpo.engines.torch.sampling import RowSampler, uniforms
 from grpo.types import SamplingParams
 
@@ -42,16 +44,24 @@ class Episode:
     """What the tests compare: all tokens after the opening, and the log-probabilities and versions of the sampled."""
 
     opening: np.ndarray
-    tokens: list[int]
-    sampled: list[int]  # places in `tokens`
-    logprobs: list[float]
-    versions: list[int]
+    tokens: list[int] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)  # where they begin in `tokens`
+    sampled: list[int] = field(default_factory=list)  # places in `tokens`
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
 
     def add(self, completion):
+        self.turns.append(len(self.tokens))
         self.sampled += range(len(self.tokens), len(self.tokens) + completion.sampled_count)
         self.tokens += completion.token_ids.tolist()
         self.logprobs += completion.logprobs.tolist()
         self.versions += np.repeat(*np.array(completion.versions).T).tolist()
+
+    @property
+    def versions_by_turn(self):
+        """The runs (version, count) of each turn."""
+        versions = np.split(self.versions, np.searchsorted(self.sampled, self.turns[1:]))
+        return [[(version, len(list(run))) for version, run in groupby(turn.tolist())] for turn in versions]
 
     def give(self, reply):
         self.tokens += reply.tolist()
@@ -64,34 +74,34 @@ def reply_of(episode, sample, longest=9):
     return rng.integers(2, VOCABULARY, size=int(rng.integers(1, longest + 1)))
 
 
-async def play_on(engine, episode, params, turns, between=None):
+async def play_on(engine, episode, params, turns, *, between=None, longest_reply=9):
     """`turns` more turns of one episode, each after a reply."""
     for _ in range(turns):
         if between is not None:
             await between()
-        prompt = episode.give(reply_of(episode, params.first_sample))
+        prompt = episode.give(reply_of(episode, params.first_sample, longest_reply))
         [completion] = await engine.generate(prompt, replace(params, n=1, first_token=len(episode.sampled)))
         episode.add(completion)
 
 
-async def play(engine, opening, params, *, turns=4, between=None):
+async def play(engine, opening, params, *, turns=4, **options):
     """A group of episodes, asked for as the player does. Sample i says a little more per turn than sample i - 1."""
     first = await engine.generate(opening, params)
-    episodes = [Episode(opening, [], [], [], []) for _ in first]
+    episodes = [Episode(opening) for _ in first]
     for episode, completion in zip(episodes, first, strict=True):
         episode.add(completion)
     more = [
-        play_on(engine, each, replace(params, first_sample=i, max_tokens=params.max_tokens + i), turns - 1, between)
+        play_on(engine, each, replace(params, first_sample=i, max_tokens=params.max_tokens + i), turns - 1, **options)
         for i, each in enumerate(episodes)
     ]
     await asyncio.gather(*more)
     return episodes
 
 
-def assert_same(episodes, others):
+def assert_same(episodes, others, atol=1e-5):
     for episode, other in zip(episodes, others, strict=True):
         assert episode.tokens == other.tokens
-        np.testing.assert_allclose(episode.logprobs, other.logprobs, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(episode.logprobs, other.logprobs, rtol=0, atol=atol)
 
 
 def assert_as_if_sampled_in_one_go(model, episodes, params):
@@ -103,3 +113,33 @@ def assert_as_if_sampled_in_one_go(model, episodes, params):
         tokens_N, logprobs_N = sampler.draw(logits_NV, uniforms(params.seed, sample, count))
         assert np.array(episode.tokens)[episode.sampled].tolist() == tokens_N.tolist()
         np.testing.assert_allclose(episode.logprobs, logprobs_N, rtol=0, atol=1e-4)
+
+
+def logprobs_recomputed(models, episode):
+    """What the sampled tokens get if each one's model, by version, has read everything before it."""
+    places, versions = np.array(episode.sampled), np.array(episode.versions)
+    expected = np.zeros(len(places), dtype=np.float32)
+    for version in set(episode.versions):
+        mine, tokens = places[versions == version], np.array(episode.tokens)
+        logits_NV = full_logits(models[version], episode.opening, tokens)[mine]
+        expected[versions == version] = chosen_logprobs(logits_NV, tokens[mine])
+    return expected
+
+
+@torch.no_grad()
+def logprobs_in_flight(models, episode, block):
+    """What they get if each token's model has only read what no other had read before.
+
+    The keys and values of earlier turns are kept in whole blocks of so many tokens.
+    """
+    tokens, cache, expected = torch.tensor([*episode.opening, *episode.tokens]), DynamicCache(), []
+    for begin, runs in zip(episode.turns, episode.versions_by_turn, strict=True):
+        if lost := cache.get_seq_length() % block:
+            cache.crop(-lost)
+        end = len(episode.opening) + begin
+        for version, count in runs:
+            end += count
+            unread = tokens[cache.get_seq_length() : end - 1]
+            logits_TV = models[version](unread[None], **{cache_argument(models[version]): cache}).logits[0, -count:]
+            expected.append(chosen_logprobs(logits_TV, tokens[end - count : end].numpy()))
+    return np.concatenate(expected)

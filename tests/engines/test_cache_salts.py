@@ -21,6 +21,13 @@ def test_in_flight_the_turns_of_an_episode_keep_the_version_of_the_first():
     assert salts.of(replace(LATER, first_sample=0), 0, version=7) == "3"
 
 
+def test_all_episodes_of_a_greedy_group_keep_the_version_of_the_turn_that_they_share():
+    salts = CacheSalts("in_flight")
+    assert salts.of(replace(FIRST, temperature=0.0), 0, version=3) == "3"
+    later = [replace(LATER, temperature=0.0, first_sample=sample) for sample in (0, 1, 0, 1)]
+    assert [salts.of(turn, 0, version) for version, turn in enumerate(later, 4)] == ["3"] * 4
+
+
 @pytest.mark.parametrize("weight_update", ["in_flight_recompute", "drain"])
 def test_otherwise_the_salt_is_the_present_version(weight_update):
     salts = CacheSalts(weight_update)

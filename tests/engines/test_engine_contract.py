@@ -1,84 +1,24 @@
 """What every engine promises. `make test` holds the torch engine to it, `make test-vllm` vLLM."""
 
 import asyncio
-import copy
 import dataclasses
-from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
 import pytest_asyncio
 import torch
-from engine_helpers import chosen_logprobs, full_logits, full_logprobs, greedy, greedy_tokens, lively, weights_of
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from contract_helpers import EOS, opened, tied_llama, untied_qwen2
+from engine_helpers import chosen_logprobs, full_logits, full_logprobs, greedy, greedy_tokens, prompt_of, weights_of
 
 from grpo.engines.base import Limits
-from grpo.engines.torch.engine import TorchEngine
 from grpo.errors import WeightsError
 from grpo.learner.batch import make_sample
 from grpo.learner.logprobs import TokenLogprobs
-from grpo.models.tiny import tiny_llama
 from grpo.types import SamplingParams
-from grpo.weights.payload import parameter_shapes
 
 LIMITS = Limits(max_prompt_tokens=300, max_completion_tokens=200, max_sequences=16)
-VOCABULARY = 79
-EOS = 1
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-def tied_llama(seed):
-    return lively(tiny_llama(width=64, layers=2, heads=2), seed)
-
-
-def untied_qwen2(seed):
-    config = Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=False, max_position_embeddings=512, eos_token_id=EOS,
-    )  # fmt: skip
-    return lively(Qwen2ForCausalLM(config), seed)
-
-
-class Bench:
-    """An engine, and the models whose weights it gets: `model(seed)`."""
-
-    def __init__(self, make_model, engine, weight_update):
-        self.model, self.engine, self.weight_update = make_model, engine, weight_update
-        self.used = {}  # version -> model
-
-    def prepare(self, seed):
-        """The weights of this seed's model, as the next version. Takes longer than some completions."""
-        version = self.engine.version + 1
-        self.used[version] = self.model(seed)
-        return weights_of(self.used[version], version)
-
-    async def load(self, seed=1):
-        """Bring the model of this seed into the engine, under a version of its own."""
-        weights = self.prepare(seed)
-        await self.engine.update_weights(weights)
-        return self.used[weights.version]
-
-
-@asynccontextmanager
-async def opened(kind, make_model, weight_update, folder):
-    model = make_model(seed=1)
-    if kind == "torch":
-        engine = TorchEngine(
-            copy.deepcopy(model), stop_token_ids=(EOS,), limits=LIMITS, weight_update=weight_update, threads=1
-        )
-    else:
-        from grpo.engines.vllm.engine import VLLMEngine
-
-        model.save_pretrained(folder)
-        engine = await VLLMEngine(
-            str(folder), stop_token_ids=(EOS,), shapes=parameter_shapes(model), limits=LIMITS,
-            weight_update=weight_update, threads=1, settings={"dtype": "float32"},
-        ).start()  # fmt: skip
-    try:
-        yield Bench(make_model, engine, weight_update)
-    finally:
-        await engine.close()
 
 
 @pytest_asyncio.fixture(
@@ -94,7 +34,7 @@ async def opened(kind, make_model, weight_update, folder):
 )
 async def served(request, tmp_path_factory):
     kind = request.config.getoption("--engine")
-    async with opened(kind, *request.param, tmp_path_factory.mktemp("served")) as bench:
+    async with opened(kind, *request.param, LIMITS, tmp_path_factory.mktemp("served")) as bench:
         yield bench
 
 
@@ -104,10 +44,6 @@ async def bench(served):
     async with asyncio.timeout(600):
         await served.load(seed=1)
         yield served
-
-
-def prompt_of(length, seed=0):
-    return np.random.default_rng([length, seed]).integers(2, VOCABULARY, size=length)
 
 
 def trainer_logprobs(model, prompt, completion, temperature):
@@ -369,7 +305,8 @@ async def test_it_answers_a_ping_while_it_generates(bench):
 
 
 async def test_closing_raises_at_every_pending_call(request, tmp_path):
-    async with asyncio.timeout(600), opened(request.config.getoption("--engine"), tied_llama, "drain", tmp_path) as own:
+    kind = request.config.getoption("--engine")
+    async with asyncio.timeout(600), opened(kind, tied_llama, "drain", LIMITS, tmp_path) as own:
         calls = [
             asyncio.create_task(own.engine.generate(prompt_of(4), SamplingParams(n=16, max_tokens=200)))
             for _ in range(2)

@@ -15,16 +15,21 @@ import torch
 from engine_helpers import full_logprobs, greedy, greedy_tokens, lively, weights_of
 
 from grpo.actors.generator import make_engine
+from grpo.config.algorithm import TaskConfig
 from grpo.config.schema import RunConfig
+from grpo.driver.rollout import sample_group
 from grpo.engines.base import Limits
 from grpo.engines.vllm.engine import VLLMEngine
+from grpo.environments import Message, Opening, Reply
 from grpo.errors import ActorDied, ConfigError
 from grpo.models import smollm2
 from grpo.models.loading import load_model
-from grpo.models.tiny import tiny_llama
+from grpo.models.tiny import character_tokenizer, tiny_llama
 from grpo.models.tokenizer import load_tokenizer
+from grpo.services.failures import Failures
+from grpo.services.local import launch_local
 from grpo.telemetry.recording import Recording, record_in
-from grpo.types import SamplingParams
+from grpo.types import Problem, Prompt, SamplingParams
 from grpo.weights.payload import WeightsWriter, parameter_shapes
 from tests.scripts.processes import finish, processes_of
 
@@ -247,6 +252,51 @@ def test_a_killed_generator_takes_its_engine_along(folder):
         parent.kill()
         parent.wait()
         parent.stdout.close()
+
+
+class FatalTalk:
+    """An episode of four turns. In the second one of the first episode that gets there, the engine's process dies."""
+
+    killed = False
+
+    def __init__(self, problem, seed):
+        self._turns = 0
+
+    async def begin(self):
+        return Opening((Message("user", "begin:"),))
+
+    async def reply(self, said):
+        self._turns += 1
+        if self._turns == 2 and not FatalTalk.killed:
+            FatalTalk.killed = True
+            for process in engine_processes(os.getpid()):
+                process.kill()
+        return Reply((Message("user", "go on"),), done=self._turns == 4)
+
+
+class FatalTalks:
+    def problems(self, split):
+        return [Problem("begin:", "!")]
+
+    def environment(self, problem, seed):
+        return FatalTalk(problem, seed)
+
+
+async def test_a_group_whose_engine_is_killed_in_mid_episode_is_played_again(folder, tiny_config):
+    character_tokenizer().save_pretrained(folder)
+    config, failures = tiny_config, Failures(tiny_config.recovery)
+    config.model.path, config.task = str(folder), TaskConfig(f"{__name__}:FatalTalks")
+    config.generator.engine, config.generator.max_sequences, config.environment.max_turn_tokens = "vllm", 8, 6
+    config.rollout.max_completion_tokens = 64
+    prompt = Prompt(3, Problem("begin:", "!"), np.array(character_tokenizer().encode("begin:")))
+    async with launch_local(config, failures) as services:
+        sampled = await sample_group(prompt, SamplingParams(n=3, max_tokens=64, seed=3), services, "rewards")
+    model = lively(tiny_llama(width=64, layers=2, heads=2), 1)
+    assert failures.restarts == {"generator": 1}
+    for completion in sampled.completions:
+        assert len(completion.turns) == 4
+        expected = full_logprobs(model, prompt.token_ids, completion)[completion.sampled_places()]
+        np.testing.assert_allclose(completion.logprobs, expected, rtol=0, atol=1e-4)
 
 
 # --- settings ---

@@ -10,17 +10,10 @@ import pytest
 import torch
 from learner_parts import EPISODES, episode_group
 
-from grpo.config.algorithm import CorrectionConfig, EnvironmentConfig, LossConfig
-from grpo.engines.base import Limits
-from grpo.engines.torch.engine import TorchEngine
-from grpo.environments import Message, Opening, Reply
-from grpo.environments.calls import UserCalls
-from grpo.environments.player import Player
-from grpo.environments.renderers import PlainRenderer
-from grpo.learner.batch import collate, make_sample, samples_of
+from grpo.config.algorithm import CorrectionConfig, LossConfig
+from grpo.learner.batch import collate, samples_of
 from grpo.learner.logprobs import TokenLogprobs
-from grpo.models.tiny import character_tokenizer
-from grpo.types import Batch, Problem, Prompt, SamplingParams, Turn
+from grpo.types import Batch, Problem, Prompt, Turn
 
 PACKINGS = pytest.mark.parametrize("packing", ["auto", "never"])
 
@@ -133,38 +126,3 @@ def test_one_turn_is_an_ordinary_completion(model, make_group, make_learner, ste
     assert metrics[0] == metrics[1]
     (one, _), (other, _) = steps_taken
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-class EightTurns:
-    """An environment that says a few words to whatever it is told."""
-
-    def __init__(self):
-        self._turns = 0
-
-    async def begin(self):
-        return Opening((Message("user", "begin:"),))
-
-    async def reply(self, said):
-        self._turns += 1
-        return Reply((Message("user", "go on" * (self._turns % 3)),), done=self._turns == 8)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-async def test_trainer_and_engine_agree_on_an_episode_of_eight_turns(model, temperature):
-    tokenizer = character_tokenizer()
-    engine = TorchEngine(copy.deepcopy(model), stop_token_ids=(1,), limits=Limits(8, 160, 8, several_turns=True))
-    renderer, config = PlainRenderer(tokenizer, (1,)), EnvironmentConfig(max_turn_tokens=9)
-    player = Player(lambda problem, seed: EightTurns(), renderer, config, UserCalls(threads=1), max_prompt_tokens=8)
-    prompt = Prompt(3, Problem("begin:", "!"), np.array(tokenizer.encode("begin:")))
-    try:
-        params = SamplingParams(n=4, temperature=temperature, max_tokens=160, seed=3)
-        opening, episodes = await player.play(prompt, params, engine.generate)
-    finally:
-        await engine.close()
-    assert all(episode.report.turns == 8 for episode in episodes)
-    samples = [make_sample(opening, episode.completion) for episode in episodes]
-    with torch.no_grad():
-        trainer_N, _ = TokenLogprobs(model, temperature)(samples)
-    sampled_N = torch.tensor(np.concatenate([sample.behavior_logprobs for sample in samples]))
-    assert len(sampled_N) > 100
-    assert float((trainer_N - sampled_N).abs().max()) < 1e-4

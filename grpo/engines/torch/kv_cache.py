@@ -172,7 +172,7 @@ def _compute(
     Returns a cache in which the sequences are padded on the left, and the logits [B, V] after their last tokens.
     """
     # All have the same number S of new tokens, so that there are no holes between old and new ones: a sequence with
-    # fewer has the last ones of its kept tokens computed again.
+    # fewer has the last ones of its kept tokens computed again, after an update by the new weights.
     known = [len(states[0]) for states in kept] or [0] * len(sequences)
     new = max(len(sequence) - count for sequence, count in zip(sequences, known, strict=True))
     cache = DynamicCache()

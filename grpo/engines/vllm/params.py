@@ -91,7 +91,8 @@ class CacheSalts:
         """Return the salt for completion number `sample` of a request that begins under these weights."""
         if not self._in_flight or not (params.keep_prefix or params.first_token):
             return str(version)
-        episode = params.seed, params.first_sample + sample
+        # The first turn of a greedy group is asked for once, for all of its episodes.
+        episode = params.seed, 0 if params.temperature == 0 else params.first_sample + sample
         first = self._first_versions.pop(episode, version) if params.first_token else version
         self._first_versions[episode] = first
         if len(self._first_versions) > _MOST_EPISODES:
