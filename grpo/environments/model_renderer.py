@@ -88,15 +88,10 @@ class ModelRenderer(TokenizerRenderer):
 
     def _after_example(self, stop: list[int], messages: Sequence[Message], context: Context) -> Ints | None:
         """Return what follows an answer that ends with `stop`; None if these messages can't follow one."""
-        answers_call = bool(messages) and messages[0].role == "tool"
-        calls = (ToolCall("call_0", "tool", {}),) if answers_call else ()
-        question, answer = Message("user", "A question"), Message("assistant", "An answer", "A thought", calls)
-        prompt = self._renderer.render_ids(_plain([question]), add_generation_prompt=True)
-        whole = self._renderer.render_ids(_plain([question, answer]))
-        # Some families write the start of an answer otherwise once it is complete.
-        start = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
-        end = next((i for i in range(len(whole) - 1, start, -1) if whole[i] in self._ends), len(whole))
-        return self._bridge(whole[:start], [*whole[start:end], *stop], messages, context)
+        question, answer = _plain([Message("user", "A question"), Message("assistant", "An answer", "A thought")])
+        start, tokens = len(self._renderer.render_ids([question])), self._renderer.render_ids([question, answer])
+        end = next((i for i in range(len(tokens) - 1, start, -1) if tokens[i] in self._ends), len(tokens))
+        return self._bridge(tokens[:start], [*tokens[start:end], *stop], messages, context)
 
     def _bridge(
         self, prompt: list[int], sampled: list[int], messages: Sequence[Message], context: Context
