@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _KEY = "task.renderer"
-_FIX = "or set task.renderer=null for the model's own chat template"
+_FIX = "set task.renderer=null for the model's own chat template"
 
 
 class ModelRenderer(TokenizerRenderer):
@@ -68,7 +68,7 @@ class ModelRenderer(TokenizerRenderer):
         if self._ends[0] not in self._stops:
             end = self._tokenizer.convert_ids_to_tokens(self._ends[0])
             raise ConfigError(
-                f"{self._name} ends a turn with {end}, which is no stop token of the model; choose another, {_FIX}",
+                f"{self._name} ends a turn with {end}, which is no stop token of the model; choose another, or {_FIX}",
                 key=_KEY,
             )
         cases: list[tuple[Role, list[list[int]]]] = [("user", [[]]), ("tool", [[], *([end] for end in self._ends)])]
@@ -131,14 +131,14 @@ def _make(tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[str, _PackageR
     chosen = MODEL_RENDERER_MAP.get(tokenizer.name_or_path) if name == "auto" else name
     if chosen not in names:
         unknown = f"knows no model {tokenizer.name_or_path!r}" if chosen is None else f"has no renderer {chosen!r}"
-        raise ConfigError(f"the package renderers {unknown}; choose one of {', '.join(names)}, {_FIX}", key=_KEY)
+        raise ConfigError(f"the package renderers {unknown}; choose one of {', '.join(names)}, or {_FIX}", key=_KEY)
     try:
         # "all": also before a new question of the user, where the templates of many families drop the reasoning.
         config = type(config_from_name(chosen))(thinking_retention="all")
         return chosen, create_renderer(tokenizer, config)
     except Exception as error:  # of any kind, each family has its own
         raise ConfigError(
-            f"{chosen} does not fit the tokenizer ({_line(error)}); choose another, {_FIX}", key=_KEY
+            f"{chosen} does not fit the tokenizer ({_line(error)}); choose another, or {_FIX}", key=_KEY
         ) from error
 
 

@@ -173,7 +173,7 @@ def test_tools_stand_in_the_opening(any_family):
 
 
 def test_messages_that_are_rejected_are_one_line(any_family):
-    with pytest.raises(ConfigError, match=r"^task\.renderer: \S+ rejects the messages \(.+\); or set") as caught:
+    with pytest.raises(ConfigError, match=r"^task\.renderer: \S+ rejects the messages \(.+\); set task") as caught:
         any_family.renderer.opening([])
     assert "\n" not in str(caught.value)
 
