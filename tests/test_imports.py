@@ -31,6 +31,7 @@ ONLY_IN = {
     "triton": {"engines/torch"},
     "safetensors": {"checkpoint", "models"},
     "peft": {"models"},
+    "renderers": {"environments/model_renderer.py"},
     "xxhash": {"weights"},
     "datasets": {"tasks"},
     "huggingface_hub": {"tasks"},

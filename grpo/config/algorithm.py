@@ -27,6 +27,10 @@ class TaskConfig(Settings):
     template: Literal["plain", "chat"] = "plain"
     """Prompt format. plain: the question unchanged; chat: the tokenizer's chat template."""
 
+    renderer: str | None = None
+    """With template=chat, what writes messages and reads answers instead of the tokenizer's template: a renderer of the
+    package `renderers` (extra) such as qwen3.5 or llama-3; auto takes the one for the model's hub name."""
+
     system_prompt: str | None = None
     """System message with template=chat; null keeps the template's default."""
 

@@ -10,6 +10,7 @@ def check_combinations(config: RunConfig) -> None:
     """Raise ConfigError with the key and the fix for settings that contradict each other."""
     for check in (
         _check_model,
+        _check_task,
         _check_cluster,
         _check_updates,
         _check_correction,
@@ -26,6 +27,13 @@ def check_combinations(config: RunConfig) -> None:
 def _check_model(config: RunConfig) -> None:
     if (config.model.path is None) == (config.model.builder is None):
         raise ConfigError("set either model.path (with model=hf) or model.builder", key="model.path")
+
+
+def _check_task(config: RunConfig) -> None:
+    if config.task.renderer is not None and config.task.template != "chat":
+        raise ConfigError(
+            f"is {config.task.renderer}, which needs task.template=chat; or set it to null", key="task.renderer"
+        )
 
 
 def _check_cluster(config: RunConfig) -> None:

@@ -29,7 +29,7 @@ import numpy as np
 from grpo.config.algorithm import EnvironmentConfig
 from grpo.environments.base import Environment, Message, Opening, Reply
 from grpo.environments.calls import UserCalls
-from grpo.environments.renderers import Renderer
+from grpo.environments.renderers import Context, Renderer
 from grpo.errors import EnvironmentFailed, EnvironmentInvalid, EnvironmentTimeout, GRPOError
 from grpo.telemetry.recording import note, span
 from grpo.types import Completion, EpisodeEnd, EpisodeReport, Floats, Ints, Prompt, SamplingParams, Turn
@@ -94,7 +94,8 @@ class Player:
             first = await sample(opening_ids, playing[0].next_turn(n=params.n))
             waited_s = time.perf_counter() - started
             turns = zip(playing, first, strict=True)
-            work = [each.play(opening_ids, turn, waited_s) for each, turn in turns]
+            context = Context(opening_ids, openings[0].tools)
+            work = [each.play(context, turn, waited_s) for each, turn in turns]
             return opening_ids, await gather_or_cancel(*work)
         finally:
             await asyncio.shield(asyncio.gather(*(each.close() for each in playing)))
@@ -142,39 +143,42 @@ class _Playing:
             raise EnvironmentInvalid(f"begin returned {_shown(opening)}; return an Opening with a tuple of Messages")
         return opening
 
-    async def play(self, opening: Ints, turn: Completion, waited_s: float) -> Episode:
+    async def play(self, context: Context, turn: Completion, waited_s: float) -> Episode:
         """Play on from the first turn, which took `waited_s`, until the episode is over, and score it."""
         self._generator_s = waited_s
         with span("episode", "stage", number=self._number):
-            episode = await self._play_on(opening, turn)
+            episode = await self._play_on(context, turn)
             note(turns=episode.report.turns, ended_by=episode.report.ended_by, reward=episode.reward)
             return episode
 
-    async def _play_on(self, opening: Ints, turn: Completion) -> Episode:
+    async def _play_on(self, context: Context, turn: Completion) -> Episode:
         while True:
             self._add(turn)
-            ended_by, messages = await self._answer(turn)
+            ended_by, messages = await self._answer(turn, context)
             if ended_by is not None:
                 break
-            given = self._renderer.continuation(turn.token_ids, [self._shorten(message) for message in messages])
+            messages = [self._shorten(message) for message in messages]
+            given = self._renderer.continuation(turn.token_ids, messages, context)
             if len(given) >= self._room:
                 ended_by = "tokens"
                 break
             self._tokens.append(given)
             self._turns[-1] = replace(self._turns[-1], given=len(given))
+            context = replace(context, prompt=np.concatenate([context.prompt, turn.token_ids, given]))
             started = time.perf_counter()
-            [turn] = await self._sample(np.concatenate([opening, *self._tokens]), self.next_turn())
+            [turn] = await self._sample(context.prompt, self.next_turn())
             self._generator_s += time.perf_counter() - started
         return Episode(self._completion(ended_by), await self._score(ended_by), self._report(ended_by))
 
-    async def _answer(self, turn: Completion) -> tuple[EpisodeEnd | None, Sequence[Message]]:
+    async def _answer(self, turn: Completion, context: Context) -> tuple[EpisodeEnd | None, Sequence[Message]]:
         """Ask the environment to reply to a turn. Returns what ends the episode, or None and the messages."""
         if self._room == 0 and turn.finish_reason == "length":
             return "tokens", ()  # in the middle of a turn, to which there is no reply
         assert self._environment is not None
         try:
+            said = self._renderer.parse(turn.token_ids, context)
             with span("reply"):
-                reply = await self._in_time("reply", self._environment.reply, self._renderer.parse(turn.token_ids))
+                reply = await self._in_time("reply", self._environment.reply, said)
         except EnvironmentTimeout as error:
             if error.hung:
                 raise

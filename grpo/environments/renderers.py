@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -31,26 +32,40 @@ _CHARACTERS_PER_TOKEN = 16  # more than any text has on average
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)  # linear in the text, whatever it says
 
 
+@dataclass(frozen=True)
+class Context:
+    """What a turn was sampled after: the tokens of its prompt [P], and the tools that the policy may call."""
+
+    prompt: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    tools: Sequence[Mapping[str, Any]] = ()
+
+
+NO_CONTEXT = Context()
+
+
 class Renderer(Protocol):
     """Translation between messages and tokens, for one tokenizer and template.
 
+    The context of a turn tells a renderer whether the prompt opened its reasoning, and of which types the arguments of
+    tools are. Templates can do without it.
+
     Example: how the player continues an episode.
 
-        prompt = renderer.opening(opening.messages, opening.tools)
+        context = Context(renderer.opening(opening.messages, opening.tools), opening.tools)
         sampled = ...                                              # the policy's turn, its stop token included
-        said = renderer.parse(sampled)
-        prompt = [*prompt, *sampled, *renderer.continuation(sampled, reply.messages)]
+        said = renderer.parse(sampled, context)
+        prompt = [*context.prompt, *sampled, *renderer.continuation(sampled, reply.messages, context)]
     """
 
     def opening(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Ints:
         """Return the tokens of the first prompt. Raises ConfigError if the template rejects the messages."""
         ...
 
-    def parse(self, sampled: Ints) -> Message:
+    def parse(self, sampled: Ints, context: Context = NO_CONTEXT) -> Message:
         """Return what the policy said. Never raises: a call that can't be parsed has arguments None."""
         ...
 
-    def continuation(self, sampled: Ints, messages: Sequence[Message]) -> Ints:
+    def continuation(self, sampled: Ints, messages: Sequence[Message], context: Context = NO_CONTEXT) -> Ints:
         """Return the tokens between the sampled ones and the policy's next turn.
 
         They begin with the end of the turn if the policy was cut off before it.
@@ -69,7 +84,9 @@ class Renderer(Protocol):
         ...
 
 
-class _TokenizerRenderer:
+class TokenizerRenderer:
+    """What all renderers do with their tokenizer."""
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]) -> None:
         self._tokenizer, self._stops = tokenizer, tuple(stop_token_ids)
         added = tokenizer.added_tokens_decoder.items()
@@ -96,8 +113,7 @@ class _TokenizerRenderer:
     def _as_text(self, value: Any) -> Any:
         """Return the strings in a JSON value with a cut in whatever spells a special token."""
         if isinstance(value, str):
-            # Tokenizers refuse lone surrogates, which JSON may hold.
-            return self._starts.sub(rf"\g<0>{_CUT}", value.encode("utf-8", "replace").decode())
+            return self._starts.sub(rf"\g<0>{_CUT}", encodable(value))
         if isinstance(value, Mapping):
             return {key: self._as_text(each) for key, each in value.items()}
         return [self._as_text(each) for each in value] if isinstance(value, (list, tuple)) else value
@@ -111,7 +127,7 @@ class _TokenizerRenderer:
         return np.array(tokens, dtype=np.int64)
 
 
-class PlainRenderer(_TokenizerRenderer):
+class PlainRenderer(TokenizerRenderer):
     """Contents as they are, one after another. An end-of-sequence token ends a turn. For models without a template."""
 
     def opening(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Ints:
@@ -121,10 +137,10 @@ class PlainRenderer(_TokenizerRenderer):
         texts = [message.content for message in messages if message.role != "system"]
         return self._encode(self._as_text("".join(texts)), add_special_tokens=True)
 
-    def parse(self, sampled: Ints) -> Message:
+    def parse(self, sampled: Ints, context: Context = NO_CONTEXT) -> Message:
         return Message("assistant", self._tokenizer.decode(sampled, skip_special_tokens=True))
 
-    def continuation(self, sampled: Ints, messages: Sequence[Message]) -> Ints:
+    def continuation(self, sampled: Ints, messages: Sequence[Message], context: Context = NO_CONTEXT) -> Ints:
         tokens = self._encode(self._as_text("".join(message.content for message in messages)))
         if int(sampled[-1]) in self._stops:
             return tokens
@@ -134,7 +150,7 @@ class PlainRenderer(_TokenizerRenderer):
         """Plain text continues after anything."""
 
 
-class ChatRenderer(_TokenizerRenderer):
+class ChatRenderer(TokenizerRenderer):
     """The tokenizer's chat template.
 
     A continuation is what the template writes after an answer when more messages follow it, taken from a short
@@ -149,10 +165,10 @@ class ChatRenderer(_TokenizerRenderer):
     def opening(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Ints:
         return self._encode(self._render(messages, tools, generates=True))
 
-    def parse(self, sampled: Ints) -> Message:
+    def parse(self, sampled: Ints, context: Context = NO_CONTEXT) -> Message:
         return parse_answer(self._tokenizer.decode(sampled, skip_special_tokens=True))
 
-    def continuation(self, sampled: Ints, messages: Sequence[Message]) -> Ints:
+    def continuation(self, sampled: Ints, messages: Sequence[Message], context: Context = NO_CONTEXT) -> Ints:
         tokens = self._encode(self._after_answer(*messages))
         return tokens[1:] if int(sampled[-1]) in self._stops else tokens
 
@@ -221,6 +237,11 @@ def _tool_call(number: int, raw: str) -> ToolCall:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         name, arguments = "", None
     return ToolCall(f"call_{number}", str(name), arguments if isinstance(arguments, dict) else None, raw)
+
+
+def encodable(text: str) -> str:
+    """Return the text without lone surrogates, which tokenizers refuse and JSON may hold."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def as_dict(message: Message) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from grpo.config.algorithm import TaskConfig
 from grpo.environments.base import Environment, Message
 from grpo.environments.calls import UserCalls
+from grpo.environments.model_renderer import ModelRenderer
 from grpo.environments.renderers import ChatRenderer, PlainRenderer, Renderer
 from grpo.environments.tools import MethodsEnvironment, ToolEnvironment, Tools
 from grpo.errors import ConfigError, TaskError
@@ -110,9 +111,15 @@ def opening_messages(problem: Problem, config: TaskConfig) -> list[Message]:
 
 
 def make_renderer(tokenizer: PreTrainedTokenizerBase, config: TaskConfig, stop_token_ids: Sequence[int]) -> Renderer:
-    """Make the renderer that `task.template` names. Raises ConfigError if the tokenizer has no chat template."""
-    cls = ChatRenderer if config.template == "chat" else PlainRenderer
-    return cls(tokenizer, stop_token_ids)
+    """Make the renderer that `task.template` and `task.renderer` name.
+
+    Raises ConfigError if the tokenizer has no chat template, or a renderer that does not fit it.
+    """
+    if config.template == "plain":
+        return PlainRenderer(tokenizer, stop_token_ids)
+    if config.renderer is None:
+        return ChatRenderer(tokenizer, stop_token_ids)
+    return ModelRenderer(tokenizer, stop_token_ids, config.renderer)
 
 
 class PromptEncoder:

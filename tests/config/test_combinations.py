@@ -51,6 +51,7 @@ from tests.composed import assert_refused, composed
         ),
         ("generator.max_sequences=4", r"generator\.max_sequences: is 4, but a group of rollout\.group_size=8"),
         ("model.path=x", r"model\.path: set either"),
+        ("task.renderer=qwen3", r"task\.renderer: is qwen3, which needs task\.template=chat; or set it to null"),
         ("generator.engine=vllm rollout.temperature=3", r"rollout\.temperature: is 3\.0, vLLM takes at most 2"),
         ("generator.engine=vllm eval.temperature=3", r"eval\.temperature: is 3\.0, vLLM takes at most 2"),
         ("generator.tensor_parallel=2", r"generator\.tensor_parallel: is 2, but only generator\.engine=vllm"),

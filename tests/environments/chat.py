@@ -36,14 +36,15 @@ REASONING = (
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 
 
-def chat_tokenizer(template):
-    """A token for each byte, and the special tokens of ChatML."""
+def chat_tokenizer(template, special=SPECIAL, words=(), eos_token="<|im_end|>"):
+    """A token for each byte, and the special tokens, those of ChatML for example; words stay in a decoded text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=template)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in words])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos_token, chat_template=template)
 
 
 def chat(template):

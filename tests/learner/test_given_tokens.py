@@ -13,7 +13,7 @@ from learner_parts import EPISODES, episode_group
 from grpo.config.algorithm import CorrectionConfig, LossConfig
 from grpo.learner.batch import collate, samples_of
 from grpo.learner.logprobs import TokenLogprobs
-from grpo.types import Batch, Problem, Prompt, Turn
+from grpo.types import Batch, Turn
 
 PACKINGS = pytest.mark.parametrize("packing", ["auto", "never"])
 
