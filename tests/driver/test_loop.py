@@ -387,10 +387,10 @@ async def test_a_shutdown_ends_the_wait_for_a_batch(simulated, make_recorder):
 
 async def test_a_stalled_run_fails(simulated, make_recorder):
     simulated.generator.args = {"latency_s": 3600.0}
-    simulated.watchdog.seconds = 0.5
+    simulated.watchdog.seconds = 2.0  # the loop has started by then, on a busy machine too
     with pytest.raises(
         StalledError,
-        match=r"training on replay_buffer.sample \(\d s\); \d rollouts on generator.generate \(oldest \d s\)",
+        match=r"training on replay_buffer.sample \(\d s\); (\d+ )?rollouts on generator.generate \((oldest )?\d s\)",
     ):
         await run_loop(simulated, make_recorder, {"trainer": CountingTrainer()})
 
