@@ -24,7 +24,7 @@ KINDS = {
     "less": ("What is {b} less than {a}?", "-"),
 }
 _CALL = re.compile(r"calc\(\s*(\d{1,6})\s*([-+*])\s*(\d{1,6})\s*\)")
-_ANSWER = re.compile(r"-?\d+")
+_ANSWER = re.compile(r"-?\d{1,9}")
 _ERROR = "error"
 
 
@@ -35,10 +35,12 @@ class Calculator:
     tools what a call looks like: `calc(12*3)`. The episode is over when the policy says something else; its reward is 1
     if that is the right number and nothing more. The fraction `held_out_share` of each kind is held out.
 
-    Example: what the policy is given and says, from the second question on.
+    Example: an episode, after that example.
 
-        What is 12 times 3? Use the calculator.     calc(12*3)     36     36
-        What is 17 less than 61? Use the calculator.     calc(61-17)     44     44
+        What is 17 less than 61? Use the calculator.
+        calc(61-17)     the policy
+        44              the calculator
+        44              the policy, which earns 1
     """
 
     def __init__(

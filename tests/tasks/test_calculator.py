@@ -53,7 +53,8 @@ async def test_a_call_that_can_not_be_read_is_an_error_for_the_policy_to_see(epi
 
 
 @pytest.mark.parametrize(
-    ("answer", "reward"), [("44", 1.0), (" 44\n", 1.0), ("-44", 0.0), ("44 45", 0.0), ("44.", 0.0), ("", 0.0)]
+    ("answer", "reward"),
+    [("44", 1.0), (" 44\n", 1.0), ("-44", 0.0), ("44 45", 0.0), ("44.", 0.0), ("", 0.0), ("9" * 5000, 0.0)],
 )
 async def test_whatever_else_it_says_is_its_answer(episode, answer, reward):
     reply = await said(episode, answer)
